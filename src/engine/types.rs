@@ -1,0 +1,182 @@
+//! What goes into the engine and what comes out: plain data.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::request::{CaptureSite, Op, Sampling, Site, StrengthMode};
+
+/// A request checked against the model: token ids, vectors in memory, windows as indices.
+#[derive(Clone, Debug, Default)]
+pub struct Job {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// What is planted.
+    pub inject: Vec<Injection>,
+    /// What is copied out.
+    pub capture: Vec<Capture>,
+    /// How it is continued; `max_tokens` 0 draws nothing.
+    pub sampling: Sampling,
+    /// Samples drawn from one prefill (at least 1).
+    pub n: u32,
+    /// Generation ends before the first of these texts (needs a tokenizer).
+    pub stop: Vec<String>,
+    /// Log-probabilities of each generated token and of this many top tokens.
+    pub logprobs: Option<u32>,
+    /// Continuations, teacher-forced after the prompt; each gives its tokens' log-probabilities.
+    pub score: Vec<Vec<u32>>,
+    /// Token ids whose logits at the first generated position are wanted.
+    pub watch: Vec<u32>,
+}
+
+/// Vector, site, operation, strength and window.
+#[derive(Clone, Debug)]
+pub struct Injection {
+    /// (dim,) finite.
+    pub vector: Arc<[f32]>,
+    /// Which point of the block.
+    pub site: Site,
+    /// Block, from 0.
+    pub layer: usize,
+    /// What is done.
+    pub op: Op,
+    /// s, in units of `mode`.
+    pub strength: f32,
+    /// The unit of the strength.
+    pub mode: StrengthMode,
+    /// First position of the window.
+    pub from: usize,
+    /// End of the window (not in it); `None`: through every generated token.
+    pub to: Option<usize>,
+}
+
+/// Rows of one site to be copied out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capture {
+    /// What is copied.
+    pub site: CaptureSite,
+    /// Of which block; `None` exactly where the site has none.
+    pub layer: Option<usize>,
+    /// Of which prompt positions, ascending.
+    pub positions: Vec<usize>,
+}
+
+/// What a job reports, in this order: captures (once the prompt is done) and tokens, then
+/// `Done` or `Failed`, exactly one of the two.
+#[derive(Debug)]
+pub enum Event {
+    /// A token was drawn for sample `sample`.
+    Token {
+        /// 0..n.
+        sample: u32,
+        /// Its id.
+        token: u32,
+    },
+    /// The rows of the job's capture number `capture`.
+    Capture {
+        /// Index into `Job::capture`.
+        capture: usize,
+        /// (positions, width) f32.
+        data: Vec<f32>,
+    },
+    /// All is done.
+    Done(Outcome),
+    /// The job was refused or cancelled.
+    Failed(crate::error::Error),
+}
+
+/// What a finished job has to show.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The prompt's length.
+    pub prompt_tokens: usize,
+    /// One for each of the `n` samples; empty with `max_tokens` 0.
+    pub samples: Vec<Sample>,
+    /// One for each continuation of `Job::score`.
+    pub scores: Vec<Score>,
+    /// The distribution of the first generated token, before temperature.
+    pub first: Option<FirstToken>,
+    /// One for each of the job's injections, in order.
+    pub receipts: Vec<Receipt>,
+}
+
+/// One generated continuation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The tokens drawn, the stop token included.
+    pub tokens: Vec<u32>,
+    /// Their text without special tokens; empty without a tokenizer.
+    pub text: String,
+    /// Why it ended.
+    pub finish: Finish,
+    /// One a token where asked for.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// Why a sample ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// A stop token or a stop text.
+    Stop,
+    /// `max_tokens` were drawn, or the context was full.
+    Length,
+}
+
+/// Natural-log probabilities under softmax(logits), before temperature.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// Of the drawn token.
+    pub logprob: f32,
+    /// The most likely tokens, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Log-probabilities of a given continuation's tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// One a token, natural log.
+    pub logprobs: Vec<f32>,
+}
+
+/// The next-token distribution after the prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstToken {
+    /// Logits of `Job::watch`'s tokens, in its order.
+    pub watch: Vec<f32>,
+    /// Natural log of the sum of the exponentials of all logits.
+    pub logsumexp: f32,
+    /// Entropy of the distribution, in nats.
+    pub entropy: f32,
+}
+
+/// Proof that an injection happened, and how large it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receipt {
+    /// `resid_post.20` and the like.
+    pub site: String,
+    /// s as asked for.
+    pub strength: f32,
+    /// The unit of s.
+    pub mode: StrengthMode,
+    /// First position of the window.
+    pub from: usize,
+    /// Its end; `None`: through every generated token.
+    pub to: Option<usize>,
+    /// ‖v‖.
+    pub vector_norm: f32,
+    /// N of mode `reference`: the mean clean ‖h‖ over the window's prompt positions but the first
+    /// of the prompt; for the other modes too where it is known.
+    pub reference_norm: Option<f32>,
+    /// Mean ‖h‖ of the touched rows before the change.
+    pub norm_before: Option<f32>,
+    /// ‖change‖ as planned: s·‖v‖, s, s·N or s·mean ‖h‖.
+    pub planned: Option<f32>,
+    /// Mean measured ‖h after − h before‖ of the touched rows.
+    pub measured: Option<f32>,
+    /// Rows computed in the window, over all samples.
+    pub rows_expected: u64,
+    /// Rows changed.
+    pub rows_touched: u64,
+}

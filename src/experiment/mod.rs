@@ -1,0 +1,3 @@
+//! Protocols, trials, concept vectors, grading, statistics and the run folder.
+
+pub mod results;

@@ -1,0 +1,9 @@
+//! inkling plants thoughts in language models and measures whether they notice.
+//!
+//! The crate in layers, each of which may name only those below it:
+//! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`error`] and [`request`]
+//! as leaves that every layer may name.
+pub mod engine;
+pub mod error;
+pub mod experiment;
+pub mod request;

@@ -1,0 +1,381 @@
+//! The request types: one JSON object a line in files, and the same object in the library.
+//!
+//! Serde types only, strict (unknown fields are errors), with no logic beyond their defaults:
+//! `engine::resolve` checks them against a model.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One prompt, what is injected into it, what is captured, and how it is continued.
+/// Exactly one of `messages`, `text` and `tokens` is given.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Names the request in answers and in tensor names; unique in a file.
+    pub id: String,
+    /// A chat, rendered with the model's template and its generation prompt. A final assistant
+    /// message is continued.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Vec<Message>>,
+    /// Plain text, tokenised as the tokenizer does by default (its own BOS included).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Token ids, used as they are; they need no tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Vec<u32>>,
+    /// The system message; absent: the template's own default; "": an empty one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// Text the answer starts with. A trailing space is an error: it would split a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<String>,
+    /// The thinking switch of reasoning models' templates.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub thinking: Thinking,
+    /// `YYYY-MM-DD` for templates that print today's date; such a template without it is an error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<String>,
+    /// What is planted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inject: Vec<Injection>,
+    /// What is copied out (`forward`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub capture: Vec<Capture>,
+    /// How it is continued (`generate`).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sampling: Sampling,
+    /// Samples drawn from one prefill; sample i has the seed of `Sampling::seed` and i.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub n: u32,
+    /// Generation ends before the first of these texts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Log-probabilities of each generated token and of this many top tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u32>,
+    /// Given continuations whose log-probability is wanted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub score: Vec<Continuation>,
+}
+
+/// One turn of a chat.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text of the turn.
+    pub content: String,
+}
+
+/// Whether a reasoning model's template opens with thinking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Thinking {
+    /// `enable_thinking = false`.
+    Off,
+    /// `enable_thinking = true`.
+    On,
+    /// The variable is left undefined: the template decides.
+    #[default]
+    Template,
+}
+
+/// Vector, site, operation, strength and window.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Injection {
+    /// What is added.
+    pub vector: VectorRef,
+    /// Blocks, counted from 0.
+    pub layer: OneOrMany,
+    /// Which point of the block.
+    #[serde(default)]
+    pub site: Site,
+    /// What is done with the vector.
+    #[serde(default)]
+    pub op: Op,
+    /// s, in units of `strength_mode`.
+    pub strength: f32,
+    /// The unit of the strength.
+    #[serde(default)]
+    pub strength_mode: StrengthMode,
+    /// First token of the window; absent: 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Position>,
+    /// End of the window (not in it); absent: through every generated token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Position>,
+    /// Use a vector that its file's header says is of another layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector_layer: Option<usize>,
+}
+
+/// Where a vector comes from.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum VectorRef {
+    /// `FILE#NAME`.
+    Named(String),
+    /// Weighted sum of `FILE#NAME`s.
+    Sum(BTreeMap<String, f32>),
+    /// The numbers themselves, (dim,).
+    Values(Vec<f32>),
+}
+
+/// A layer or a list of layers.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    /// One layer.
+    One(usize),
+    /// Several.
+    Many(Vec<usize>),
+}
+
+/// Points of the residual stream that can be injected at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Site {
+    /// The block's input (`resid_pre.0` is the embedding).
+    ResidPre,
+    /// After attention is added.
+    ResidMid,
+    /// The block's output; `resid_post.L` is `resid_pre.L+1`.
+    #[default]
+    ResidPost,
+}
+
+/// What is done to a row h with a vector v.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Op {
+    /// h += change.
+    #[default]
+    Add,
+}
+
+/// The unit of a strength s.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StrengthMode {
+    /// h += s·v.
+    #[default]
+    Raw,
+    /// h += s·v/‖v‖.
+    Unit,
+    /// h += s·N·v/‖v‖, N the mean clean ‖h‖ at the site over the window's prompt positions,
+    /// position 0 excluded.
+    Reference,
+    /// h += s·‖h‖·v/‖v‖, each row's own norm.
+    Row,
+}
+
+/// A position in the rendered prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Position {
+    /// A token index; negative: from the prompt's end.
+    Index(i64),
+    /// `"prompt_end"`: the prompt's length.
+    Named(NamedPosition),
+    /// A place in the text of a turn.
+    Marker(Marker),
+}
+
+/// Positions with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NamedPosition {
+    /// The prompt's length: the position of the first generated token.
+    PromptEnd,
+}
+
+/// The first token of a span, or the one after its last.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Marker {
+    /// The first token that overlaps the span.
+    StartOf(Span),
+    /// The token after the last one that overlaps it.
+    EndOf(Span),
+}
+
+/// A text in a turn as rendered.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Span {
+    /// The text itself.
+    pub text: String,
+    /// The turn it stands in; absent: anywhere in the rendered prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turn: Option<Turn>,
+    /// Which occurrence, from 1; absent: there must be only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nth: Option<usize>,
+}
+
+/// A turn: an index (negative: from the end) or `"role.first"`, `"role.last"`, `"role.2"`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Turn {
+    /// Counted over all messages, from 0; -1 is the last.
+    Index(i64),
+    /// Counted over one role's messages.
+    Role(String),
+}
+
+/// Rows of a site to be copied out.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capture {
+    /// What is copied.
+    pub site: CaptureSite,
+    /// Of which blocks; sites without a layer take none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
+    /// Of which prompt positions.
+    #[serde(default)]
+    pub positions: Positions,
+}
+
+/// What can be copied out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureSite {
+    /// The block's input, after the injections there.
+    ResidPre,
+    /// After attention is added, and the injections there.
+    ResidMid,
+    /// The block's output, after the injections there.
+    ResidPost,
+    /// What attention adds to the stream.
+    AttnOut,
+    /// What the MLP adds to the stream.
+    MlpOut,
+    /// The last norm's output.
+    FinalNorm,
+    /// The next-token logits.
+    Logits,
+}
+
+impl CaptureSite {
+    /// Whether there is one in every block.
+    pub fn has_layer(self) -> bool {
+        !matches!(self, Self::FinalNorm | Self::Logits)
+    }
+
+    /// The name used in requests and tensor names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ResidPre => "resid_pre",
+            Self::ResidMid => "resid_mid",
+            Self::ResidPost => "resid_post",
+            Self::AttnOut => "attn_out",
+            Self::MlpOut => "mlp_out",
+            Self::FinalNorm => "final_norm",
+            Self::Logits => "logits",
+        }
+    }
+}
+
+/// A list of blocks or all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Layers {
+    /// These.
+    List(Vec<usize>),
+    /// `"all"`.
+    All(All),
+}
+
+/// Prompt positions.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Positions {
+    /// These; negative: from the prompt's end.
+    List(Vec<i64>),
+    /// `"all"` or `"last"`.
+    Named(NamedPositions),
+}
+
+impl Default for Positions {
+    fn default() -> Self {
+        Self::Named(NamedPositions::All)
+    }
+}
+
+/// Sets of positions with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NamedPositions {
+    /// Every prompt position.
+    All,
+    /// The prompt's last one.
+    Last,
+}
+
+/// The word `"all"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum All {
+    /// Every one.
+    All,
+}
+
+/// A continuation to be scored.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Continuation {
+    /// Text, tokenised on its own without special tokens.
+    Text(String),
+    /// Token ids.
+    Tokens(Vec<u32>),
+}
+
+/// How tokens are drawn. The model's own generation defaults are never applied.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the most likely tokens up to this total probability; 1: all.
+    pub top_p: f32,
+    /// Keep this many most likely tokens; 0: all.
+    pub top_k: u32,
+    /// Keep tokens at least this fraction as likely as the most likely one; 0: all.
+    pub min_p: f32,
+    /// The trial's seed.
+    pub seed: u64,
+    /// The most tokens generated.
+    pub max_tokens: u32,
+    /// Generate on past the model's stop tokens.
+    pub ignore_eos: bool,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            max_tokens: 100,
+            ignore_eos: false,
+        }
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_one(n: &u32) -> bool {
+    *n == 1
+}
