@@ -1,0 +1,34 @@
+//! An array whose disjoint parts are written by several threads.
+
+use std::marker::PhantomData;
+
+/// A mutable slice that threads may cut disjoint ranges from.
+pub(crate) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out ranges only through `range`, whose caller promises that they are disjoint.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: likewise.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    /// Borrows the whole slice.
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), owner: PhantomData }
+    }
+
+    /// `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// No other range that overlaps this one is alive.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that ranges are disjoint")]
+    #[inline(always)]
+    pub(crate) unsafe fn range(&self, start: usize, len: usize) -> &'a mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "range outside the array");
+        // SAFETY: inside the slice (checked), and unique (promised).
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}

@@ -1,0 +1,142 @@
+//! Vectorised elementary functions and reductions: the same bits on every instruction set, since
+//! they are written as fixed lanes of fused multiply-adds.
+
+/// Width of the lanes that reductions are written in.
+pub(crate) const LANES: usize = 16;
+
+/// e^x to 2 ulp; 0 below -87.3 (-infinity included), 1.65e38 above 88. NaN stays NaN.
+/// Cody–Waite reduction and the polynomial of Cephes `expf`.
+#[inline(always)]
+#[expect(clippy::excessive_precision, reason = "as published")]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    let clamped = if x > 88.0 { 88.0 } else { x };
+    let clamped = if clamped < -87.3 { -87.3 } else { clamped };
+    let n = clamped.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let r = n.mul_add(-0.693_359_375, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let p = 1.987_569_15e-4_f32;
+    let p = p.mul_add(r, 1.398_199_950_7e-3);
+    let p = p.mul_add(r, 8.333_451_907_3e-3);
+    let p = p.mul_add(r, 4.166_579_589_4e-2);
+    let p = p.mul_add(r, 1.666_666_545_9e-1);
+    let p = p.mul_add(r, 5.000_000_120_1e-1);
+    let y = p.mul_add(r * r, r) + 1.0;
+    // n is in -126..=127; adding it to the exponent of `ROUND` leaves it in the low bits.
+    let exponent = (n + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
+    let power = f32::from_bits(exponent.wrapping_add(127) << 23);
+    if x < -87.3 { 0.0 } else { y * power }
+}
+
+/// Natural logarithm of a normal positive number, to 2 ulp. The polynomial of Cephes `logf`.
+#[inline(always)]
+#[expect(clippy::excessive_precision, reason = "as published")]
+pub(crate) fn ln(x: f32) -> f32 {
+    let bits = x.to_bits();
+    // Mantissa in [sqrt(1/2), sqrt(2)).
+    let shifted = bits.wrapping_sub(0x3f35_04f3);
+    let exponent = (shifted as i32) >> 23;
+    let mantissa = f32::from_bits(bits.wrapping_sub((exponent << 23) as u32));
+    let e = exponent as f32;
+    let x = mantissa - 1.0;
+    let z = x * x;
+    let p = 7.037_683_629_2e-2_f32;
+    let p = p.mul_add(x, -1.151_461_031_0e-1);
+    let p = p.mul_add(x, 1.167_699_874_0e-1);
+    let p = p.mul_add(x, -1.242_014_084_6e-1);
+    let p = p.mul_add(x, 1.424_932_278_7e-1);
+    let p = p.mul_add(x, -1.666_805_766_5e-1);
+    let p = p.mul_add(x, 2.000_071_476_5e-1);
+    let p = p.mul_add(x, -2.499_999_399_3e-1);
+    let p = p.mul_add(x, 3.333_333_117_4e-1);
+    let y = p * x * z;
+    let y = e.mul_add(-2.121_944_40e-4, y);
+    let y = z.mul_add(-0.5, y);
+    e.mul_add(0.693_359_375, x + y)
+}
+
+/// Sum of the lanes in a fixed order.
+#[inline(always)]
+pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Sum of squares.
+#[inline(always)]
+pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = chunk[lane].mul_add(chunk[lane], lanes[lane]);
+        }
+    }
+    for (lane, &v) in rest.iter().enumerate() {
+        lanes[lane] = v.mul_add(v, lanes[lane]);
+    }
+    sum_lanes(lanes)
+}
+
+/// Largest element; -infinity of nothing. NaN is passed over.
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    all.fold(f32::NEG_INFINITY, |best, &v| if v > best { v } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Difference in units of the last place of `want`.
+    fn ulps(got: f32, want: f64) -> f64 {
+        let spacing = (want as f32).abs().max(f32::MIN_POSITIVE);
+        let spacing = f32::from_bits(spacing.to_bits() + 1) - spacing;
+        (got as f64 - want).abs() / spacing as f64
+    }
+
+    #[test]
+    fn exp_is_within_two_ulps() {
+        for step in -87_299..=88_000 {
+            let x = step as f32 * 1e-3;
+            assert!(ulps(exp(x), (x as f64).exp()) <= 2.0, "exp({x}) = {}", exp(x));
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn ln_is_within_two_ulps() {
+        for step in 0..200_000 {
+            let x = f32::from_bits(0x2f00_0000 + step * 5_003);
+            let want = (x as f64).ln();
+            assert!(ulps(ln(x), want) <= 2.0 || want.abs() < 1e-3, "ln({x}) = {}", ln(x));
+        }
+        assert_eq!(ln(1.0), 0.0);
+    }
+
+    #[test]
+    fn reductions_take_ragged_lengths() {
+        for len in [0, 1, 15, 16, 17, 100] {
+            let x: Vec<f32> = (0..len).map(|i| i as f32 - 3.0).collect();
+            let want: f32 = x.iter().map(|v| v * v).sum();
+            assert_eq!(sum_of_squares(&x), want);
+            assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! `out = x · Wᵀ`: weights packed once into panels for the micro-kernel.
+//!
+//! Every output element is a chain of fused multiply-adds in the order of k, cut into blocks of
+//! [`K_BLOCK`] whose sums are added in order. Nothing depends on the number of rows, on the tile
+//! or on the threads, so a row's bits do not depend on its batch.
+
+use std::sync::PoisonError;
+
+use half::bf16;
+
+use super::{Float, math::exp};
+use crate::{
+    device::{
+        Buffer, Device,
+        cpu::{Cpu, Kernel, Shared},
+    },
+    error::Result,
+};
+
+/// Columns of a weight panel: output features side by side in the lanes.
+pub const PANEL: usize = 16;
+/// Rows of a register tile: 6 × 16 f32 fill 12 of AVX2's 16 registers.
+const ROWS: usize = 6;
+/// Length of one accumulation in registers; a panel's block of f32 is 16 KiB, half of an L1.
+const K_BLOCK: usize = 256;
+
+/// A weight (n, k), packed: `[n / 16][k][16]`, zero-padded to whole panels.
+pub struct Weight {
+    n: usize,
+    k: usize,
+    storage: Storage,
+}
+
+/// The formats a weight is stored in; only this file knows them.
+enum Storage {
+    F32(Buffer<f32>),
+    Bf16(Buffer<bf16>),
+}
+
+/// How a weight is to be stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dtype {
+    /// Weights, matmul inputs and KV cache in bfloat16, sums in f32.
+    #[default]
+    Bf16,
+    /// Everything in f32.
+    F32,
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Self::Bf16 { "bf16" } else { "f32" })
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = crate::error::Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "bf16" => Ok(Self::Bf16),
+            "f32" => Ok(Self::F32),
+            _ => Err(crate::error::Error::new("unknown dtype")
+                .expected("bf16 or f32")
+                .got(format!("{text:?}"))),
+        }
+    }
+}
+
+impl Weight {
+    /// Packs a weight of `n` rows of `k`; `read_row(row, out)` gives row `row` in f32.
+    pub fn pack(
+        device: &Device,
+        dtype: Dtype,
+        (n, k): (usize, usize),
+        read_row: impl Fn(usize, &mut [f32]) + Sync + Send,
+    ) -> Result<Self> {
+        let Device::Cpu(cpu) = device;
+        let len = n.div_ceil(PANEL) * PANEL * k;
+        let storage = match dtype {
+            Dtype::F32 => {
+                let mut packed = Buffer::zeroed(device, len)?;
+                pack_panels(cpu, (n, k), read_row, packed.host_mut());
+                Storage::F32(packed)
+            }
+            Dtype::Bf16 => {
+                let mut packed = Buffer::zeroed(device, len)?;
+                pack_panels(cpu, (n, k), read_row, packed.host_mut());
+                Storage::Bf16(packed)
+            }
+        };
+        Ok(Self { n, k, storage })
+    }
+
+    /// Output features.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Input features.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        match &self.storage {
+            Storage::F32(packed) => packed.len() * 4,
+            Storage::Bf16(packed) => packed.len() * 2,
+        }
+    }
+
+    /// Row `row` in f32, as embedding lookup reads it.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.n && out.len() == self.k, "row {row} of ({}, {})", self.n, self.k);
+        let start = row / PANEL * self.k * PANEL + row % PANEL;
+        match &self.storage {
+            Storage::F32(packed) => read_strided(packed.host(), start, out),
+            Storage::Bf16(packed) => read_strided(packed.host(), start, out),
+        }
+    }
+}
+
+fn read_strided<W: Float>(packed: &[W], start: usize, out: &mut [f32]) {
+    for (at, v) in out.iter_mut().enumerate() {
+        *v = packed[start + at * PANEL].to_f32();
+    }
+}
+
+fn pack_panels<W: Float>(
+    cpu: &Cpu,
+    (n, k): (usize, usize),
+    read_row: impl Fn(usize, &mut [f32]) + Sync + Send,
+    packed: &mut [W],
+) {
+    let packed = Shared::new(packed);
+    cpu.parallel(n.div_ceil(PANEL), |panel| {
+        // SAFETY: each task has its own panel.
+        let out = unsafe { packed.range(panel * k * PANEL, k * PANEL) };
+        let mut row = vec![0.0; k];
+        for lane in 0..PANEL.min(n - panel * PANEL) {
+            read_row(panel * PANEL + lane, &mut row);
+            for (at, &v) in row.iter().enumerate() {
+                out[at * PANEL + lane] = W::from_f32(v);
+            }
+        }
+    });
+}
+
+/// `out[i, :] = x[i, :] · Wᵀ` for rows `0..rows`; x: (≥ rows, k), out: (≥ rows, n).
+pub fn matmul<T: Float>(
+    device: &Device,
+    rows: usize,
+    x: &Buffer<T>,
+    weight: &Weight,
+    out: &mut Buffer<f32>,
+) {
+    let Device::Cpu(cpu) = device;
+    let n = weight.n;
+    assert!(x.len() >= rows * weight.k && out.len() >= rows * n, "matmul: buffers too short");
+    let shared = Shared::new(&mut out.host_mut()[..rows * n]);
+    run(cpu, rows, x, weight, 1, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
+        let column = panel * PANEL;
+        let width = PANEL.min(n - column);
+        for (row, values) in tile.iter().take(tile_rows).enumerate() {
+            // SAFETY: each task writes the columns of its own panels.
+            let out = unsafe { shared.range((first_row + row) * n + column, width) };
+            out.copy_from_slice(&values[..width]);
+        }
+    });
+}
+
+/// SwiGLU: `out = silu(x · Gᵀ) * (x · Uᵀ)`, rounded to the matmul type. `weight` holds the rows of
+/// G and U in turns of [`PANEL`] (see [`interleave`]); x: (≥ rows, k), out: (≥ rows, n / 2).
+pub fn gated_matmul<T: Float>(
+    device: &Device,
+    rows: usize,
+    x: &Buffer<T>,
+    weight: &Weight,
+    out: &mut Buffer<T>,
+) {
+    let Device::Cpu(cpu) = device;
+    let n = weight.n / 2;
+    assert!(weight.n.is_multiple_of(2 * PANEL), "gate and up in whole panels");
+    assert!(x.len() >= rows * weight.k && out.len() >= rows * n, "gated: buffers too short");
+    let shared = Shared::new(&mut out.host_mut()[..rows * n]);
+    run(cpu, rows, x, weight, 2, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
+        let (gate, up) = tile.split_at(tile.len() / 2);
+        for row in 0..tile_rows {
+            let start = (first_row + row) * n + panel / 2 * PANEL;
+            // SAFETY: each task writes the columns of its own panels.
+            let out = unsafe { shared.range(start, PANEL) };
+            cpu.isa().run(Gate { gate: &gate[row], up: &up[row], out });
+        }
+    });
+}
+
+/// Which row of the interleaved gate-and-up weight is row `row % PANEL` of which half: the row of
+/// gate (`false`) or up (`true`) that stands at `row`.
+pub fn interleave(row: usize) -> (bool, usize) {
+    let panel = row / PANEL;
+    (panel % 2 == 1, panel / 2 * PANEL + row % PANEL)
+}
+
+struct Gate<'a, T> {
+    gate: &'a [f32; PANEL],
+    up: &'a [f32; PANEL],
+    out: &'a mut [T],
+}
+
+impl<T: Float> Kernel for Gate<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for lane in 0..PANEL {
+            let g = self.gate[lane];
+            self.out[lane] = T::from_f32(g / (1.0 + exp(-g)) * self.up[lane]);
+        }
+    }
+}
+
+/// Receives finished tiles: (first row, rows, first panel, (group · ROWS) × PANEL values).
+type Epilogue<'a> = dyn Fn(usize, usize, usize, &[[f32; PANEL]]) + Sync + 'a;
+
+/// Computes all tiles of `group` panels side by side and hands them to `epilogue`.
+fn run<T: Float>(
+    cpu: &Cpu,
+    rows: usize,
+    x: &Buffer<T>,
+    weight: &Weight,
+    group: usize,
+    epilogue: &Epilogue,
+) {
+    if rows == 0 {
+        return;
+    }
+    let k = weight.k;
+    let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+    let blocks = rows.div_ceil(ROWS);
+    assert!(workspace.len() >= blocks * ROWS * k, "matmul: workspace too small");
+    pack_rows(cpu, rows, k, x.host(), &mut workspace);
+    let packed = &workspace[..blocks * ROWS * k];
+    let groups = weight.n.div_ceil(PANEL) / group;
+    // A few tasks a thread, so that a slow thread is helped out; at least one group each.
+    let chunk = groups.div_ceil(cpu.threads() * 4).max(1);
+    cpu.parallel_chunks(groups, chunk, |range| match &weight.storage {
+        Storage::F32(w) => range.for_each(|at| {
+            group_tiles(cpu, rows, k, packed, w.host(), at * group, group, epilogue);
+        }),
+        Storage::Bf16(w) => range.for_each(|at| {
+            group_tiles(cpu, rows, k, packed, w.host(), at * group, group, epilogue);
+        }),
+    });
+}
+
+/// Packs x into `[rows / 6][k][6]` of f32, zero rows at the end.
+fn pack_rows<T: Float>(cpu: &Cpu, rows: usize, k: usize, x: &[T], packed: &mut [f32]) {
+    let packed = Shared::new(packed);
+    let blocks = rows.div_ceil(ROWS);
+    let pack = |block: usize| {
+        // SAFETY: each task has its own block.
+        let out = unsafe { packed.range(block * ROWS * k, ROWS * k) };
+        for row in 0..ROWS {
+            let at = block * ROWS + row;
+            if at < rows {
+                for (column, &v) in x[at * k..][..k].iter().enumerate() {
+                    out[column * ROWS + row] = v.to_f32();
+                }
+            } else {
+                (0..k).for_each(|column| out[column * ROWS + row] = 0.0);
+            }
+        }
+    };
+    if blocks < 16 {
+        (0..blocks).for_each(pack);
+    } else {
+        cpu.parallel(blocks, pack);
+    }
+}
+
+/// Rows that one pass over a panel covers: their tiles stay in the L1 and L2 caches.
+const ROW_GROUP: usize = 16 * ROWS;
+
+#[expect(clippy::too_many_arguments, reason = "one task of `run`, which names them")]
+fn group_tiles<W: Float>(
+    cpu: &Cpu,
+    rows: usize,
+    k: usize,
+    packed: &[f32],
+    weight: &[W],
+    first_panel: usize,
+    group: usize,
+    epilogue: &Epilogue,
+) {
+    const TILES: usize = 2 * ROW_GROUP;
+    let mut unpacked = [[0.0f32; PANEL]; K_BLOCK];
+    let mut sums = [[0.0f32; PANEL]; TILES];
+    for first_row in (0..rows).step_by(ROW_GROUP) {
+        let blocks = (rows - first_row).min(ROW_GROUP).div_ceil(ROWS);
+        sums[..blocks * ROWS * group].fill([0.0; PANEL]);
+        for member in 0..group {
+            let panel = &weight[(first_panel + member) * k * PANEL..][..k * PANEL];
+            for start in (0..k).step_by(K_BLOCK) {
+                let len = K_BLOCK.min(k - start);
+                cpu.isa().run(Block {
+                    weight: &panel[start * PANEL..][..len * PANEL],
+                    unpacked: &mut unpacked[..len],
+                    rows: &packed[first_row * k..][..blocks * ROWS * k],
+                    offset: start,
+                    k,
+                    sums: &mut sums[member * ROWS..],
+                    stride: group * ROWS,
+                });
+            }
+        }
+        for block in 0..blocks {
+            let row = first_row + block * ROWS;
+            let tile = &sums[block * ROWS * group..][..ROWS * group];
+            epilogue(row, ROWS.min(rows - row), first_panel, tile);
+        }
+    }
+}
+
+/// One block of k of one panel against all row blocks: `sums[block] += x · W`.
+struct Block<'a, W> {
+    weight: &'a [W],
+    unpacked: &'a mut [[f32; PANEL]],
+    rows: &'a [f32],
+    offset: usize,
+    k: usize,
+    sums: &'a mut [[f32; PANEL]],
+    stride: usize,
+}
+
+impl<W: Float> Kernel for Block<'_, W> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let (chunks, _) = self.weight.as_chunks::<PANEL>();
+        for (values, chunk) in self.unpacked.iter_mut().zip(chunks) {
+            for lane in 0..PANEL {
+                values[lane] = chunk[lane].to_f32();
+            }
+        }
+        let len = self.unpacked.len();
+        for (block, rows) in self.rows.chunks_exact(ROWS * self.k).enumerate() {
+            let (x, _) = rows[self.offset * ROWS..][..len * ROWS].as_chunks::<ROWS>();
+            let mut tile = [[0.0f32; PANEL]; ROWS];
+            for (w, x) in self.unpacked.iter().zip(x) {
+                for row in 0..ROWS {
+                    for lane in 0..PANEL {
+                        tile[row][lane] = x[row].mul_add(w[lane], tile[row][lane]);
+                    }
+                }
+            }
+            let sums = &mut self.sums[block * self.stride..][..ROWS];
+            for row in 0..ROWS {
+                for lane in 0..PANEL {
+                    sums[row][lane] += tile[row][lane];
+                }
+            }
+        }
+    }
+}

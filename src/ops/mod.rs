@@ -1,0 +1,68 @@
+//! The operations of the forward pass, one file each: parameters, checks, launch. Nothing above
+//! this layer writes `unsafe`. An operation checks every length, allocates nothing and waits for
+//! nothing.
+
+pub mod attention;
+pub mod copy_pages;
+pub mod enter;
+pub mod hooks;
+mod math;
+pub mod matmul;
+pub mod philox;
+pub mod residual_norm;
+pub mod rope_append;
+pub mod sample;
+pub mod select_rows;
+pub mod summarize;
+
+use half::bf16;
+
+use crate::device::Element;
+
+/// The type of matmul inputs and of the KV cache.
+pub trait Float: Element + Default {
+    /// Exact.
+    fn to_f32(self) -> f32;
+    /// Rounded to nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Float for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Float for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        // Branch-free, so that loops over it vectorise.
+        let bits = value.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+        let quiet = ((bits >> 16) | 0x40) as u16;
+        Self::from_bits(if value.is_nan() { quiet } else { rounded })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_as_the_half_crate_does() {
+        for step in 0..=u32::MAX / 9973 {
+            let value = f32::from_bits(step * 9973);
+            let (ours, theirs) = (<bf16 as Float>::from_f32(value), bf16::from_f32(value));
+            assert!(ours.to_bits() == theirs.to_bits() || value.is_nan() && ours.is_nan());
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Draws the next token of each row: argmax of logits / T + Gumbel over the entries that top-k,
+//! top-p and min-p leave, ties to the lowest id. With T = 0 the argmax of the logits.
+//!
+//! Randomness is a function of (seed, generated index, vocabulary id) only.
+
+use super::{
+    math::{exp, max},
+    philox::{Purpose, gumbel, philox, uniform},
+};
+use crate::device::{
+    Buffer, Device,
+    cpu::{Kernel, Shared},
+};
+
+/// How one token is drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Row of the logits.
+    pub row: u32,
+    /// The trial's seed.
+    pub seed: u64,
+    /// How many tokens were generated before.
+    pub index: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+}
+
+/// `tokens[i]` = the token of draw i. logits: (rows, vocab).
+pub fn sample(
+    device: &Device,
+    vocab: usize,
+    logits: &Buffer<f32>,
+    draws: &[Draw],
+    tokens: &mut [u32],
+) {
+    let Device::Cpu(cpu) = device;
+    assert_eq!(draws.len(), tokens.len(), "tokens");
+    let tokens = Shared::new(tokens);
+    cpu.parallel(draws.len(), |at| {
+        let draw = &draws[at];
+        let logits = &logits.host()[draw.row as usize * vocab..][..vocab];
+        // SAFETY: each task has its own token.
+        let token = unsafe { tokens.range(at, 1) };
+        token[0] = if draw.temperature == 0.0 {
+            cpu.isa().run(Argmax(logits))
+        } else if draw.top_k == 0 && draw.top_p >= 1.0 && draw.min_p <= 0.0 {
+            cpu.isa().run(GumbelMax { logits, draw })
+        } else {
+            among(&kept(logits, draw), logits, draw)
+        };
+    });
+}
+
+/// The lowest id of the largest logit.
+struct Argmax<'a>(&'a [f32]);
+
+impl Kernel for Argmax<'_> {
+    type Output = u32;
+    #[inline(always)]
+    fn run(self) -> u32 {
+        let best = max(self.0);
+        self.0.iter().position(|&v| v == best).unwrap_or(0) as u32
+    }
+}
+
+/// Ids whose randomness is made at once: four counters of four words.
+const BLOCK: usize = 16;
+
+struct GumbelMax<'a> {
+    logits: &'a [f32],
+    draw: &'a Draw,
+}
+
+impl GumbelMax<'_> {
+    #[inline(always)]
+    fn words(&self, block: usize) -> [u32; BLOCK] {
+        let mut words = [0; BLOCK];
+        for i in 0..4 {
+            let counter = [(block * 4 + i) as u32, self.draw.index, Purpose::Token as u32, 0];
+            words[4 * i..4 * i + 4].copy_from_slice(&philox(self.draw.seed, counter));
+        }
+        words
+    }
+
+    /// Scores a block and keeps the better of its best and `best`.
+    #[inline(always)]
+    fn visit(&self, block: usize, words: &[u32; BLOCK], best: (f32, u32)) -> (f32, u32) {
+        let first = block * BLOCK;
+        let logits = &self.logits[first..self.logits.len().min(first + BLOCK)];
+        logits.iter().enumerate().fold(best, |best, (lane, &logit)| {
+            let id = (first + lane) as u32;
+            better(best, (logit / self.draw.temperature + gumbel(words[lane]), id))
+        })
+    }
+}
+
+/// The larger score; of equal ones the lower id.
+#[inline(always)]
+fn better(a: (f32, u32), b: (f32, u32)) -> (f32, u32) {
+    if b.0 > a.0 || (b.0 == a.0 && b.1 < a.1) { b } else { a }
+}
+
+impl Kernel for GumbelMax<'_> {
+    type Output = u32;
+    #[inline(always)]
+    fn run(self) -> u32 {
+        let top = max(self.logits);
+        let top_at = self.logits.iter().position(|&v| v == top).unwrap_or(0);
+        let mut best = (f32::NEG_INFINITY, u32::MAX);
+        best = self.visit(top_at / BLOCK, &self.words(top_at / BLOCK), best);
+        for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
+            // An entry beats `best` only if g > best − l, that is u < 1 − exp(−exp(l − best)),
+            // which is below exp(l − best). Most blocks hold no such u, so no logarithm is taken.
+            // 1.001 covers the rounding of both sides.
+            let words = self.words(block);
+            let bound = exp(max(logits) / self.draw.temperature - best.0) * 1.001;
+            let mut smallest = u32::MAX;
+            for word in words {
+                smallest = smallest.min(word);
+            }
+            if uniform(smallest) <= bound {
+                best = self.visit(block, &words, best);
+            }
+        }
+        best.1
+    }
+}
+
+/// Ids that top-k, top-p and min-p leave, in transformers' order: each on what the one before
+/// left, of logits / T.
+pub(crate) fn kept(logits: &[f32], draw: &Draw) -> Vec<u32> {
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let by_logit = |a: &u32, b: &u32| {
+        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
+    };
+    let k = draw.top_k as usize;
+    if k > 0 && k < ids.len() {
+        let (_, &mut kth, _) = ids.select_nth_unstable_by(k - 1, by_logit);
+        let threshold = logits[kth as usize];
+        ids.retain(|&id| logits[id as usize] >= threshold);
+    }
+    ids.sort_unstable_by(by_logit);
+    let weight =
+        |id: u32| f64::from((logits[id as usize] - logits[ids[0] as usize]) / draw.temperature).exp();
+    if draw.top_p < 1.0 {
+        let total: f64 = ids.iter().map(|&id| weight(id)).sum();
+        let mut before = 0.0;
+        let keep = ids
+            .iter()
+            .take_while(|&&id| {
+                let keep = before < f64::from(draw.top_p) * total;
+                before += weight(id);
+                keep
+            })
+            .count();
+        let keep = keep.max(1);
+        ids.truncate(keep);
+    }
+    if draw.min_p > 0.0 {
+        let logits_of = |id: u32| f64::from(logits[id as usize] / draw.temperature);
+        let floor = logits_of(ids[0]) + f64::from(draw.min_p).ln();
+        ids.retain(|&id| logits_of(id) >= floor);
+    }
+    ids
+}
+
+fn among(ids: &[u32], logits: &[f32], draw: &Draw) -> u32 {
+    let score = |id: u32| {
+        let words = philox(draw.seed, [id / 4, draw.index, Purpose::Token as u32, 0]);
+        logits[id as usize] / draw.temperature + gumbel(words[id as usize % 4])
+    };
+    let none = (f32::NEG_INFINITY, u32::MAX);
+    ids.iter().fold(none, |best, &id| better(best, (score(id), id))).1
+}
