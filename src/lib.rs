@@ -3,7 +3,9 @@
 //! The crate in layers, each of which may name only those below it:
 //! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`error`] and [`request`]
 //! as leaves that every layer may name.
+pub mod device;
 pub mod engine;
 pub mod error;
 pub mod experiment;
+pub mod model;
 pub mod request;

@@ -1,0 +1,5 @@
+//! What the machine offers: memory-mapped files.
+
+mod file;
+
+pub use file::MappedFile;
