@@ -7,5 +7,6 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod experiment;
+pub mod model;
 pub mod ops;
 pub mod request;

@@ -2,10 +2,12 @@
 //! a fixed-length array in its memory, taken at start and never moved.
 
 pub mod cpu;
+mod file;
 
 use std::{fmt, str::FromStr};
 
 pub use cpu::Cpu;
+pub use file::MappedFile;
 
 use crate::error::{Error, Result};
 

@@ -1,0 +1,277 @@
+//! A model's weights in its memory-mapped files, by their canonical (Hugging Face Llama) names.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use super::{config::ModelConfig, format::Format, gguf::Gguf, shards};
+use crate::{
+    device::MappedFile,
+    error::{Error, Result},
+};
+
+/// The tensors of a model. Each is taken once; [`Checkpoint::finish`] tells whether all were.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<MappedFile>,
+    tensors: BTreeMap<String, Stored>,
+    taken: Mutex<BTreeSet<String>>,
+}
+
+/// Where a tensor is and how to read it.
+#[derive(Debug)]
+struct Stored {
+    file: usize,
+    bytes: Range<usize>,
+    format: Format,
+    shape: Vec<usize>,
+    /// Width of the heads whose rows stand interleaved for llama.cpp's rope.
+    interleaved: Option<usize>,
+}
+
+/// One tensor, to be read row by row from any number of threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    data: &'a [u8],
+    format: Format,
+    rows: usize,
+    cols: usize,
+    interleaved: Option<usize>,
+}
+
+/// GGUF's and our names of a block's tensors.
+const BLOCK_NAMES: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const OUTPUT: &str = "lm_head.weight";
+
+impl Checkpoint {
+    /// Names the tensors of a GGUF file.
+    pub(super) fn from_gguf(file: MappedFile, gguf: Gguf, config: &ModelConfig) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for (source, record) in gguf.tensors {
+            // llama.cpp turns neighbouring pairs, Hugging Face halves: the converter interleaved
+            // the rows of this architecture's q and k.
+            let turned = source.ends_with(".attn_q.weight") || source.ends_with(".attn_k.weight");
+            let interleaved = (turned && config.architecture == "llama").then_some(config.head_dim);
+            if let Some(head_dim) = interleaved
+                && !(record.shape.len() == 2 && record.shape[0].is_multiple_of(head_dim))
+            {
+                return Err(Error::new("wrong tensor shape")
+                    .at(file.path().display().to_string())
+                    .at(source)
+                    .expected(format!("two dimensions, a multiple of {head_dim} rows"))
+                    .got(format!("{:?}", record.shape)));
+            }
+            let name = canonical(&source).unwrap_or(source);
+            let stored = Stored {
+                file: 0,
+                bytes: record.bytes,
+                format: record.format,
+                shape: record.shape,
+                interleaved,
+            };
+            if tensors.insert(name.clone(), stored).is_some() {
+                return Err(Error::new("a tensor stands twice under two names").at(name));
+            }
+        }
+        Ok(Self::new(file.path().to_owned(), vec![file], tensors))
+    }
+
+    /// Names the tensors of a Hugging Face folder. A tied model may store its output matrix, if it
+    /// is the embedding's bytes again.
+    pub(super) fn from_folder(folder: &Path, config: &ModelConfig) -> Result<Self> {
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for (index, (file, records)) in shards::open(folder)?.into_iter().enumerate() {
+            for (name, record) in records {
+                let shards::TensorRecord { shape, format, bytes } = record;
+                let stored = Stored { file: index, bytes, format, shape, interleaved: None };
+                tensors.insert(name, stored);
+            }
+            files.push(file);
+        }
+        let mut checkpoint = Self::new(folder.to_owned(), files, tensors);
+        if config.tied_embeddings {
+            checkpoint.drop_copied_output()?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn new(path: PathBuf, files: Vec<MappedFile>, tensors: BTreeMap<String, Stored>) -> Self {
+        Self { path, files, tensors, taken: Mutex::default() }
+    }
+
+    fn drop_copied_output(&mut self) -> Result<()> {
+        let Some(output) = self.tensors.remove(OUTPUT) else { return Ok(()) };
+        let same = self.tensors.get(EMBEDDING).is_some_and(|embedding| {
+            embedding.shape == output.shape
+                && embedding.format == output.format
+                && self.bytes(embedding) == self.bytes(&output)
+        });
+        if same {
+            return Ok(());
+        }
+        Err(self
+            .error("a tied model stores an output matrix of its own", OUTPUT)
+            .expected(format!("no such tensor, or the same bytes as {EMBEDDING}"))
+            .hint("if it is not tied, say tie_word_embeddings false in config.json"))
+    }
+
+    /// A tensor by its canonical name: `model.embed_tokens.weight`, `model.norm.weight`,
+    /// `lm_head.weight`, and in `model.layers.{i}.`: `input_layernorm.weight`,
+    /// `post_attention_layernorm.weight`, `self_attn.{q,k,v,o}_proj.weight`,
+    /// `mlp.{gate,up,down}_proj.weight`.
+    ///
+    /// # Errors
+    ///
+    /// It is not there, has another shape, or was taken before.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        let Some(stored) = self.tensors.get(name) else {
+            return Err(self.error("a tensor is missing", name).expected(format!("{shape:?}")));
+        };
+        if stored.shape != shape {
+            return Err(self
+                .error("wrong tensor shape", name)
+                .expected(format!("{shape:?}"))
+                .got(format!("{:?}", stored.shape)));
+        }
+        if !self.taken().insert(name.to_owned()) {
+            return Err(self.error("a tensor is used twice", name));
+        }
+        let cols = shape.last().copied().unwrap_or(1);
+        let rows = shape.iter().rev().skip(1).product();
+        let Stored { format, interleaved, .. } = *stored;
+        Ok(Tensor { data: self.bytes(stored), format, rows, cols, interleaved })
+    }
+
+    /// Checks that every tensor was taken.
+    ///
+    /// # Errors
+    ///
+    /// Names those that were not.
+    pub fn finish(&self) -> Result<()> {
+        let taken = self.taken();
+        let left: Vec<&str> =
+            self.tensors.keys().map(String::as_str).filter(|name| !taken.contains(*name)).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let shown = left.iter().take(8).copied().collect::<Vec<_>>().join(", ");
+        let more = if left.len() > 8 { ", …" } else { "" };
+        Err(Error::new("the model has tensors that its architecture does not use")
+            .at(self.path.display().to_string())
+            .got(format!("{}: {shown}{more}", left.len())))
+    }
+
+    /// The weight files.
+    pub(super) fn files(&self) -> &[MappedFile] {
+        &self.files
+    }
+
+    fn bytes(&self, stored: &Stored) -> &[u8] {
+        &self.files[stored.file].bytes()[stored.bytes.clone()]
+    }
+
+    /// A thread that died while it took a tensor left nothing half done.
+    fn taken(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn error(&self, what: &str, name: &str) -> Error {
+        Error::new(what).at(name).at(self.path.display().to_string())
+    }
+}
+
+impl Tensor<'_> {
+    /// Rows; a (dim,) tensor is one.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Numbers in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Reads a row, exactly dequantised, in Hugging Face's order of rows.
+    ///
+    /// # Panics
+    ///
+    /// Where there is no such row or `out` is not `cols` long.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} numbers", out.len());
+        let row = self.interleaved.map_or(row, |head_dim| interleaved_row(row, head_dim));
+        let size = self.data.len() / self.rows;
+        self.format.dequantise(&self.data[row * size..][..size], out);
+    }
+}
+
+/// Where the row of a q or k projection stands in a GGUF file: there a head's rows are
+/// 0, d/2, 1, d/2 + 1, …, so that the pairs that rope turns are neighbours.
+fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (head, place) = (row / head_dim, row % head_dim);
+    let half = head_dim / 2;
+    head * head_dim + if place < half { 2 * place } else { 2 * (place - half) + 1 }
+}
+
+/// Our name of a GGUF tensor; `None` for one that has none.
+fn canonical(source: &str) -> Option<String> {
+    match source {
+        "token_embd.weight" => return Some(EMBEDDING.to_owned()),
+        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
+        "output.weight" => return Some(OUTPUT.to_owned()),
+        _ => {}
+    }
+    let (layer, rest) = source.strip_prefix("blk.")?.split_once('.')?;
+    let ours =
+        BLOCK_NAMES.iter().find(|(theirs, _)| rest.strip_suffix(".weight") == Some(theirs))?;
+    Some(format!("model.layers.{layer}.{}.weight", ours.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_are_read_in_halves() {
+        // Two heads of width 6, stored 0 3 1 4 2 5.
+        let stored: Vec<usize> = vec![0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11];
+        let data: Vec<u8> = stored.iter().flat_map(|n| (*n as f32).to_le_bytes()).collect();
+        let tensor =
+            Tensor { data: &data, format: Format::F32, rows: 12, cols: 1, interleaved: Some(6) };
+        for row in 0..12 {
+            let mut out = [f32::NAN];
+            tensor.read_row(row, &mut out);
+            assert_eq!(out, [row as f32]);
+        }
+    }
+
+    #[test]
+    fn gguf_names_have_canonical_ones() {
+        let cases = [
+            ("token_embd.weight", Some("model.embed_tokens.weight")),
+            ("output.weight", Some("lm_head.weight")),
+            ("blk.12.attn_k.weight", Some("model.layers.12.self_attn.k_proj.weight")),
+            ("blk.0.ffn_norm.weight", Some("model.layers.0.post_attention_layernorm.weight")),
+            ("blk.0.attn_q.bias", None),
+            ("blk.0.ffn_gate_exps.weight", None),
+        ];
+        for (theirs, ours) in cases {
+            assert_eq!(canonical(theirs).as_deref(), ours);
+        }
+    }
+}
