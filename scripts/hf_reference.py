@@ -1,0 +1,284 @@
+"""Answers requests with Hugging Face transformers, in the format of `inkling forward` and `inkling generate`.
+
+    python hf_reference.py MODEL_DIR requests.jsonl OUT.safetensors [--dtype float32] [--generated OUT.jsonl]
+
+The independent side of every parity check. Of a request it understands
+
+  id        names the answer
+  tokens    token ids; or text; or messages, rendered with the model's template (system and prefill too; a final
+            assistant message is continued)
+  inject    vector "FILE.safetensors#TENSOR", (dim,) or (layers, dim), or the numbers themselves; layer: one or a list;
+            site resid_pre, resid_mid or resid_post; op "add"; strength; strength_mode raw, unit, row or reference;
+            from and to as token indices (negative: from the prompt's end), to null: generated tokens too
+  capture   site resid_pre, resid_mid, resid_post, attn_out, mlp_out, final_norm or logits; layers: a list or "all";
+            positions: "all", "last" or a list
+  sampling  max_tokens, for --generated: greedy, past stop tokens (temperature 0 and ignore_eos, where given)
+
+and refuses everything else. Tensors are f32, "{id}/{site}.{layer}" (positions, dim), "{id}/final_norm" and
+"{id}/logits" (positions, width). resid_post.L and resid_pre.L+1 are one site, shown after the injections of both.
+Each generated line also holds `margins`: by how much the chosen token's logit led the second's.
+
+Needs: torch, transformers, safetensors.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
+BLOCK_SITES = (*STREAM_SITES, "attn_out", "mlp_out")
+MODES = ("raw", "unit", "row", "reference")
+KNOWN = {
+    "request": {"id", "tokens", "text", "messages", "system", "prefill", "inject", "capture", "sampling"},
+    "inject": {"vector", "layer", "site", "op", "strength", "strength_mode", "from", "to"},
+    "capture": {"site", "layers", "positions"},
+    "sampling": {"max_tokens", "temperature", "ignore_eos", "seed"},
+}
+
+
+def refuse(request, why):
+    raise SystemExit(f"request {request.get('id')!r} is not answered here: {why}")
+
+
+def check(request):
+    """Stops at anything this script would otherwise ignore."""
+    parts = [("request", request), ("sampling", request.get("sampling", {}))]
+    parts += [("inject", part) for part in request.get("inject", [])]
+    parts += [("capture", part) for part in request.get("capture", [])]
+    for kind, part in parts:
+        if unknown := set(part) - KNOWN[kind]:
+            refuse(request, f"{kind} has {sorted(unknown)}")
+    for part in request.get("inject", []):
+        if part.get("op", "add") != "add" or part.get("site", "resid_post") not in STREAM_SITES:
+            refuse(request, f"injection {part}")
+        if part.get("strength_mode", "raw") not in MODES:
+            refuse(request, f"strength_mode {part['strength_mode']}")
+    for part in request.get("capture", []):
+        if part["site"] not in (*BLOCK_SITES, "final_norm", "logits"):
+            refuse(request, f"capture site {part['site']}")
+    sampling = request.get("sampling", {})
+    if sampling.get("temperature", 0) != 0 or not sampling.get("ignore_eos", True):
+        refuse(request, "only greedy continuations that run past stop tokens")
+
+
+def first(output):
+    """The hidden states of a module's output, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Reference:
+    """A transformers model whose residual stream is edited and read by hooks."""
+
+    def __init__(self, folder, dtype="float32"):
+        self.folder = folder
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+        ).eval()
+        self.tokenizer = None
+        self.blocks = self.model.model.layers
+        self.edits = []  # the injections of the request at hand
+        self.start = 0  # position of the first row of the call at hand
+        self.seen = None  # {name: (rows, width)} of the call at hand, None: not wanted
+        for index, block in enumerate(self.blocks):
+            self.hook(index, block)
+        self.model.model.norm.register_forward_hook(lambda _, __, out: self.show("final_norm", out))
+
+    def hook(self, layer, block):
+        """Hooks one block. Edits are made in place, so the stream that skips ahead sees them too."""
+        sandwich = hasattr(block, "pre_feedforward_layernorm")  # families that normalise what they add
+        before_mlp = block.pre_feedforward_layernorm if sandwich else block.post_attention_layernorm
+        attn_out = block.post_attention_layernorm if sandwich else block.self_attn
+        mlp_out = block.post_feedforward_layernorm if sandwich else block.mlp
+
+        def enter(_, args, kwargs):
+            stream = args[0] if args else kwargs["hidden_states"]
+            self.edit("resid_pre", layer, stream)
+            if layer > 0:
+                self.show(f"resid_post.{layer - 1}", stream)
+
+        block.register_forward_pre_hook(enter, with_kwargs=True)
+        attn_out.register_forward_hook(lambda _, __, out: self.show(f"attn_out.{layer}", first(out)))
+        before_mlp.register_forward_pre_hook(lambda _, args: self.edit("resid_mid", layer, args[0]))
+        mlp_out.register_forward_hook(lambda _, __, out: self.show(f"mlp_out.{layer}", first(out)))
+        block.register_forward_hook(lambda _, __, out: self.edit("resid_post", layer, first(out)))
+
+    def show(self, name, stream):
+        if self.seen is not None:
+            self.seen[name] = stream[0].detach().float().clone()
+
+    def edit(self, site, layer, stream):
+        """Adds what is injected here to `stream` (1, rows, dim), in place, and shows the result."""
+        end = self.start + stream.shape[1]
+        for edit in self.edits:
+            low, high = max(edit["from"], self.start), min(edit["to"], end)
+            if (edit["site"], edit["layer"]) == (site, layer) and low < high:
+                rows = stream[0, low - self.start : high - self.start]
+                rows += self.change(edit, rows)
+        self.show(f"{site}.{layer}", stream)
+
+    @staticmethod
+    def change(edit, rows):
+        vector = edit["vector"].to(rows.dtype)
+        if edit["mode"] == "raw":
+            return edit["strength"] * vector
+        unit = vector / vector.norm()
+        scale = {"unit": 1.0, "reference": edit["reference"]}.get(edit["mode"])
+        if scale is None:
+            scale = rows.norm(dim=-1, keepdim=True)
+        return edit["strength"] * scale * unit
+
+    def call(self, tokens, start=0, cache=None, edits=(), watch=False):
+        """One forward call over `tokens`, which stand at positions `start..`."""
+        self.edits, self.start, self.seen = list(edits), start, {} if watch else None
+        with torch.inference_mode():
+            out = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        return out, self.seen
+
+    def render(self, request):
+        """The prompt's token ids."""
+        if "tokens" in request:
+            return list(request["tokens"])
+        self.tokenizer = self.tokenizer or AutoTokenizer.from_pretrained(self.folder)
+        if "text" in request:
+            return self.tokenizer(request["text"])["input_ids"]
+        return self.tokenizer(chat_text(self.tokenizer, request), add_special_tokens=False)["input_ids"]
+
+    def resolve(self, request, length, base):
+        """The request's injections with vectors loaded, windows as positions and norms measured."""
+        edits = []
+        for part in request.get("inject", []):
+            layers = part["layer"] if isinstance(part["layer"], list) else [part["layer"]]
+            for layer in layers:
+                edits.append({
+                    "site": part.get("site", "resid_post"),
+                    "layer": layer,
+                    "strength": part["strength"],
+                    "mode": part.get("strength_mode", "raw"),
+                    "vector": load_vector(part["vector"], layer, base),
+                    "from": place(part.get("from"), length, 0),
+                    "to": place(part.get("to"), length, math.inf),
+                    "reference": None,
+                })
+        return edits
+
+    def measure(self, request, tokens, edits):
+        """N of mode `reference`: the mean clean norm over the window's prompt positions but the first."""
+        wanted = [edit for edit in edits if edit["mode"] == "reference"]
+        if not wanted:
+            return
+        _, clean = self.call(tokens, watch=True)
+        for edit in wanted:
+            rows = clean[f"{edit['site']}.{edit['layer']}"][max(edit["from"], 1) : min(edit["to"], len(tokens))]
+            if not len(rows):
+                refuse(request, "a reference norm over no position")
+            edit["reference"] = float(rows.norm(dim=-1).mean())
+
+    def answer(self, request, base, generate=False):
+        """(captured tensors by name, continuation or None)."""
+        check(request)
+        tokens = self.render(request)
+        edits = self.resolve(request, len(tokens), base)
+        self.measure(request, tokens, edits)
+        out, seen = self.call(tokens, edits=edits, watch=True)
+        seen["logits"] = out.logits[0].float()
+        captures = {}
+        for capture in request.get("capture", []):
+            for name in self.names(capture):
+                captures[f"{request['id']}/{name}"] = pick(seen[name], capture.get("positions", "all"))
+        count = request.get("sampling", {}).get("max_tokens", 0)
+        if not generate or count == 0:
+            return captures, None
+        new, margins = self.greedy(out, len(tokens), count, edits)
+        return captures, {"id": request["id"], "prompt_tokens": len(tokens), "tokens": new, "margins": margins}
+
+    def names(self, capture):
+        if capture["site"] in ("final_norm", "logits"):
+            return [capture["site"]]
+        layers = capture.get("layers", "all")
+        layers = range(len(self.blocks)) if layers == "all" else layers
+        return [f"{capture['site']}.{layer}" for layer in layers]
+
+    def greedy(self, out, position, count, edits):
+        """`count` most likely tokens one after another, and each one's lead in logits."""
+        new, margins = [], []
+        while True:
+            top = out.logits[0, -1].float().topk(2)
+            new.append(int(top.indices[0]))
+            margins.append(float(top.values[0] - top.values[1]))
+            if len(new) == count:
+                return new, margins
+            out, _ = self.call(new[-1:], position, out.past_key_values, edits)
+            position += 1
+
+
+def chat_text(tokenizer, request):
+    """The rendered chat."""
+    turns = list(request["messages"])
+    if "system" in request:
+        turns.insert(0, {"role": "system", "content": request["system"]})
+    if turns[-1]["role"] == "assistant":
+        ending = {"continue_final_message": True}
+    else:
+        ending = {"add_generation_prompt": True}
+    return tokenizer.apply_chat_template(turns, tokenize=False, **ending) + request.get("prefill", "")
+
+
+def load_vector(spec, layer, base):
+    """(dim,) f32: FILE#TENSOR, the layer's row where the tensor has one a layer; or the numbers."""
+    if isinstance(spec, list):
+        return torch.tensor(spec)
+    file, _, name = spec.partition("#")
+    vector = load_file(Path(base) / file)[name].float()
+    return vector if vector.ndim == 1 else vector[layer]
+
+
+def place(index, length, absent):
+    """A window's edge as a position."""
+    if index is None:
+        return absent
+    return index if index >= 0 else length + index
+
+
+def pick(rows, positions):
+    if positions == "all":
+        return rows.contiguous()
+    return rows[[-1] if positions == "last" else positions].contiguous()
+
+
+def read_requests(path):
+    with open(path) as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_lines(path, items):
+    with open(path, "w") as out:
+        out.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("requests")
+    parser.add_argument("out")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--generated")
+    options = parser.parse_args()
+
+    reference = Reference(options.model, options.dtype)
+    tensors, continuations = {}, []
+    for request in read_requests(options.requests):
+        captures, continuation = reference.answer(request, Path(options.requests).parent, bool(options.generated))
+        tensors |= captures
+        continuations += [continuation] if continuation else []
+    save_file(tensors, options.out)
+    if options.generated:
+        write_lines(options.generated, continuations)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Makes the committed fixtures of tests/golden with transformers, on the CPU, in f32.
+
+    python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
+    python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
+    python make_golden.py demo HF_FOLDER    the demo model (its folder from gguf_to_hf.py --dtype float32): chats,
+                                            captured rows, continuations, and its tokenizer's answers
+
+Every number in them is transformers' own; nothing of inkling takes part. Made again, token ids are the same and
+floats agree to rounding.
+
+Needs: torch, transformers, safetensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from golden_texts import CHATS, PROMPTS, TEXTS
+from hf_reference import BLOCK_SITES, Reference, chat_text, read_requests, write_lines
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+
+# Awkward on purpose: no width is a multiple of 32, head_dim is not dim / heads in two of them, ffn is an odd multiple.
+TINY = {
+    "plain": dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, intermediate_size=104,
+                  vocab_size=131, rope_theta=10000.0),
+    "mqa": dict(hidden_size=80, num_attention_heads=4, num_key_value_heads=1, head_dim=24, intermediate_size=136,
+                vocab_size=300, rope_theta=500000.0, tie_word_embeddings=True),
+    "sharded": dict(hidden_size=72, num_attention_heads=4, num_key_value_heads=2, head_dim=20, intermediate_size=118,
+                    vocab_size=257, rope_theta=10000.0, eos_token_id=[2, 5]),
+}  # fmt: skip
+LAYERS = 3
+OUTLIERS = (5, 30)  # channels of the stream that are larger than the others, as in trained models
+
+
+def tiny_model(settings, seed):
+    """Random weights whose stream grows over the layers, has outlier channels, and ends in spread-out logits."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(num_hidden_layers=LAYERS, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=1,
+                         **({"eos_token_id": 2, "tie_word_embeddings": False} | settings))  # fmt: skip
+    model = LlamaForCausalLM(config)
+    outliers = list(OUTLIERS)
+    gains = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.5}
+    # Tied, a token would predict itself for ever, or the one with the largest outlier follow every other.
+    spread, outlier = (0.2, 1.5) if config.tie_word_embeddings else (0.3, 6.0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            part = name.split(".")[-2]
+            if weight.ndim == 1:
+                weight.uniform_(0.6, 1.4)
+                weight[outliers] *= 0.3
+            elif part == "embed_tokens":
+                weight.normal_(std=spread)
+                weight[:, outliers] *= outlier
+            else:
+                weight.normal_(std=gains.get(part, 1.0) * weight.shape[1] ** -0.5)
+                if part in ("o_proj", "down_proj"):
+                    weight[outliers] *= 4.0
+    return model
+
+
+def save_model(name, model, folder):
+    """`plain` gets the config.json of older transformers; `mqa` is stored in bf16; `sharded` in two files."""
+    if name == "mqa":
+        model = model.to(torch.bfloat16)
+    shard = "400KB" if name == "sharded" else "50GB"
+    model.save_pretrained(folder, max_shard_size=shard)
+    if name == "plain":
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        config["torch_dtype"] = config.pop("dtype")
+        config["rope_scaling"] = None
+        del config["head_dim"]
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tiny_vectors(dim):
+    """Two vectors as long as the stream, and one with a row a layer."""
+    def rows(count, norm):
+        v = torch.randn(count, dim)
+        return v * norm / v.norm(dim=-1, keepdim=True)
+
+    return {"ocean": rows(1, 4.0)[0], "dust": rows(1, 0.5)[0], "bread": rows(LAYERS, 3.0)}
+
+
+def inject(vector, site, layer, strength, mode, start=None, end=None):
+    part = {"vector": f"vectors.safetensors#{vector}", "site": site, "layer": layer, "strength": strength,
+            "strength_mode": mode}  # fmt: skip
+    window = {"from": start, "to": end}
+    return part | {edge: at for edge, at in window.items() if at is not None}
+
+
+def capture(positions, full):
+    """Every site of every block; not `full`: each row of the stream once."""
+    sites = dict.fromkeys(BLOCK_SITES, "all") if full else {"resid_pre": [0], "resid_mid": "all", "resid_post": "all"}
+    parts = [{"site": site, "layers": layers, "positions": positions} for site, layers in sites.items()]
+    return parts + [{"site": site, "positions": positions} for site in ("final_norm", "logits")]
+
+
+# id, prompt length, injections, captured positions. Windows cross the edges of pages (16) and tiles (64).
+TINY_REQUESTS = [
+    ("one_clean", 1, [], "all"),
+    ("one_all", 1, [inject("ocean", "resid_post", 0, 1.0, "raw")], "all"),
+    ("short_clean", 17, [], "all"),
+    ("short_embedding", 17, [inject("ocean", "resid_pre", 0, 0.5, "raw", 0, 1)], [0, 1, 15, 16]),
+    ("short_last_layer", 17, [inject("dust", "resid_post", 2, 4.0, "unit", 9)], [8, 9, 16]),
+    ("page_middle", 33, [inject("ocean", "resid_post", 0, 1.0, "raw", 10, 20)], [9, 10, 15, 16, 19, 20, 32]),
+    ("page_last", 33, [inject("bread", "resid_mid", 2, 0.8, "row", -1)], [31, 32]),
+    ("page_single", 33, [inject("bread", "resid_post", 1, 1.0, "raw", 16, 17)], [15, 16, 17, 32]),
+    ("tile_clean", 70, [], [0, 15, 16, 63, 64, 69]),
+    ("tile_mid", 70, [inject("dust", "resid_mid", 1, 3.0, "unit", 60, 68)], [59, 60, 63, 64, 67, 68, 69]),
+    ("tile_open", 70, [inject("ocean", "resid_pre", 1, 0.6, "reference", 32)], [31, 32, 63, 64, 69]),
+    ("tile_negative", 70, [inject("ocean", "resid_mid", 0, -2.0, "unit", -30, -5)], [39, 40, 64, 65, 69]),
+    ("same_site", 70, [inject("ocean", "resid_post", 1, 0.5, "row", 20, 50),
+                       inject("dust", "resid_pre", 2, 3.0, "raw", 40, 66)], [19, 20, 39, 40, 50, 65, 66, 69]),
+    ("same_twice", 70, [inject("bread", "resid_post", 0, 0.5, "reference", 0, 64),
+                        inject("ocean", "resid_post", 0, -0.7, "raw", 63)], [0, 1, 62, 63, 64, 69]),
+    ("long_clean", 200, [], [0, 64, 127, 128, 199]),
+    ("long_row", 200, [inject("bread", "resid_post", 1, 0.5, "row", 120, 140)], [119, 120, 127, 128, 139, 140, 199]),
+    ("long_many", 200, [inject("ocean", "resid_pre", 0, 0.4, "raw", 5, 50),
+                        inject("bread", "resid_post", 0, 0.4, "reference", 16, 64),
+                        inject("dust", "resid_mid", 1, 0.3, "row", 100, 180),
+                        inject("ocean", "resid_mid", 2, 1.5, "unit", -40)], [4, 5, 16, 49, 63, 64, 100, 160, 180, 199]),
+    ("fork", -90, [inject("ocean", "resid_post", 1, 0.5, "reference", 21, 80)], [19, 20, 21, 64, 79, 80, 89]),
+]  # fmt: skip
+# Not for `forward`: no prompt position is touched.
+TINY_GENERATE_ONLY = [
+    ("generated_only", 33, [inject("ocean", "resid_post", 1, 4.0, "unit", 33)]),
+    ("generated_window", 70, [inject("bread", "resid_mid", 1, 0.8, "row", 75, 95)]),
+]
+TINY_FULL = ["one_clean", "short_clean", "tile_mid", "long_many"]
+TINY_GENERATED = ["one_clean", "short_clean", "page_middle", "page_last", "tile_open", "same_twice", "long_clean",
+                  "long_many", "fork"]  # fmt: skip
+GREEDY = {"temperature": 0, "max_tokens": 64, "ignore_eos": True}
+
+
+def tiny_prompts(vocab):
+    """Prompt of a length: all are prefixes of one, but a negative length's, which leaves it at position 20."""
+    trunk, branch = torch.randint(0, vocab, (2, 200)).tolist()
+    return lambda length: trunk[:length] if length > 0 else trunk[:20] + branch[: -length - 20]
+
+
+def tiny_requests(prompt):
+    forward, generate = [], []
+    for name, length, edits, positions in TINY_REQUESTS:
+        request = {"id": name, "tokens": prompt(length), "inject": edits}
+        forward.append(request | {"capture": capture(positions, name in TINY_FULL)})
+        if name in TINY_GENERATED:
+            generate.append(request | {"sampling": GREEDY})
+    for name, length, edits in TINY_GENERATE_ONLY:
+        generate.append({"id": name, "tokens": prompt(length), "inject": edits, "sampling": GREEDY})
+    return forward, generate
+
+
+def tiny():
+    for seed, (name, settings) in enumerate(TINY.items()):
+        folder = GOLDEN / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(name, tiny_model(settings, seed), folder)
+        (folder / "generation_config.json").unlink()
+        save_file(tiny_vectors(settings["hidden_size"]), folder / "vectors.safetensors")
+        forward, generate = tiny_requests(tiny_prompts(settings["vocab_size"]))
+        write_lines(folder / "requests.jsonl", forward)
+        write_lines(folder / "generate.jsonl", generate)
+        reference = Reference(folder)
+        tensors = {}
+        for request in read_requests(folder / "requests.jsonl"):
+            tensors |= reference.answer(request, folder)[0]
+        save_file(tensors, folder / "expected.safetensors")
+        continuations = [reference.answer(r, folder, True)[1] for r in read_requests(folder / "generate.jsonl")]
+        write_lines(folder / "generated.jsonl", continuations)
+        describe(name, tensors, continuations)
+
+
+def describe(name, tensors, continuations):
+    """What makes a fixture weak shows here: flat logits, a stream that doesn't grow, ties."""
+    for key in ("resid_pre.0", "resid_post.2", "logits"):
+        rows = tensors.get(f"short_clean/{key}")
+        if rows is not None:
+            norms = rows.norm(dim=-1)
+            print(f"{name} {key}: std {rows.std():.3f} norm {norms.mean():.2f} max/median channel "
+                  f"{rows.abs().mean(0).max() / rows.abs().mean(0).median():.1f}")  # fmt: skip
+    margins = sorted(m for c in continuations for m in c["margins"])
+    distinct = [len(set(c["tokens"])) for c in continuations]
+    print(f"{name}: {len(margins)} margins, smallest {margins[:3]}, median {margins[len(margins) // 2]:.3f}, "
+          f"distinct tokens {distinct}")  # fmt: skip
+
+
+def sampling():
+    """Logits with ties and a long tail through transformers' warpers, in its order."""
+    torch.manual_seed(11)
+    cases = []
+    for temperature, top_k, top_p, min_p in [
+        (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.1),
+        (0.8, 20, 0.95, 0.0), (1.5, 12, 0.8, 0.05), (1.0, 1, 1.0, 0.0), (1.0, 0, 0.01, 0.0), (0.3, 60, 0.5, 0.3),
+    ]:  # fmt: skip
+        scores = torch.randn(1, 61, dtype=torch.float64) * 3
+        logits = scores[0].tolist()
+        scores = TemperatureLogitsWarper(temperature)(None, scores)
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        if min_p > 0:
+            scores = MinPLogitsWarper(min_p)(None, scores)
+        cases.append({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "logits": logits,
+                      "probabilities": scores.softmax(-1)[0].tolist()})  # fmt: skip
+    write_lines(GOLDEN / "sampling.jsonl", cases)
+
+
+def demo(source):
+    folder = GOLDEN / "smollm2"
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = Reference(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    demo_tokens(tokenizer, GOLDEN / "smollm2_tokens.json")
+    torch.manual_seed(3)
+    save_file({"thought": torch.randn(reference.model.config.hidden_size)}, folder / "vectors.safetensors")
+    write_lines(folder / "requests.jsonl", demo_requests(tokenizer))
+    tensors, continuations = {}, []
+    for request in read_requests(folder / "requests.jsonl"):
+        captures, continuation = reference.answer(request, folder, True)
+        tensors |= captures
+        continuations.append({"prompt": reference.render(request)} | continuation)
+        print(request["id"], repr(tokenizer.decode(continuation["tokens"]))[:150])
+    save_file(tensors, folder / "expected.safetensors")
+    write_lines(folder / "generated.jsonl", continuations)
+    describe("smollm2", tensors, continuations)
+
+
+# Of injection number i: site, layer, strength, mode and where the window starts, as a share of the prompt.
+DEMO_INJECTIONS = [
+    ("resid_post", 12, 0.5, "reference", 0.5), ("resid_post", 20, 0.5, "reference", 0.0),
+    ("resid_mid", 15, 0.4, "row", 0.6), ("resid_pre", 8, 0.5, "reference", 0.7),
+    ("resid_post", 24, 60.0, "unit", 0.4), ("resid_post", 20, 2.0, "raw", 0.8),
+    ("resid_mid", 20, 0.5, "reference", 0.3), ("resid_post", 28, 0.6, "row", 0.5),
+    ("resid_pre", 0, 0.5, "reference", 0.9), ("resid_post", 5, 0.5, "row", 0.25),
+]  # fmt: skip
+
+
+def demo_requests(tokenizer):
+    """Each prompt clean and injected; the norms at `resid_post.20` are about 100."""
+    requests = []
+    for i, messages in enumerate(PROMPTS):
+        length = len(tokenizer(chat_text(tokenizer, {"messages": messages}), add_special_tokens=False)["input_ids"])
+        site, layer, strength, mode, share = DEMO_INJECTIONS[i]
+        edit = inject("thought", site, layer, strength, mode, int(share * length))
+        for condition, edits in (("clean", []), ("injected", [edit])):
+            request = {"id": f"{i}_{condition}", "messages": messages, "inject": edits, "capture": demo_captures(i == 0)}
+            requests.append(request | {"sampling": GREEDY})
+    return requests
+
+
+def demo_captures(logits):
+    parts = [{"site": site, "layers": layers, "positions": "last"} for site, layers in
+             [("resid_post", [0, 12, 29]), ("resid_mid", [20]), ("attn_out", [12]), ("mlp_out", [20])]]  # fmt: skip
+    parts.append({"site": "final_norm", "positions": "last"})
+    return parts + ([{"site": "logits", "positions": "last"}] if logits else [])
+
+
+def demo_tokens(tokenizer, path):
+    texts = [{"text": text, "tokens": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in TEXTS]
+    chats = []
+    for chat in CHATS:
+        text = chat_text(tokenizer, chat)
+        chats.append({"request": chat, "text": text, "tokens": tokenizer(text, add_special_tokens=False)["input_ids"]})
+    path.write_text(json.dumps({"texts": texts, "chats": chats}, ensure_ascii=False, indent=0) + "\n")
+
+
+def main():
+    torch.set_num_threads(1)
+    actions = {"tiny": tiny, "sampling": sampling, "demo": demo}
+    if len(sys.argv) < 2 or sys.argv[1] not in actions:
+        raise SystemExit(__doc__)
+    actions[sys.argv[1]](*sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
