@@ -1,5 +1,18 @@
 //! The step loop behind a `Send` handle: jobs in, events out. Nothing here knows what a trial is.
 
+mod bank;
+mod batch;
+mod core;
+mod handle;
+mod hooks;
+mod kv;
+mod prompts;
+mod sequence;
+mod step;
 mod types;
 
+pub use handle::{Engine, Finished, Fingerprint, Limits, Options, Stats};
+pub use hooks::{norm, site_name};
 pub use types::*;
+
+pub use crate::{device::DeviceKind, ops::matmul::Dtype};

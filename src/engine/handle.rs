@@ -1,0 +1,359 @@
+//! The handle: starts the engine's thread, submits jobs, collects what they report.
+
+use std::{
+    collections::HashMap,
+    num::NonZero,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    core::{Command, Core, Submission},
+    hooks,
+    sequence::{continuations, rows_of},
+    types::{Event, Job, Outcome},
+};
+use crate::{
+    device::{
+        Cpu, Device, DeviceKind,
+        cpu::{Isa, thread_pool},
+    },
+    error::{Error, Result},
+    model::{Model, ModelConfig, forward::workspace, weights::Weights},
+    ops::{Float, attention::PAGE, matmul::Dtype},
+};
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it runs.
+    pub device: DeviceKind,
+    /// Type of weights, matmul inputs and cache.
+    pub dtype: Dtype,
+    /// Threads; `None`: one a core.
+    pub threads: Option<usize>,
+    /// Sequences at a time.
+    pub max_batch: usize,
+    /// Bytes for keys and values; `None`: 2 GiB, or what [`Options::max_batch`] sequences of the
+    /// model's context need where that is less.
+    pub kv_bytes: Option<u64>,
+    /// Whether jobs share what is clean. Results are the same, bit for bit.
+    pub share: bool,
+    /// `None`: the best this machine has. Results are the same, bit for bit.
+    pub isa: Option<Isa>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            device: DeviceKind::Cpu,
+            dtype: Dtype::Bf16,
+            threads: None,
+            max_batch: 64,
+            kv_bytes: None,
+            share: true,
+            isa: None,
+        }
+    }
+}
+
+/// What the bits of results depend on beside the job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// `cpu`.
+    pub device: String,
+    /// `bf16` or `f32`.
+    pub dtype: String,
+    /// Instruction set family whose results are the same bits.
+    pub isa: String,
+    /// Version of the arithmetic.
+    pub kernels: String,
+}
+
+/// Counters since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Steps run.
+    pub steps: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Rows × layers computed.
+    pub layer_rows: u64,
+    /// Rows × layers that clean runs saved.
+    pub layer_rows_saved: u64,
+    /// Tokens drawn.
+    pub tokens: u64,
+    /// Time spent working.
+    pub seconds: f64,
+}
+
+/// What is taken at start.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences at a time.
+    pub slots: usize,
+    /// Rows a step.
+    pub rows: usize,
+    /// Positions of a sequence.
+    pub positions: usize,
+    /// Cache pages, each of one layer.
+    pub pages: usize,
+    /// Captured rows a step.
+    pub capture_rows: usize,
+    /// Pages of cached residual rows.
+    pub residual_pages: usize,
+    /// Operations of a sequence.
+    pub ops: usize,
+    /// Vectors in the bank.
+    pub vectors: usize,
+    /// Receipts a step.
+    pub receipts: usize,
+    /// Whether jobs share what is clean.
+    pub share: bool,
+}
+
+const MAX_ROWS: usize = 512;
+const DEFAULT_KV_BYTES: u64 = 2 << 30;
+const CAPTURE_BYTES: usize = 64 << 20;
+
+impl Limits {
+    fn new(config: &ModelConfig, options: &Options) -> Result<Self> {
+        if options.max_batch == 0 || options.threads == Some(0) {
+            return Err(Error::new("--max-batch and --threads must be at least 1"));
+        }
+        let c = config;
+        let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
+        let page_bytes = 2 * PAGE * c.kv_heads * c.head_dim * element;
+        let blocks = c.context.div_ceil(PAGE);
+        // Every sequence's own pages and its prompt's clean ones, at full length.
+        let most = 2 * options.max_batch * c.layers * blocks;
+        let bytes = options.kv_bytes.unwrap_or(DEFAULT_KV_BYTES);
+        let pages = ((bytes / page_bytes as u64) as usize).min(most);
+        let sites = 2 * c.layers + 1;
+        let taps = 2 * sites + 1;
+        let ops = 4 * sites;
+        Ok(Self {
+            slots: options.max_batch,
+            rows: MAX_ROWS.max(options.max_batch),
+            positions: c.context,
+            pages,
+            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(taps),
+            residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
+            ops,
+            vectors: (4 * options.max_batch).max(ops),
+            receipts: 8 * MAX_ROWS.max(options.max_batch) + ops,
+            share: options.share,
+        })
+    }
+
+    /// Refuses a job that could never get its memory.
+    fn check(&self, job: &Job, config: &ModelConfig) -> Result<()> {
+        let blocks = rows_of(job).div_ceil(PAGE);
+        let prompt = job.tokens.len().div_ceil(PAGE);
+        let children = if continuations(job) > 1 { blocks } else { 0 };
+        let pages = (prompt + blocks + children) * config.layers;
+        if pages > self.pages {
+            return Err(Error::new("a sequence does not fit into the cache")
+                .expected(format!("at most {} pages of 16 positions at one layer", self.pages))
+                .got(format!("{pages} for {} positions", rows_of(job)))
+                .hint("give the cache more memory, or shorten the prompt or max_tokens"));
+        }
+        if job.inject.len() > self.ops {
+            return Err(Error::new("too many injections in one request")
+                .expected(format!("at most {}", self.ops))
+                .got(job.inject.len()));
+        }
+        Ok(())
+    }
+}
+
+/// A finished job.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Finished {
+    /// What it reports.
+    pub outcome: Outcome,
+    /// (positions, width) of each of its captures.
+    pub captures: Vec<Vec<f32>>,
+}
+
+/// A running engine. Dropping it ends its thread; jobs still running are dropped.
+pub struct Engine {
+    commands: Mutex<Option<mpsc::Sender<Command>>>,
+    thread: Option<JoinHandle<()>>,
+    config: Arc<ModelConfig>,
+    fingerprint: Fingerprint,
+    limits: Limits,
+}
+
+impl Engine {
+    /// Loads the weights, takes all memory and starts the thread.
+    ///
+    /// # Errors
+    /// A tensor is missing, misshapen or left over; memory does not suffice.
+    pub fn start(model: &Model, options: &Options) -> Result<Self> {
+        match options.dtype {
+            Dtype::Bf16 => Self::start_as::<half::bf16>(model, options),
+            Dtype::F32 => Self::start_as::<f32>(model, options),
+        }
+    }
+
+    fn start_as<T: Float>(model: &Model, options: &Options) -> Result<Self> {
+        let DeviceKind::Cpu = options.device;
+        let cores = thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = options.threads.unwrap_or(cores);
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        let limits = Limits::new(&model.config, options)?;
+        let config = Arc::new(model.config.clone());
+        let pool = thread_pool(threads)?;
+        let core = pool.install(|| -> Result<Core<T>> {
+            let device = Device::Cpu(Cpu::new(isa, threads, workspace(&config, limits.rows))?);
+            let weights = Weights::load(&device, options.dtype, &config, &model.checkpoint)?;
+            let tokenizer = model.tokenizer.clone();
+            Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
+        })?;
+        let (sender, receiver) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("inkling-engine".into())
+            .spawn(move || pool.install(move || core.run(&receiver)))?;
+        let fingerprint = Fingerprint {
+            device: options.device.to_string(),
+            dtype: options.dtype.to_string(),
+            isa: "fma".into(), // every instruction set gives the same bits
+            kernels: "1".into(),
+        };
+        let commands = Mutex::new(Some(sender));
+        Ok(Self { commands, thread: Some(thread), config, fingerprint, limits })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the bits of results depend on beside the job.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
+    }
+
+    /// Submits a job; its events go to `events` with the tag.
+    ///
+    /// # Errors
+    /// The job does not fit the model, or would change nothing it promises to change.
+    pub fn submit(&self, job: Job, tag: u64, events: &mpsc::Sender<(u64, Event)>) -> Result<()> {
+        hooks::check(&job, &self.config)?;
+        self.limits.check(&job, &self.config)?;
+        let events = events.clone();
+        self.send(Command::Submit(Box::new(Submission { tag, job, events })))
+    }
+
+    /// Drops a job; it reports `Failed`.
+    pub fn cancel(&self, tag: u64) {
+        drop(self.send(Command::Cancel(tag)));
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> Stats {
+        let (sender, receiver) = mpsc::channel();
+        match self.send(Command::Stats(sender)) {
+            Ok(()) => receiver.recv().unwrap_or_default(),
+            Err(_) => Stats::default(),
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = commands.as_ref().is_some_and(|sender| sender.send(command).is_ok());
+        if sent { Ok(()) } else { Err(stopped()) }
+    }
+
+    /// Runs one job to its end.
+    ///
+    /// # Errors
+    /// As for [`Engine::submit`], and what the job itself fails with.
+    pub fn run(&self, job: Job) -> Result<Finished> {
+        let mut result = Err(stopped());
+        self.run_all([job], |_, finished| {
+            result = finished;
+            Ok(())
+        })?;
+        result
+    }
+
+    /// Streams jobs through, a bounded number in flight, and calls `done` with each one's index
+    /// as it finishes, in any order.
+    ///
+    /// # Errors
+    /// What `done` returns, at once; a job's own failure goes to `done`.
+    pub fn run_all(
+        &self,
+        jobs: impl IntoIterator<Item = Job>,
+        mut done: impl FnMut(usize, Result<Finished>) -> Result<()>,
+    ) -> Result<()> {
+        let in_flight = 4 * self.limits.slots + 8;
+        let (sender, events) = mpsc::channel();
+        let mut jobs = jobs.into_iter().enumerate().fuse();
+        let mut running: HashMap<u64, Vec<Vec<f32>>> = HashMap::new();
+        let result = loop {
+            let room = in_flight.saturating_sub(running.len());
+            let refused = jobs.by_ref().take(room).find_map(|(index, job)| {
+                let captures = vec![Vec::new(); job.capture.len()];
+                match self.submit(job, index as u64, &sender) {
+                    Ok(()) => {
+                        running.insert(index as u64, captures);
+                        None
+                    }
+                    Err(error) => done(index, Err(error)).err(),
+                }
+            });
+            if let Some(error) = refused {
+                break Err(error);
+            }
+            if running.is_empty() {
+                break Ok(());
+            }
+            let (tag, event) = match events.recv_timeout(Duration::from_secs(1)) {
+                Ok(event) => event,
+                Err(_) if self.thread.as_ref().is_some_and(|t| !t.is_finished()) => continue,
+                Err(_) => break Err(stopped()),
+            };
+            let result = match event {
+                Event::Token { .. } => continue,
+                Event::Capture { capture, data } => {
+                    if let Some(captures) = running.get_mut(&tag) {
+                        captures[capture] = data;
+                    }
+                    continue;
+                }
+                Event::Done(outcome) => {
+                    let captures = running.remove(&tag).unwrap_or_default();
+                    Ok(Finished { outcome, captures })
+                }
+                Event::Failed(error) => {
+                    running.remove(&tag);
+                    Err(error)
+                }
+            };
+            if let Err(error) = done(tag as usize, result) {
+                break Err(error);
+            }
+        };
+        running.into_keys().for_each(|tag| self.cancel(tag));
+        result
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+fn stopped() -> Error {
+    Error::new("the engine has stopped")
+}

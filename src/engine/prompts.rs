@@ -1,0 +1,165 @@
+//! The clean runs of prompts: their pages, norms and cached residual rows, found by content and
+//! evicted least recently used.
+
+use std::{collections::HashMap, sync::Arc};
+
+use super::{
+    hooks::{CleanNorms, Own},
+    kv::{PagePool, PageTable},
+};
+use crate::ops::attention::PAGE;
+
+/// A prompt's tokens: its name.
+pub type Key = Arc<[u32]>;
+
+/// What is kept of a prompt's clean run.
+#[derive(Debug)]
+pub struct CleanPrompt {
+    /// Its keys and values, all layers, all positions.
+    pub pages: PageTable,
+    /// ‖h‖, (sites, positions).
+    pub norms: Vec<f32>,
+    /// Residual rows at `resid_pre.L`, by L.
+    residuals: HashMap<usize, Residual>,
+    /// A sequence computes it now.
+    pub running: bool,
+    /// Jobs whose prompt rows are still to come.
+    pub users: usize,
+    last_used: u64,
+}
+
+/// Residual rows of positions `from..`, in pages of [`PAGE`] rows.
+#[derive(Debug)]
+struct Residual {
+    from: usize,
+    pages: Vec<u32>,
+}
+
+impl CleanPrompt {
+    /// The row of the residual cache that holds a position at a layer.
+    pub fn residual_row(&self, layer: usize, position: usize) -> Option<usize> {
+        let residual = self.residuals.get(&layer)?;
+        let at = position.checked_sub(residual.from)?;
+        Some(residual.pages[at / PAGE] as usize * PAGE + at % PAGE)
+    }
+
+    /// Whether a job can start from it.
+    pub fn serves(&self, own: Own) -> bool {
+        !self.running
+            && (own.cut == 0 || self.residuals.get(&own.cut).is_some_and(|r| r.from <= own.start))
+    }
+
+    /// The norms, for `prompt` positions.
+    pub fn norms(&self, prompt: usize) -> CleanNorms<'_> {
+        CleanNorms { norms: &self.norms, prompt }
+    }
+}
+
+/// All clean runs at hand.
+#[derive(Debug)]
+pub struct Prompts {
+    entries: HashMap<Key, CleanPrompt>,
+    /// Pages of residual rows.
+    rows: PagePool,
+    clock: u64,
+}
+
+impl Prompts {
+    /// Room for `row_pages` pages of residual rows.
+    pub fn new(row_pages: usize) -> Self {
+        Self { entries: HashMap::new(), rows: PagePool::new(row_pages), clock: 0 }
+    }
+
+    /// The clean run of a prompt.
+    pub fn get(&self, key: &Key) -> Option<&CleanPrompt> {
+        self.entries.get(key)
+    }
+
+    /// Likewise, marked as used now.
+    pub fn touch(&mut self, key: &Key) -> Option<&mut CleanPrompt> {
+        self.clock += 1;
+        let entry = self.entries.get_mut(key)?;
+        entry.last_used = self.clock;
+        Some(entry)
+    }
+
+    /// A new entry, about to be computed.
+    pub fn insert(&mut self, key: Key, pages: PageTable, sites: usize) {
+        let entry = CleanPrompt {
+            pages,
+            norms: vec![0.0; sites * key.len()],
+            residuals: HashMap::new(),
+            running: true,
+            users: 0,
+            last_used: self.clock,
+        };
+        self.entries.insert(key, entry);
+    }
+
+    /// Takes room for residual rows of positions `from..` at as many of `layers`, in order, as
+    /// there is room for; gives those layers.
+    pub fn reserve(&mut self, key: &Key, layers: &[usize], from: usize) -> Vec<usize> {
+        let blocks = (key.len() - from).div_ceil(PAGE);
+        let mut reserved = Vec::new();
+        for &layer in layers {
+            while self.rows.available() < blocks {
+                if !self.evict_residuals(key, layers) {
+                    return reserved;
+                }
+            }
+            let pages = (0..blocks).map(|_| self.rows.take()).collect();
+            let Some(entry) = self.entries.get_mut(key) else { return reserved };
+            if let Some(old) = entry.residuals.insert(layer, Residual { from, pages }) {
+                old.pages.iter().for_each(|&page| self.rows.release(page));
+            }
+            reserved.push(layer);
+        }
+        reserved
+    }
+
+    /// Frees residual rows that nobody waits for: the least recently used prompt's, or, last of
+    /// all, those of this prompt's other layers.
+    fn evict_residuals(&mut self, keep: &Key, layers: &[usize]) -> bool {
+        let idle = self.entries.iter_mut().filter(|(key, entry)| {
+            *key != keep && entry.users == 0 && !entry.running && !entry.residuals.is_empty()
+        });
+        if let Some((_, entry)) = idle.min_by_key(|(_, entry)| entry.last_used) {
+            for (_, residual) in entry.residuals.drain() {
+                residual.pages.iter().for_each(|&page| self.rows.release(page));
+            }
+            return true;
+        }
+        let Some(entry) = self.entries.get_mut(keep).filter(|entry| entry.users == 0) else {
+            return false;
+        };
+        let mut freed = false;
+        entry.residuals.retain(|layer, residual| {
+            let stays = layers.contains(layer);
+            if !stays {
+                residual.pages.iter().for_each(|&page| self.rows.release(page));
+                freed = true;
+            }
+            stays
+        });
+        freed
+    }
+
+    /// Evicts clean runs, least recently used first, until `wanted` cache pages are free. `keep`
+    /// stays. Gives whether they are.
+    pub fn make_room(&mut self, pool: &mut PagePool, wanted: usize, keep: &Key) -> bool {
+        while pool.available() < wanted {
+            let idle = self.entries.iter().filter(|(key, entry)| {
+                *key != keep && entry.users == 0 && !entry.running
+            });
+            let oldest = idle.min_by_key(|(_, entry)| entry.last_used).map(|(key, _)| key.clone());
+            let Some(entry) = oldest.and_then(|key| self.entries.remove(&key)) else {
+                return false;
+            };
+            entry.pages.release(pool);
+            for residual in entry.residuals.into_values() {
+                residual.pages.iter().for_each(|&page| self.rows.release(page));
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,125 @@
+//! What runs in a slot, and the jobs it runs for.
+
+use std::sync::{Arc, mpsc};
+
+use super::{
+    hooks::{Own, Planned, Tally},
+    kv::PageTable,
+    prompts::Key,
+    types::{Event, FirstToken, Job, Sample, Score, TokenLogprob},
+};
+
+/// Where a job's events go.
+pub type Events = mpsc::Sender<(u64, Event)>;
+
+/// A job that waits.
+#[derive(Debug)]
+pub struct Pending {
+    /// The submitter's name for it.
+    pub tag: u64,
+    /// The prompt.
+    pub key: Key,
+    /// All of it.
+    pub job: Arc<Job>,
+    /// Where its events go.
+    pub events: Events,
+    /// What it must compute itself.
+    pub own: Own,
+    /// Whether it starts from a clean run, or needs its norms.
+    pub needs_clean: bool,
+}
+
+/// A job that runs.
+#[derive(Debug)]
+pub struct Active {
+    /// As it was submitted.
+    pub pending: Pending,
+    /// Its operations, by site.
+    pub planned: Vec<Planned>,
+    /// The clean mean norm of each injection's window, where it is known.
+    pub references: Vec<Option<f64>>,
+    /// What its prompt rows saw.
+    pub trunk_tally: Vec<Tally>,
+    /// What each continuation saw: samples, then scores.
+    pub tallies: Vec<Vec<Tally>>,
+    /// One for each of the job's captures.
+    pub captures: Vec<Vec<f32>>,
+    /// The first token's distribution.
+    pub first: Option<FirstToken>,
+    /// Finished samples.
+    pub samples: Vec<Option<Sample>>,
+    /// Finished scores.
+    pub scores: Vec<Option<Score>>,
+    /// Pages of the prompt, from its end to the last continuation's start.
+    pub trunk: Option<PageTable>,
+    /// Continuations that have not started.
+    pub waiting: usize,
+    /// Continuations that have not finished.
+    pub unfinished: usize,
+    /// Pages that one of its continuations needs.
+    pub child_pages: usize,
+}
+
+impl Active {
+    /// Whether its one continuation takes the prompt's pages over.
+    pub fn is_sole(&self) -> bool {
+        continuations(&self.pending.job) == 1
+    }
+}
+
+/// Samples and scores of a job.
+pub fn continuations(job: &Job) -> usize {
+    samples(job) + job.score.len()
+}
+
+/// Samples of a job.
+pub fn samples(job: &Job) -> usize {
+    if job.sampling.max_tokens == 0 { 0 } else { job.n as usize }
+}
+
+/// Positions that a job's prompt and its longest continuation fill.
+pub fn rows_of(job: &Job) -> usize {
+    let longest = job.score.iter().map(Vec::len).max().unwrap_or(0);
+    job.tokens.len() + longest.max(job.sampling.max_tokens as usize).saturating_sub(1)
+}
+
+/// A continuation, its first token known.
+#[derive(Debug)]
+pub struct Child {
+    /// Its job.
+    pub job: usize,
+    /// 0..n samples, then scores.
+    pub index: usize,
+    /// Tokens that follow the prompt: drawn so far, or given.
+    pub tokens: Vec<u32>,
+    /// Log-probabilities: of the drawn tokens where asked for, or of the given ones so far.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// What a sequence is for.
+#[derive(Debug)]
+pub enum Role {
+    /// A prompt's clean run, with the layers whose residual rows are kept.
+    Clean(Key, Vec<usize>),
+    /// A job's prompt.
+    Trunk(usize),
+    /// A sample.
+    Sample(Child),
+    /// A given continuation.
+    Score(Child),
+}
+
+/// A sequence in a slot.
+#[derive(Debug)]
+pub struct Sequence {
+    /// What it is for.
+    pub role: Role,
+    /// Tokens known so far, by position.
+    pub tokens: Vec<u32>,
+    /// The next position to compute.
+    pub next: usize,
+    /// Its pages.
+    pub pages: PageTable,
+    /// What it saw of its job's operations.
+    pub tally: Vec<Tally>,
+}
