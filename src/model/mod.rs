@@ -1,23 +1,37 @@
-//! A model on disk: its configuration and its weights. Nothing is computed here.
+//! A model: its files (configuration, weights, tokenizer, chat template), prompts as it sees them,
+//! and its forward pass.
 
+mod chat;
 mod checkpoint;
 mod config;
+mod date;
 mod format;
 pub mod forward;
 mod gguf;
+mod prompt;
+mod render;
 mod shards;
+mod text;
+mod tokenizer;
 pub mod weights;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
 
 use fs_err as fs;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
-use self::gguf::Gguf;
 pub use self::{
+    chat::ChatTemplate,
     checkpoint::{Checkpoint, Tensor},
     config::{ARCHITECTURES, ModelConfig},
+    prompt::Prompt,
+    tokenizer::{Encoding, Tokenizer},
 };
+use self::{gguf::Gguf, text::TextSide};
 use crate::{
     device::MappedFile,
     error::{Context, Error, Result},
@@ -30,9 +44,21 @@ pub struct Model {
     pub name: String,
     /// Sizes and constants.
     pub config: ModelConfig,
+    /// Absent where the model has none that can be used: it then takes prompts of token ids only.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Absent where the model has none that can be used: it then takes no messages.
+    pub template: Option<ChatTemplate>,
     /// The weights.
     pub checkpoint: Checkpoint,
+    no_tokenizer: Option<String>,
+    no_template: Option<String>,
+    /// Files besides the weights that results depend on.
+    side_files: Vec<PathBuf>,
+    hash: OnceLock<String>,
 }
+
+/// Configuration files of a Hugging Face folder.
+const CONFIG_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 
 impl Model {
     /// Opens a GGUF file, or a folder with a Hugging Face model or with exactly one GGUF file.
@@ -62,8 +88,9 @@ impl Model {
         let file = MappedFile::open(path)?;
         let gguf = Gguf::parse(file.bytes()).at(place)?;
         let config = ModelConfig::from_gguf(&gguf).at(place)?;
+        let text = TextSide::from_gguf(&gguf).at(place)?;
         let checkpoint = Checkpoint::from_gguf(file, gguf, &config)?;
-        Ok(Self { name: name_of(path), config, checkpoint })
+        Ok(Self::new(path, config, checkpoint, text, Vec::new()))
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
@@ -74,8 +101,64 @@ impl Model {
         let config = ModelConfig::from_json(&config, generation.as_ref())
             .at(|| config_path.display().to_string())?;
         let checkpoint = Checkpoint::from_folder(path, &config)?;
-        Ok(Self { name: name_of(path), config, checkpoint })
+        let text = TextSide::from_folder(path)?;
+        let side_files = CONFIG_FILES.iter().chain(&text::FILES).map(|name| path.join(name));
+        let side_files = side_files.filter(|path| path.is_file()).collect();
+        Ok(Self::new(path, config, checkpoint, text, side_files))
     }
+
+    fn new(
+        path: &Path,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        text: TextSide,
+        side_files: Vec<PathBuf>,
+    ) -> Self {
+        Self {
+            name: name_of(path),
+            config,
+            no_tokenizer: text.tokenizer.as_ref().err().cloned(),
+            no_template: text.template.as_ref().err().cloned(),
+            tokenizer: text.tokenizer.ok(),
+            template: text.template.ok(),
+            checkpoint,
+            side_files,
+            hash: OnceLock::new(),
+        }
+    }
+
+    /// SHA-256 (hex) of all that the model's results depend on, computed once. Of a GGUF file: the
+    /// file's own; of a folder: of its weights, configuration, tokenizer and template files, each
+    /// with its name and length before it.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read.
+    pub fn hash(&self) -> Result<String> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash.clone());
+        }
+        let weights = self.checkpoint.files();
+        let mut sha = Sha256::new();
+        if let ([file], []) = (weights, &self.side_files[..]) {
+            sha.update(file.bytes());
+        } else {
+            for path in &self.side_files {
+                hash_file(&mut sha, path, &fs::read(path)?);
+            }
+            for file in weights {
+                hash_file(&mut sha, file.path(), file.bytes());
+            }
+        }
+        let hash: String = sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(self.hash.get_or_init(|| hash).clone())
+    }
+}
+
+fn hash_file(sha: &mut Sha256, path: &Path, bytes: &[u8]) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    sha.update(format!("{name}\0{}\0", bytes.len()));
+    sha.update(bytes);
 }
 
 fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {

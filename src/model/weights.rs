@@ -69,9 +69,8 @@ impl Weights {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        let layer = |l: &LayerWeights| {
-            l.qkv.bytes() + l.out.bytes() + l.gate_up.bytes() + l.down.bytes()
-        };
+        let layer =
+            |l: &LayerWeights| l.qkv.bytes() + l.out.bytes() + l.gate_up.bytes() + l.down.bytes();
         self.embedding.bytes()
             + self.layers.iter().map(layer).sum::<usize>()
             + self.head.as_ref().map_or(0, Weight::bytes)

@@ -127,8 +127,5 @@ impl CapturePlan {
 #[inline]
 pub(super) fn destinations(entries: &[(u32, u32)], row: usize) -> impl Iterator<Item = usize> {
     let start = entries.partition_point(|e| (e.0 as usize) < row);
-    entries[start..]
-        .iter()
-        .take_while(move |e| e.0 as usize == row)
-        .map(|e| e.1 as usize)
+    entries[start..].iter().take_while(move |e| e.0 as usize == row).map(|e| e.1 as usize)
 }

@@ -90,9 +90,8 @@ pub fn residual_norm<T: Float>(device: &Device, p: ResidualNorm<'_, T>) {
     };
     let work = |row: usize| {
         // SAFETY: each task has its own rows of resid, x and norms.
-        let (h, x, norm) = unsafe {
-            (resid.range(row * dim, dim), x.range(row * dim, dim), norms.range(row, 1))
-        };
+        let (h, x, norm) =
+            unsafe { (resid.range(row * dim, dim), x.range(row * dim, dim), norms.range(row, 1)) };
         if let Some(branch) = branch.get(row * dim..(row + 1) * dim) {
             capture(branches, row, branch);
             cpu.isa().run(Add { h, scale: 1.0, v: branch });

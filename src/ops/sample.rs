@@ -136,9 +136,8 @@ impl Kernel for GumbelMax<'_> {
 /// left, of logits / T.
 pub(crate) fn kept(logits: &[f32], draw: &Draw) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let by_logit =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     let k = draw.top_k as usize;
     if k > 0 && k < ids.len() {
         let (_, &mut kth, _) = ids.select_nth_unstable_by(k - 1, by_logit);
@@ -146,8 +145,9 @@ pub(crate) fn kept(logits: &[f32], draw: &Draw) -> Vec<u32> {
         ids.retain(|&id| logits[id as usize] >= threshold);
     }
     ids.sort_unstable_by(by_logit);
-    let weight =
-        |id: u32| f64::from((logits[id as usize] - logits[ids[0] as usize]) / draw.temperature).exp();
+    let weight = |id: u32| {
+        f64::from((logits[id as usize] - logits[ids[0] as usize]) / draw.temperature).exp()
+    };
     if draw.top_p < 1.0 {
         let total: f64 = ids.iter().map(|&id| weight(id)).sum();
         let mut before = 0.0;

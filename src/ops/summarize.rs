@@ -81,8 +81,7 @@ fn top(row: &[f32], count: usize) -> Vec<u32> {
     if count == 0 {
         return Vec::new();
     }
-    let by_logit =
-        |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
     let mut ids: Vec<u32> = (0..row.len() as u32).collect();
     ids.select_nth_unstable_by(count - 1, by_logit);
     ids.truncate(count);
