@@ -9,4 +9,5 @@ pub mod error;
 pub mod experiment;
 pub mod model;
 pub mod ops;
+pub mod report;
 pub mod request;

@@ -1,0 +1,70 @@
+//! From stored trials and grades to tables, a headline and one self-contained HTML file.
+//!
+//! Everything here is a pure function of a [`Run`]: no clock, no file, no model. The order of the
+//! trials does not matter, and a run that is unfinished or empty has a report too.
+//!
+//! Parts are told apart by what their trials hold: one with readouts (or first answers and no
+//! replies) is a readout; one with replies is sampled; a sampled part called `ramp` is shown
+//! reply by reply and counted nowhere.
+
+#![expect(
+    clippy::format_collect,
+    clippy::format_push_string,
+    reason = "pages are made once: reading well counts for more than an allocation"
+)]
+
+mod format;
+mod headline;
+mod html;
+mod index;
+mod page;
+mod svg;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod text;
+
+pub use headline::{Headline, Meaning, ReadHeadline, ReplyHeadline};
+pub use tables::{
+    Cell, Contrast, MarginCell, Progress, ReadTable, ReadoutCell, ReceiptRow, ReplyArm, ReplyTable,
+    Scope, Tables,
+};
+
+use crate::experiment::results::{Grade, Manifest, Trial};
+
+/// A run as it is stored.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// What was run, on what.
+    pub manifest: Manifest,
+    /// The trials so far, in any order.
+    pub trials: Vec<Trial>,
+    /// The grades so far. Of two by one judge on one trial the later counts.
+    pub grades: Vec<Grade>,
+}
+
+/// Counts and rates.
+pub fn tables(run: &Run) -> Tables {
+    tables::build(&index::Index::new(run))
+}
+
+/// What the run says, in numbers and in words.
+pub fn headline(run: &Run) -> Headline {
+    let index = index::Index::new(run);
+    headline::build(&index, &tables::build(&index))
+}
+
+/// One self-contained page: no network, no script, light and dark.
+pub fn html(run: &Run) -> String {
+    let index = index::Index::new(run);
+    let tables = tables::build(&index);
+    let headline = headline::build(&index, &tables);
+    page::build(&index, &tables, &headline)
+}
+
+/// Headline and compact tables for the terminal.
+pub fn text(run: &Run) -> String {
+    let index = index::Index::new(run);
+    let tables = tables::build(&index);
+    text::build(&index, &tables, &headline::build(&index, &tables))
+}

@@ -1,0 +1,271 @@
+//! Counts and rates of every part: what the pages and the text are written from.
+
+mod read;
+mod receipts;
+mod replies;
+
+use std::cmp::Ordering;
+
+use serde::Serialize;
+
+pub(super) use self::replies::identified;
+use super::index::{Entry, Group, Index, Kind};
+use crate::{
+    experiment::{
+        results::Condition,
+        stats::{Count, Detection, Difference, Interval, Rate},
+    },
+    request::StrengthMode,
+};
+
+/// Where and how strongly something was injected.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Block.
+    pub layer: usize,
+    /// The depth asked for, 0..1.
+    pub depth: f64,
+    /// The strength asked for, in the group's unit.
+    pub dose: f64,
+}
+
+impl Cell {
+    /// By layer, depth and dose.
+    pub fn order(&self, other: &Self) -> Ordering {
+        self.layer
+            .cmp(&other.layer)
+            .then(self.depth.total_cmp(&other.depth))
+            .then(self.dose.total_cmp(&other.dose))
+    }
+}
+
+/// Which cells a row is about.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// All of them.
+    All,
+    /// Those of this dose, at every depth.
+    Dose(f64),
+    /// One.
+    Cell(Cell),
+}
+
+impl Scope {
+    fn holds(&self, cell: Cell) -> bool {
+        match self {
+            Self::All => true,
+            Self::Dose(dose) => *dose == cell.dose,
+            Self::Cell(own) => *own == cell,
+        }
+    }
+}
+
+/// How far the run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Progress {
+    /// Trials stored.
+    pub done: u64,
+    /// Trials planned.
+    pub planned: u64,
+    /// Of those stored, the ones with a reply.
+    pub replies: u64,
+    /// Replies that the judge has not graded. They are left out, never counted as "no".
+    pub ungraded: u64,
+}
+
+/// All tables of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tables {
+    /// How far the run is.
+    pub progress: Progress,
+    /// What was changed in the stream, by part and cell.
+    pub receipts: Vec<ReceiptRow>,
+    /// One for each prompt of a readout part.
+    pub reads: Vec<ReadTable>,
+    /// One for each prompt of a sampled part.
+    pub replies: Vec<ReplyTable>,
+}
+
+/// The receipts of one cell.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReceiptRow {
+    /// The part.
+    pub part: String,
+    /// The prompt.
+    pub prompt: String,
+    /// The cell.
+    pub cell: Cell,
+    /// Receipts.
+    pub receipts: u64,
+    /// Mean ‖change‖ as planned.
+    pub planned: Option<f64>,
+    /// Mean ‖change‖ as measured.
+    pub measured: Option<f64>,
+    /// Mean of measured ‖change‖ over mean ‖h‖ before.
+    pub ratio: Option<f64>,
+    /// Rows changed.
+    pub rows_touched: u64,
+    /// Rows in the window.
+    pub rows_expected: u64,
+    /// Ids of the trials whose measured change differs from the planned one by more than 1 %, or
+    /// with rows missed.
+    pub flagged: Vec<String>,
+}
+
+/// What the logits say, by cell.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReadTable {
+    /// The part.
+    pub part: String,
+    /// The prompt.
+    pub prompt: String,
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// How many words were compared: chance is one in so many.
+    pub words: usize,
+    /// By cell, ascending.
+    pub cells: Vec<ReadoutCell>,
+}
+
+/// One cell of a readout.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReadoutCell {
+    /// The cell.
+    pub cell: Cell,
+    /// Trials whose own concept ranks first under its vector.
+    pub concept: Option<Rate>,
+    /// The same under a random vector.
+    pub random: Option<Rate>,
+    /// The yes/no question, where it was asked.
+    pub margin: Option<MarginCell>,
+}
+
+/// Whether the yes/no margin at the first token tells concept vectors from random ones.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct MarginCell {
+    /// How often a concept's margin exceeds a random vector's; ½ is chance.
+    pub auroc: f64,
+    /// By resampling concepts; `None` below 20.
+    pub interval: Option<Interval>,
+    /// Concept trials and random trials.
+    pub trials: (usize, usize),
+    /// Mean probability of yes and no together.
+    pub mass: f64,
+    /// Median margin under concept and random vectors.
+    pub medians: (f64, f64),
+}
+
+/// What the replies say.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReplyTable {
+    /// The part.
+    pub part: String,
+    /// The prompt.
+    pub prompt: String,
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// Condition by scope: all, each dose, each cell; clean once.
+    pub arms: Vec<ReplyArm>,
+    /// Hits against false alarms, by the same scopes.
+    pub contrasts: Vec<Contrast>,
+    /// Of every clean reply and every injected word: how often the reply mentions the word.
+    pub chance: Count,
+    /// The same by word, for those ever mentioned, in the list's order.
+    pub chance_words: Vec<(String, Count)>,
+}
+
+/// Rates of one condition. Each is over the graded replies.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReplyArm {
+    /// What was injected.
+    pub condition: Condition,
+    /// Which cells.
+    pub scope: Scope,
+    /// Neither garbled nor looping.
+    pub coherent: Rate,
+    /// Says that it detects a thought.
+    pub claims: Rate,
+    /// The same among coherent replies only.
+    pub claims_if_coherent: Option<Rate>,
+    /// The trial's concept stands in the reply.
+    pub mentions: Rate,
+    /// Coherent, and the claim comes before the first mention.
+    pub identified: Rate,
+}
+
+/// Concept vectors against the controls.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Contrast {
+    /// Which cells.
+    pub scope: Scope,
+    /// H: claims under concept vectors.
+    pub hits: Rate,
+    /// F: claims under random vectors of the same norm, in the same cells.
+    pub random: Option<Rate>,
+    /// F: claims without injection.
+    pub clean: Option<Rate>,
+    /// I: coherent, claimed and then named.
+    pub identified: Rate,
+    /// H − F against random vectors, paired by seed and cell.
+    pub net_random: Option<Difference>,
+    /// H − F against clean replies.
+    pub net_clean: Option<Difference>,
+    /// I − F against random vectors (against clean replies where the run has no random ones).
+    pub net_identified: Option<Difference>,
+    /// Exact p of concept against random vectors, pair by pair
+    /// ([`Pairs::mcnemar`](crate::experiment::stats::Pairs::mcnemar)).
+    pub p: Option<f64>,
+    /// d′ of concept against random vectors.
+    pub detection: Option<Detection>,
+}
+
+pub(super) fn build(index: &Index) -> Tables {
+    let replies = index.entries.iter().filter(|e| e.trial.reply.is_some());
+    Tables {
+        progress: Progress {
+            done: index.entries.len() as u64,
+            planned: index.manifest.trials,
+            replies: replies.clone().count() as u64,
+            ungraded: replies.filter(|e| e.grade.is_none()).count() as u64,
+        },
+        receipts: index.groups.iter().flat_map(receipts::rows).collect(),
+        reads: index.of_kind(Kind::Readout).map(|g| read::table(g, index)).collect(),
+        replies: index.of_kind(Kind::Sampled).map(|g| replies::table(g, index)).collect(),
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, n) = values.fold((0.0, 0_u64), |(sum, n), value| (sum + value, n + 1));
+    (n > 0).then(|| sum / n as f64)
+}
+
+/// The words that a group's trials are about, sorted: the clusters of every statistic.
+fn concepts<'a>(group: &Group<'a>) -> Vec<&'a str> {
+    // A readout's clean trial is about no word.
+    let counts = |e: &&Entry| e.trial.condition != Condition::Clean || e.trial.reply.is_some();
+    let mut words: Vec<_> =
+        group.entries.iter().filter(counts).map(|e| e.trial.concept.as_str()).collect();
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+fn place(concepts: &[&str], word: &str) -> Option<usize> {
+    concepts.binary_search(&word).ok()
+}
+
+/// One count for each concept of the entries for which `hit` knows an answer.
+fn clusters(
+    concepts: &[&str],
+    entries: &[Entry],
+    hit: impl Fn(&Entry) -> Option<bool>,
+) -> Vec<Count> {
+    let mut counts = vec![Count::default(); concepts.len()];
+    for entry in entries {
+        if let (Some(hit), Some(at)) = (hit(entry), place(concepts, &entry.trial.concept)) {
+            counts[at].add(hit);
+        }
+    }
+    counts
+}

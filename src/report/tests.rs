@@ -1,0 +1,387 @@
+//! A synthetic run whose numbers are known, and what the report makes of it.
+
+use serde_json::json;
+
+use super::*;
+use crate::{
+    engine::{Finish, Receipt},
+    experiment::{
+        results::{
+            Condition, FirstAnswer, ModelRecord, Numerics, PromptRecord, Readout, Reply, Verdict,
+            WordRecord,
+        },
+        stats::{Count, Method},
+    },
+    request::StrengthMode,
+};
+
+const DEPTHS: [(f64, usize); 2] = [(0.4, 12), (0.8, 24)];
+const DOSES: [f64; 2] = [0.25, 0.5];
+const WORDS: usize = 50;
+const REPEATS: u32 = 3;
+
+fn word(at: usize) -> String {
+    format!("word{at:02}")
+}
+
+fn prompt(name: &str) -> PromptRecord {
+    let pieces = ["<|im_start|>", "user", "\n", "<b>", "\n\n", "Trial", " 1", "<|im_end|>"];
+    PromptRecord {
+        name: name.into(),
+        text: pieces.concat(),
+        tokens: (100..108).collect(),
+        pieces: pieces.map(str::to_owned).to_vec(),
+        from: 4,
+        to: None,
+    }
+}
+
+fn manifest(trials: u64) -> Manifest {
+    let record = |at| WordRecord {
+        word: word(at),
+        tokens: 1 + at % 2,
+        first_piece: " word".into(),
+        norms: vec![(12, 50.0), (24, 120.0)],
+    };
+    Manifest {
+        schema: 1,
+        run: "0123456789abcdef".into(),
+        protocol: json!({"name": "injected-thoughts", "note": "<em>"}),
+        model: ModelRecord {
+            name: "tiny & <small>".into(),
+            hash: "feedbeef".into(),
+            architecture: "llama".into(),
+            layers: 30,
+            dim: 576,
+            parameters: 134_515_008,
+        },
+        numerics: Numerics {
+            device: "cpu".into(),
+            dtype: "bf16".into(),
+            isa: "avx512".into(),
+            kernels: "1".into(),
+        },
+        version: "0.1.0".into(),
+        prompts: vec![prompt("cued")],
+        words: (0..WORDS).map(record).collect(),
+        cuts: vec!["two of four depths".into()],
+        trials,
+    }
+}
+
+/// A trial without results; `cell` is (depth, layer, dose).
+fn trial(
+    part: &str,
+    condition: Condition,
+    concept: &str,
+    cell: Option<(f64, usize, f64)>,
+    repeat: u32,
+) -> Trial {
+    let receipt = cell.map(|(_, layer, dose)| Receipt {
+        site: format!("resid_post.{layer}"),
+        strength: dose as f32,
+        mode: StrengthMode::Reference,
+        from: 4,
+        to: None,
+        vector_norm: 1.0,
+        reference_norm: Some(100.0),
+        norm_before: Some(100.0),
+        planned: Some(100.0 * dose as f32),
+        measured: Some(100.0 * dose as f32),
+        rows_expected: 10,
+        rows_touched: 10,
+    });
+    Trial {
+        id: format!("{part}-{condition:?}-{concept}-{cell:?}-{repeat}"),
+        part: part.into(),
+        prompt: "cued".into(),
+        concept: concept.into(),
+        condition,
+        layer: cell.map(|c| c.1),
+        depth: cell.map(|c| c.0),
+        dose: cell.map(|c| c.2),
+        mode: cell.map(|_| StrengthMode::Reference),
+        repeat,
+        seed: u64::from(repeat),
+        clean: None,
+        receipts: receipt.into_iter().collect(),
+        first: None,
+        read: None,
+        reply: None,
+    }
+}
+
+fn cells() -> impl Iterator<Item = (f64, usize, f64)> {
+    DEPTHS.into_iter().flat_map(|(depth, layer)| DOSES.map(|dose| (depth, layer, dose)))
+}
+
+/// At layer 24 all words but word01 are read; elsewhere none. Random vectors read word00 only.
+fn readout() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    let answer = |margin| FirstAnswer { margin, p_yes: 0.4, mass: 0.3, entropy: 2.0 };
+    let mut clean = trial("readout", Condition::Clean, "", None, 0);
+    clean.first = Some(answer(0.0));
+    trials.push(clean);
+    for cell in cells() {
+        for at in 0..WORDS {
+            for condition in [Condition::Concept, Condition::Random] {
+                let mut one = trial("readout", condition, &word(at), Some(cell), 0);
+                let hit = match condition {
+                    Condition::Concept => cell.1 == 24 && at != 1,
+                    _ => at == 0,
+                };
+                one.read = Some(Readout {
+                    word: if hit { word(at) } else { "word49".into() },
+                    rank: if hit { 1 } else { 7 },
+                    words: WORDS,
+                });
+                // At layer 12 concepts exceed random vectors always, at layer 24 they are equal.
+                let up = condition == Condition::Concept && cell.1 == 12;
+                one.first = Some(answer(if up { 2.0 } else { 1.0 }));
+                trials.push(one);
+            }
+        }
+    }
+    trials
+}
+
+fn verdict(yes: bool) -> Verdict {
+    Verdict { yes, evidence: "the \"evidence\" <i>".into() }
+}
+
+fn reply(text: &str) -> Reply {
+    Reply { text: text.into(), tokens: vec![1, 2], finish: Finish::Stop, nll: 2.5 }
+}
+
+/// A reply with its grade: (coherent, claims, mentions, claims then names).
+fn sampled(mut one: Trial, said: [bool; 4], mentioned: &[&str]) -> (Trial, Grade) {
+    one.reply = Some(reply("I feel <script>alert(1)</script> & https://evil.example/x.png"));
+    let [coherent, claims, mentions, then] = said.map(verdict);
+    let grade = Grade {
+        trial: one.id.clone(),
+        judge: "rules-1".into(),
+        coherent,
+        claims,
+        mentions,
+        claims_then_names: then,
+        mentioned: mentioned.iter().map(|&word| word.into()).collect(),
+    };
+    (one, grade)
+}
+
+/// `words` words; concept trials claim (and name) where `hit` says so, controls in the first
+/// repeat of every fourth word.
+fn replies(words: usize, hit: impl Fn(usize, u32) -> bool) -> (Vec<Trial>, Vec<Grade>) {
+    let mut all = Vec::new();
+    for at in 0..words {
+        for repeat in 0..REPEATS {
+            let alarm = at % 4 == 0 && repeat == 0;
+            let clean = trial("sampled", Condition::Clean, &word(at), None, repeat);
+            let mentioned: &[&str] = if at == 0 { &["word01"] } else { &[] };
+            all.push(sampled(clean, [true, alarm, false, false], mentioned));
+            for cell in cells() {
+                let hit = hit(at, repeat);
+                let one = trial("sampled", Condition::Concept, &word(at), Some(cell), repeat);
+                all.push(sampled(one, [true, hit, true, hit], &[&word(at)]));
+                let one = trial("sampled", Condition::Random, &word(at), Some(cell), repeat);
+                all.push(sampled(one, [cell.2 < 0.5, alarm, false, false], &[]));
+            }
+        }
+    }
+    all.into_iter().unzip()
+}
+
+fn ramp() -> (Vec<Trial>, Vec<Grade>) {
+    let mut all = Vec::new();
+    for prompt in ["cued", "open"] {
+        for dose in [None, Some(0.25), Some(1.0)] {
+            let condition = if dose.is_some() { Condition::Concept } else { Condition::Clean };
+            let mut one = trial("ramp", condition, "word03", dose.map(|dose| (0.8, 24, dose)), 0);
+            one.prompt = prompt.into();
+            one.id = format!("{} {prompt}", one.id);
+            all.push(sampled(one, [true, false, true, false], &[]));
+        }
+    }
+    all.into_iter().unzip()
+}
+
+fn run_of(trials: Vec<Trial>, grades: Vec<Grade>) -> Run {
+    Run { manifest: manifest(trials.len() as u64), trials, grades }
+}
+
+/// Everything; 8 words in the sampled part; hits where the controls claim too.
+fn demo() -> Run {
+    let (mut trials, mut grades) = replies(8, |at, repeat| at % 4 == 0 && repeat == 0);
+    let (ramp_trials, ramp_grades) = ramp();
+    trials.extend(readout().into_iter().chain(ramp_trials));
+    grades.extend(ramp_grades);
+    run_of(trials, grades)
+}
+
+#[test]
+fn the_headline_counts_the_words_that_did_not_choose_the_cell() {
+    let read = headline(&demo()).read.unwrap();
+    assert_eq!((read.cell.layer, read.cell.dose), (24, 0.25), "of equals the smallest dose");
+    assert_eq!(read.held_out, Count { k: 24, n: 25 }, "word01 is at an odd place");
+    assert_eq!(read.all, Count { k: 49, n: 50 });
+    assert_eq!(read.random, Count { k: 1, n: 50 });
+    let text = headline(&demo()).to_string();
+    assert!(text.contains("24 of 25 held-out words (49 of all 50;"), "{text}");
+    assert!(text.contains("1 of 50 (1.0 expected by chance)"), "{text}");
+    assert!(text.contains("AUROC of 0.50 [0.50, 0.50]"), "{text}");
+}
+
+#[test]
+fn a_model_that_claims_no_more_than_its_controls_shows_no_evidence() {
+    let headline = headline(&demo());
+    assert_eq!(headline.meaning, Meaning::NoEvidence);
+    let replies = headline.replies.as_ref().unwrap();
+    // Two of eight words, one of three repeats: 2/24 in every cell.
+    assert_eq!(replies.contrast.hits.count, Count { k: 8, n: 96 });
+    assert_eq!(replies.contrast.random.unwrap().count, Count { k: 8, n: 96 });
+    assert_eq!(replies.contrast.clean.unwrap().count, Count { k: 2, n: 24 });
+    assert_eq!(replies.contrast.net_random.unwrap().value, 0.0);
+    assert_eq!(replies.contrast.net_random.unwrap().method, Method::Newcombe, "8 words");
+    assert_eq!(replies.mentions.count, Count { k: 96, n: 96 });
+    // word00's three clean replies mention word01: 3 of 24 replies · 8 words.
+    assert_eq!(replies.mentions_chance, Some(3.0 / 192.0));
+    assert!(headline.to_string().contains("`inkling run injected-thoughts --model PATH`"));
+    assert!(replies.smallest_effect.unwrap() > 0.1);
+}
+
+#[test]
+fn hits_beyond_every_control_are_evidence() {
+    let (trials, grades) = replies(24, |at, repeat| repeat < 2 || at % 3 == 0);
+    let run = run_of(trials, grades);
+    let found = headline(&run);
+    assert_eq!(found.meaning, Meaning::Evidence);
+    let contrast = found.replies.unwrap().contrast;
+    assert_eq!(contrast.net_random.unwrap().method, Method::ClusterBootstrap);
+    // 24·2 + 8 of 72 against 6 of 72, in four cells.
+    assert!((contrast.net_random.unwrap().value - 50.0 / 72.0).abs() < 1e-12);
+    assert!(contrast.p.unwrap() < 1e-9);
+    assert!(contrast.detection.unwrap().d_prime > 1.5);
+    assert!(found.read.is_none());
+}
+
+#[test]
+fn rates_are_by_condition_and_scope() {
+    let tables = tables(&demo());
+    let [table] = &tables.replies[..] else { panic!("the ramp is no table") };
+    let arm = |condition, scope| {
+        table.arms.iter().find(|a| a.condition == condition && a.scope == scope).unwrap()
+    };
+    assert_eq!(arm(Condition::Clean, Scope::All).claims.count, Count { k: 2, n: 24 });
+    let half = arm(Condition::Random, Scope::Dose(0.5));
+    assert_eq!(half.coherent.count, Count { k: 0, n: 48 });
+    assert_eq!(half.claims_if_coherent, None);
+    let cell = Cell { layer: 12, depth: 0.4, dose: 0.25 };
+    assert_eq!(arm(Condition::Concept, Scope::Cell(cell)).claims.count, Count { k: 2, n: 24 });
+    let margins: Vec<_> = tables.reads[0].cells.iter().map(|c| c.margin.unwrap().auroc).collect();
+    assert_eq!(margins, [1.0, 1.0, 0.5, 0.5]);
+    assert_eq!(tables.receipts.iter().map(|row| row.flagged.len()).sum::<usize>(), 0);
+    assert_eq!(tables.receipts[0].ratio, Some(0.25));
+}
+
+#[test]
+fn receipts_that_do_not_balance_are_flagged() {
+    let mut run = demo();
+    let injected = |t: &&mut Trial| t.part == "readout" && !t.receipts.is_empty();
+    let mut touched: Vec<_> = run.trials.iter_mut().filter(injected).take(4).collect();
+    touched[0].receipts[0].measured = Some(25.5);
+    touched[1].receipts[0].rows_touched = 9;
+    touched[2].receipts[0].measured = None;
+    touched[3].receipts.clear();
+    let rows = tables(&run).receipts;
+    assert_eq!(rows.iter().map(|row| row.flagged.len()).sum::<usize>(), 4);
+    assert!(html(&run).contains("4 trials were not changed as planned"));
+    assert!(text(&run).contains("4 trials were not changed as planned"));
+}
+
+#[test]
+fn hostile_replies_and_names_stay_text() {
+    let page = html(&demo());
+    assert!(!page.contains("<script"), "an unescaped reply");
+    assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
+    assert!(page.contains("tiny &amp; &lt;small&gt;") && !page.contains("tiny & <"));
+    assert!(page.contains("the &quot;evidence&quot; &lt;i&gt;"));
+    assert!(!page.contains("&lt;b&gt;</code>") && page.contains("&lt;"), "pieces are escaped");
+    // Nothing is loaded: the only address is the one inside a reply's text.
+    for attribute in ["src=", "href=\"http", "url(", "@import", "<link", "<img", "xmlns"] {
+        assert!(!page.contains(attribute), "{attribute}");
+    }
+    let addresses = page.match_indices("://").count();
+    assert_eq!(addresses, page.matches("&amp; https://evil.example/x.png").count());
+}
+
+#[test]
+fn the_order_of_the_lines_does_not_matter() {
+    let run = demo();
+    let mut turned = run.clone();
+    turned.trials.reverse();
+    turned.grades.rotate_left(17);
+    assert_eq!(html(&run), html(&turned));
+    assert_eq!(text(&run), text(&turned));
+    assert_eq!(headline(&run), headline(&turned));
+}
+
+#[test]
+fn nothing_at_all_has_a_report() {
+    let mut run = run_of(Vec::new(), Vec::new());
+    run.manifest.trials = 40;
+    assert_eq!(headline(&run).meaning, Meaning::Open);
+    assert!(headline(&run).to_string().contains("0 of 40 trials"));
+    run.manifest.words.clear();
+    run.manifest.prompts.clear();
+    let page = html(&run);
+    assert!(page.contains("0 of 40 (unfinished)"));
+    assert!(!page.contains("id=\"readout\"") && !page.contains("id=\"ramp\""));
+    assert!(text(&run).contains("0 of 40 trials"));
+}
+
+#[test]
+fn every_part_of_a_run_has_a_report() {
+    let run = demo();
+    // Any one part, any one condition, few trials, no grades, no cell, nonsense numbers.
+    for part in ["readout", "sampled", "ramp"] {
+        let mut some = run.clone();
+        some.trials.retain(|t| t.part == part);
+        assert!(html(&some).contains("(unfinished)"));
+        assert!(!text(&some).is_empty());
+        for condition in [Condition::Clean, Condition::Concept, Condition::Random] {
+            let mut one = some.clone();
+            one.trials.retain(|t| t.condition == condition);
+            one.grades.truncate(one.grades.len() / 2);
+            assert!(html(&one).ends_with("</html>\n"));
+            one.trials.truncate(1);
+            one.trials.iter_mut().for_each(|t| t.layer = None);
+            assert!(html(&one).ends_with("</html>\n") && !text(&one).is_empty());
+        }
+    }
+    let mut ungraded = run;
+    ungraded.grades.clear();
+    ungraded.trials.iter_mut().for_each(|t| {
+        t.dose = t.dose.map(|_| f64::NAN);
+        t.first.iter_mut().for_each(|first| first.margin = f64::NAN);
+    });
+    assert!(headline(&ungraded).to_string().contains("no verdict yet"));
+    assert!(html(&ungraded).contains("no verdict yet"));
+}
+
+#[test]
+fn ungraded_replies_are_left_out_and_counted() {
+    let mut run = demo();
+    let lost = run.grades.iter().position(|g| g.trial.starts_with("sampled-Concept")).unwrap();
+    run.grades.remove(lost);
+    let headline = headline(&run);
+    assert_eq!(headline.progress.ungraded, 1);
+    assert_eq!(headline.replies.unwrap().contrast.hits.count.n, 95);
+}
+
+#[test]
+fn the_headline_is_data_too() {
+    let value = serde_json::to_value(headline(&demo())).unwrap();
+    assert_eq!(value["meaning"], "no_evidence");
+    assert_eq!(value["read"]["held_out"], json!({"k": 24, "n": 25}));
+    assert!(serde_json::to_value(tables(&demo())).unwrap()["replies"].is_array());
+}
