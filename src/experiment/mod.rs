@@ -1,3 +1,4 @@
 //! Protocols, trials, concept vectors, grading, statistics and the run folder.
 
+pub mod grading;
 pub mod results;
