@@ -8,7 +8,7 @@ mod text;
 
 use std::collections::BTreeMap;
 
-pub use agreement::{Agreement, Counts, Label, agreement, labels};
+pub use agreement::{Agreement, Counts, Flaw, Half, Label, LabelSet, agreement, labels};
 pub use relations::Relations;
 
 use self::{

@@ -13,6 +13,7 @@ use crate::{
 const LABELS: &str = include_str!("../../../experiments/labels/smollm2.jsonl");
 
 /// A real reply with a reader's verdicts.
+#[expect(clippy::struct_excessive_bools, reason = "four separate verdicts")]
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Label {
@@ -34,6 +35,8 @@ pub struct Label {
     pub text: String,
     /// How the reply was chosen.
     pub set: LabelSet,
+    /// Whether the rules were tuned on it.
+    pub half: Half,
     /// Neither garbled nor repetitive, and an answer of some kind to the question.
     pub coherent: bool,
     /// Why not.
@@ -55,6 +58,17 @@ pub enum LabelSet {
     /// Among many, because it holds a word of detection or the concept: shows what precision is
     /// worth where claims are rare, and says nothing about how often they occur.
     Enriched,
+}
+
+/// Two random halves of each set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub enum Half {
+    /// The rules were improved on it.
+    #[serde(rename = "tuning")]
+    Tuning,
+    /// It was not looked at while the rules were improved.
+    #[serde(rename = "held out")]
+    HeldOut,
 }
 
 /// What a reader finds wrong with an incoherent reply.

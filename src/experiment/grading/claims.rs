@@ -44,7 +44,7 @@ const AFFIRMATIVE_ALONE: [&str; 9] = [
     "definitely",
 ];
 /// After "yes": it answers something else.
-const ACKNOWLEDGEMENT: [&str; 28] = [
+const ACKNOWLEDGEMENT: [&str; 33] = [
     "please",
     "i understand",
     "i see",
@@ -73,6 +73,11 @@ const ACKNOWLEDGEMENT: [&str; 28] = [
     "sure",
     "i'm listening",
     "i hear you",
+    "i'm happy",
+    "i am happy",
+    "i'm glad",
+    "that's good",
+    "good",
 ];
 const DENIAL: [&str; 8] = ["no", "nope", "never", "nothing", "none", "negative", "nah", "neither"];
 /// After "no": it denies something else.
@@ -323,7 +328,7 @@ fn first_person(sentence: &[Word], at: usize) -> Said {
             let object = object(&sentence[verb + 1..], if strong { &OBJECT } else { &INJECTED });
             match object {
                 _ if negated && strong => return Said::No,
-                Object::None if strong && verb + 1 == sentence.len() => {
+                Object::None if strong && at == 0 && verb + 1 == sentence.len() => {
                     let words = at..verb + 1;
                     return Said::Yes(Claim { words, rule: "first person" });
                 }

@@ -200,3 +200,64 @@ fn a_trial_without_reply_has_no_grade_and_one_without_word_mentions_nothing() {
     assert!(!grades[0].mentions.yes);
     assert_eq!(grades[0].mentioned, ["Bread"]);
 }
+
+/// Measured agreement less a small slack; a change of the rules that loses more is noticed here.
+#[test]
+fn the_rules_agree_with_the_reader_as_well_as_measured() {
+    let all = labels().unwrap();
+    let drawn = all.iter().filter(|label| label.set == LabelSet::Random).count();
+    assert_eq!((drawn, all.len()), (200, 238));
+    let every: Vec<&Label> = all.iter().collect();
+    let on = |keep: &dyn Fn(&Label) -> bool| {
+        let chosen: Vec<&Label> = all.iter().filter(|label| keep(label)).collect();
+        agreement::compare(&every, &chosen).unwrap()
+    };
+    let random = |label: &Label| label.set == LabelSet::Random;
+    let measured = [
+        (agreement(&all).unwrap(), [0.10, 0.85, 1.0, 1.0]),
+        (on(&random), [0.11, 0.89, 1.0, 1.0]),
+        (on(&|label| random(label) && label.half == Half::HeldOut), [0.12, 0.91, 1.0, 1.0]),
+        (on(&|label| label.set == LabelSet::Enriched), [0.08, 0.73, 1.0, 1.0]),
+    ];
+    for (found, want) in measured {
+        let kappas = [found.coherent, found.claims, found.mentions, found.claims_then_names]
+            .map(|counts| counts.kappa().unwrap());
+        for (kappa, want) in kappas.into_iter().zip(want) {
+            assert!(kappa > want - 0.03, "{kappas:?} in\n{found}");
+        }
+        assert_eq!(found.coherent.recall(), Some(1.0));
+    }
+}
+
+#[test]
+fn labels_are_sound_and_the_table_prints() {
+    let all = labels().unwrap();
+    for label in &all {
+        assert_eq!(label.coherent, label.why.is_none(), "{}", label.id);
+        assert!(!label.claims_then_names || (label.claims && label.mentions), "{}", label.id);
+        assert_eq!(label.dose.is_none(), label.condition == Condition::Clean, "{}", label.id);
+        assert_eq!(label.dose.is_none(), label.layer.is_none(), "{}", label.id);
+    }
+    let table = agreement(&all).unwrap().to_string();
+    assert!(table.starts_with("rules-1 against a reader, 238 labelled replies\n"), "{table}");
+    assert_eq!(table.lines().count(), 6);
+    let empty = agreement(&[]).unwrap().to_string();
+    assert!(empty.contains("n/a"), "{empty}");
+}
+
+/// How often replies that never saw a vector mention a word by chance.
+#[test]
+fn clean_replies_seldom_mention_a_word() {
+    let concepts: Vec<&str> = include_str!("../../../experiments/words/concepts.txt")
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect();
+    let list = Relations::for_words(&concepts).unwrap();
+    let all = labels().unwrap();
+    let clean: Vec<&Label> = all.iter().filter(|l| l.condition == Condition::Clean).collect();
+    let mut hits = BTreeMap::<String, usize>::new();
+    for word in clean.iter().flat_map(|label| list.mentioned(&words(&label.text))) {
+        *hits.entry(word).or_default() += 1;
+    }
+    assert!(hits.values().all(|hits| *hits <= 2), "of {} clean replies: {hits:?}", clean.len());
+}

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// One word: letters and digits of any script, apostrophes inside it included ("don't"). A capital
-/// after a small letter begins a new one: injected replies run "YouthYouthYouth".
+/// after a small letter begins a new one: injected replies run `SnowSnowSnow`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Word {
     /// Lower-cased; a curly apostrophe is written straight.
@@ -37,9 +37,9 @@ pub fn words(text: &str) -> Vec<Word> {
                 break;
             }
             if inside {
-                lower.push('\'')
+                lower.push('\'');
             } else {
-                lower.extend(char.to_lowercase())
+                lower.extend(char.to_lowercase());
             }
             (end, last) = (at + char.len_utf8(), char);
             rest.next();
