@@ -55,7 +55,7 @@ pub struct Label {
 pub enum LabelSet {
     /// As drawn.
     Random,
-    /// Among many, because it holds a word of detection or the concept: shows what precision is
+    /// Among many, because it holds a word such as "yes" or "detect": shows what precision is
     /// worth where claims are rare, and says nothing about how often they occur.
     Enriched,
 }
