@@ -1,12 +1,14 @@
 //! inkling plants thoughts in language models and measures whether they notice.
 //!
 //! The crate in layers, each of which may name only those below it:
-//! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`error`] and [`request`]
-//! as leaves that every layer may name.
+//! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`error`], [`files`] and
+//! [`request`] as leaves that every layer may name.
+pub mod cli;
 pub mod device;
 pub mod engine;
 pub mod error;
 pub mod experiment;
+pub mod files;
 pub mod model;
 pub mod ops;
 pub mod report;

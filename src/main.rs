@@ -1,1 +1,7 @@
-fn main() {}
+//! The `inkling` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    inkling::cli::main()
+}

@@ -332,8 +332,8 @@ impl<T: Float> Core<T> {
             clean.users += 1;
         }
         self.reserved += child_pages;
-        self.stats.layer_rows_saved += (prompt * layers) as u64
-            - ((prompt - own.start) * (layers - own.cut)) as u64;
+        self.stats.layer_rows_saved +=
+            (prompt * layers) as u64 - ((prompt - own.start) * (layers - own.cut)) as u64;
         let id = self.next_job;
         self.next_job += 1;
         let tally = vec![Tally::default(); planned.len()];

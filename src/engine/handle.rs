@@ -62,6 +62,7 @@ impl Default for Options {
 
 /// What the bits of results depend on beside the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Fingerprint {
     /// `cpu`.
     pub device: String,

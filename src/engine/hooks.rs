@@ -124,7 +124,9 @@ fn check_injection(injection: &Injection, config: &ModelConfig, rows: usize) -> 
             .got(injection.vector.len()));
     }
     if !injection.vector.iter().all(|v| v.is_finite()) || !injection.strength.is_finite() {
-        return Err(Error::new("NaN or infinity in a vector or strength").expected("finite numbers"));
+        return Err(
+            Error::new("NaN or infinity in a vector or strength").expected("finite numbers")
+        );
     }
     if injection.mode != StrengthMode::Raw && norm(&injection.vector) == 0.0 {
         return Err(Error::new("a vector of length 0 has no direction")
@@ -255,7 +257,11 @@ pub fn plan(
             scale(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
         let to = injection.to.map_or(u32::MAX, |to| to as u32);
         let op = HookOp { vector: row(at), from: injection.from as u32, to, scale, relative };
-        planned.push(Planned { site: site_index(injection.site, injection.layer), injection: at, op });
+        planned.push(Planned {
+            site: site_index(injection.site, injection.layer),
+            injection: at,
+            op,
+        });
     }
     planned.sort_by_key(|p| p.site);
     Ok(planned)

@@ -100,7 +100,12 @@ mod tests {
         let mut pool = PagePool::new(20);
         let base = PageTable::take(&mut pool, 2, 3);
         let (fork, copies) =
-            PageTable::fork(&base, &mut pool, 4, |layer| if layer == 0 { (2, true) } else { (1, false) });
+            PageTable::fork(
+                &base,
+                &mut pool,
+                4,
+                |layer| if layer == 0 { (2, true) } else { (1, false) },
+            );
         assert_eq!(fork.layers[0][..2], base.layers[0][..2]);
         assert_eq!(fork.layers[1][..1], base.layers[1][..1]);
         assert_eq!(copies, vec![(base.layers[0][2], fork.layers[0][2])]);

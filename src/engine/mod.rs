@@ -7,11 +7,13 @@ mod handle;
 mod hooks;
 mod kv;
 mod prompts;
+pub mod resolve;
 mod sequence;
 mod step;
 mod types;
+pub mod vectors;
 
-pub use handle::{Engine, Finished, Fingerprint, Limits, Options, Stats};
+pub use handle::{Engine, Fingerprint, Finished, Limits, Options, Stats};
 pub use hooks::{norm, site_name};
 pub use types::*;
 

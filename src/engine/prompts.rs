@@ -148,9 +148,10 @@ impl Prompts {
     /// stays. Gives whether they are.
     pub fn make_room(&mut self, pool: &mut PagePool, wanted: usize, keep: &Key) -> bool {
         while pool.available() < wanted {
-            let idle = self.entries.iter().filter(|(key, entry)| {
-                *key != keep && entry.users == 0 && !entry.running
-            });
+            let idle = self
+                .entries
+                .iter()
+                .filter(|(key, entry)| *key != keep && entry.users == 0 && !entry.running);
             let oldest = idle.min_by_key(|(_, entry)| entry.last_used).map(|(key, _)| key.clone());
             let Some(entry) = oldest.and_then(|key| self.entries.remove(&key)) else {
                 return false;

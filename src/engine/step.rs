@@ -134,7 +134,13 @@ impl<T: Float> Core<T> {
 
     /// Plans the captures of a job's prompt row; gives whether its logits are captured, or `None`
     /// where the capture buffer is full.
-    fn plan_captures(&self, plan: &mut Plan, job: usize, position: usize, row: u32) -> Option<bool> {
+    fn plan_captures(
+        &self,
+        plan: &mut Plan,
+        job: usize,
+        position: usize,
+        row: u32,
+    ) -> Option<bool> {
         let captures = &self.jobs[&job].pending.job.capture;
         let mut logits = false;
         let hits = || {
@@ -181,7 +187,8 @@ impl<T: Float> Core<T> {
             let planned = &self.jobs[&job].planned;
             for (at, (tally, planned)) in sequence.tally.iter_mut().zip(planned).enumerate() {
                 let [before, change] = self.state.receipts[receipts[place] as usize + at];
-                tally.expected += u64::from((planned.op.from..planned.op.to).contains(&row.position));
+                tally.expected +=
+                    u64::from((planned.op.from..planned.op.to).contains(&row.position));
                 if !before.is_nan() {
                     tally.touched += 1;
                     tally.before += f64::from(before);
@@ -227,12 +234,9 @@ impl<T: Float> Core<T> {
         let mut tokens = vec![0; draws.len()];
         sample(&self.device, vocab, &self.state.logits, &draws, &mut tokens);
         let wanted = self.wanted_summaries(rows, heads, &draws, &tokens);
-        let wanted: Vec<_> = wanted
-            .iter()
-            .map(|(row, ids, top)| Wanted { row: *row, ids, top: *top })
-            .collect();
-        let mut summaries =
-            summarize(&self.device, vocab, &self.state.logits, &wanted).into_iter();
+        let wanted: Vec<_> =
+            wanted.iter().map(|(row, ids, top)| Wanted { row: *row, ids, top: *top }).collect();
+        let mut summaries = summarize(&self.device, vocab, &self.state.logits, &wanted).into_iter();
         let mut tokens = tokens.into_iter();
         for (at, &row) in heads.iter().enumerate() {
             let row = &rows[row as usize];
@@ -343,9 +347,8 @@ impl<T: Float> Core<T> {
         let Some(active) = self.jobs.get_mut(&id) else { return };
         let job = std::sync::Arc::clone(&active.pending.job);
         let count = samples(&job);
-        let uses = !job.watch.is_empty()
-            || !job.score.is_empty()
-            || job.logprobs.is_some() && count > 0;
+        let uses =
+            !job.watch.is_empty() || !job.score.is_empty() || job.logprobs.is_some() && count > 0;
         let summary = if uses { summaries.next().unwrap_or_default() } else { Summary::default() };
         let (watch, rest) = summary.logits.split_at(job.watch.len().min(summary.logits.len()));
         if !job.watch.is_empty() {
@@ -442,7 +445,9 @@ impl<T: Float> Core<T> {
             if !done {
                 continue;
             }
-            let Some(Sequence { role, pages, tally, .. }) = self.slots[slot].take() else { continue };
+            let Some(Sequence { role, pages, tally, .. }) = self.slots[slot].take() else {
+                continue;
+            };
             match role {
                 // The pages stay with the entry.
                 Role::Clean(key, _) => {

@@ -1,5 +1,233 @@
 //! Protocols, trials, concept vectors, grading, statistics and the run folder.
+//!
+//! [`run`] is the whole of it: a protocol, a model and a folder in, finished trials in the folder.
 
+use std::{collections::HashSet, path::Path};
+
+use crate::{
+    engine::{Engine, Finished, Job},
+    error::{Error, Result},
+    model::Model,
+};
+
+pub mod demo;
+#[cfg(test)]
+pub(crate) mod fake;
+pub mod folder;
 pub mod grading;
+pub mod plan;
+pub mod prepare;
+pub mod protocol;
+mod protocol_file;
 pub mod results;
+pub mod runner;
+pub mod seeds;
 pub mod stats;
+pub mod vectors;
+pub mod words;
+
+use demo::measure;
+use folder::Folder;
+use plan::Plan;
+use prepare::{Prepared, prepare};
+use protocol::Protocol;
+use results::{Fingerprint, Manifest, Trial};
+use vectors::ConceptVectors;
+
+/// What an experiment needs of the engine; tests put a stand-in in its place.
+pub trait Jobs {
+    /// Streams jobs through, a bounded number in flight, and calls `done` with each one's index as
+    /// they finish, in any order. `jobs` is asked for more between calls of `done`.
+    fn run_all(
+        &self,
+        jobs: &mut dyn Iterator<Item = Job>,
+        done: &mut dyn FnMut(usize, Result<Finished>) -> Result<()>,
+    ) -> Result<()>;
+}
+
+impl Jobs for Engine {
+    fn run_all(
+        &self,
+        jobs: &mut dyn Iterator<Item = Job>,
+        done: &mut dyn FnMut(usize, Result<Finished>) -> Result<()>,
+    ) -> Result<()> {
+        self.run_all(jobs, done)
+    }
+}
+
+/// Hears how far a run is.
+pub trait Progress {
+    /// `stage` is `vectors`, `measuring` or `trials`; `total` 0: not known; `tokens`: drawn so far.
+    fn advance(&mut self, stage: &str, done: u64, total: u64, tokens: u64);
+}
+
+impl Progress for () {
+    fn advance(&mut self, _: &str, _: u64, _: u64, _: u64) {}
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// As in the folder.
+    pub manifest: Manifest,
+    /// Trials that were finished when the run was started.
+    pub resumed: usize,
+    /// Trials run now.
+    pub run: usize,
+    /// Trials, of all in the folder, whose injection failed its check: id and what failed.
+    pub failed: Vec<(String, String)>,
+}
+
+/// Runs a protocol into a folder, or the rest of it where the folder has a part of this run. A
+/// protocol with a budget is measured and cut first (once: the folder keeps the cuts).
+pub fn run(
+    protocol: &Protocol,
+    model: &Model,
+    engine: &Engine,
+    dir: &Path,
+    allow_other_numerics: bool,
+    progress: &mut dyn Progress,
+) -> Result<Summary> {
+    let prepared = prepare(model, protocol)?;
+    let run = Run { protocol, prepared: &prepared, engine, numerics: engine.fingerprint() };
+    run.into_folder(dir, allow_other_numerics, progress)
+}
+
+/// A protocol, concrete, and what runs it.
+struct Run<'a> {
+    protocol: &'a Protocol,
+    prepared: &'a Prepared,
+    engine: &'a dyn Jobs,
+    numerics: &'a Fingerprint,
+}
+
+impl Run<'_> {
+    fn into_folder(
+        self,
+        dir: &Path,
+        allow_other_numerics: bool,
+        progress: &mut dyn Progress,
+    ) -> Result<Summary> {
+        let mut folder = Folder::open(dir)?;
+        let mut protocol = self.protocol.uncut();
+        let resumes = folder.stored().is_some();
+        if let Some(stored) = folder.stored() {
+            let new = self.manifest(&protocol, None)?;
+            let mixed = folder::check_same_run(stored, &new, allow_other_numerics)?;
+            protocol = folder::parse_protocol(&stored.protocol)?;
+            if let Some(mixed) = mixed {
+                folder.write_manifest(&mixed)?;
+            }
+        }
+        let vectors = self.vectors(&folder, resumes, progress)?;
+        let mut measured = Vec::new();
+        if !resumes {
+            if let Some(budget) = protocol.budget_seconds {
+                let plan = Plan::new(&protocol, self.prepared, &vectors)?;
+                let measurement = measure(&plan, protocol.parts.len(), self.engine, progress)?;
+                let left = (budget - measurement.spent).max(0.0);
+                protocol.cuts = demo::fit(&protocol, self.prepared, &measurement.seconds, left);
+                measured = measurement.trials;
+            }
+            folder.write_manifest(&self.manifest(&protocol, Some(&vectors))?)?;
+        }
+        let plan = Plan::new(&protocol, self.prepared, &vectors)?;
+        self.execute(&plan, &folder, measured, progress)
+    }
+
+    /// The folder's own vectors when it has some, so that a run is finished with what it began
+    /// with; else new ones, which are stored.
+    fn vectors(
+        &self,
+        folder: &Folder,
+        resumes: bool,
+        progress: &mut dyn Progress,
+    ) -> Result<ConceptVectors> {
+        let (path, prepared) = (folder.vectors_path(), self.prepared);
+        let (words, layers) = (prepared.concepts(), prepared.layers());
+        let (hash, dim) = (&prepared.model.hash, prepared.model.dim);
+        if resumes && path.exists() {
+            return ConceptVectors::load(&path, hash, &words, &layers, dim);
+        }
+        let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
+        let extraction =
+            vectors::extract(self.engine, &words, prompts, baseline, &layers, dim, progress)?;
+        let recipe = &self.protocol.vectors;
+        let recipe = format!(
+            "mean-difference of {:?} over {} baseline words",
+            recipe.template,
+            recipe.baseline.len()
+        );
+        extraction.vectors.to_set(hash, &recipe)?.save(&path)?;
+        Ok(extraction.vectors)
+    }
+
+    /// Runs what is not finished yet; `measured` are trials run before the cuts were known.
+    fn execute(
+        &self,
+        plan: &Plan,
+        folder: &Folder,
+        measured: Vec<Trial>,
+        progress: &mut dyn Progress,
+    ) -> Result<Summary> {
+        let (mut trials, mut lines) = folder.trials()?;
+        let resumed = trials.len();
+        let planned: HashSet<&str> = plan.trials().iter().map(|trial| trial.id.as_str()).collect();
+        if let Some(stranger) = trials.iter().find(|trial| !planned.contains(trial.id.as_str())) {
+            return Err(Error::new("the folder has a trial that is not in its plan")
+                .at(folder.vectors_path().display().to_string())
+                .got(&stranger.id)
+                .hint(
+                    "the vectors were changed, or the trials are of another version of inkling",
+                ));
+        }
+        for trial in measured.into_iter().filter(|trial| planned.contains(trial.id.as_str())) {
+            lines.append(&trial)?;
+            trials.push(trial);
+        }
+        let finished: HashSet<&str> = trials.iter().map(|trial| trial.id.as_str()).collect();
+        let left = |index: &usize| !finished.contains(plan.trials()[*index].id.as_str());
+        let wanted: Vec<usize> = (0..plan.trials().len()).filter(left).collect();
+        let mut failed: Vec<(String, String)> = trials.iter().filter_map(failure).collect();
+        let mut save = |trial: Trial| {
+            failed.extend(failure(&trial));
+            lines.append(&trial)
+        };
+        runner::execute(plan, &wanted, self.engine, &mut save, progress)?;
+        lines.sync()?;
+        let manifest = folder.stored().cloned();
+        Ok(Summary {
+            manifest: manifest.ok_or_else(|| Error::new("the run has no manifest"))?,
+            resumed,
+            run: plan.trials().len() - resumed,
+            failed,
+        })
+    }
+
+    /// Without vectors only what identifies the run.
+    fn manifest(&self, protocol: &Protocol, vectors: Option<&ConceptVectors>) -> Result<Manifest> {
+        let to_value = serde_json::to_value(protocol);
+        let identity = (&protocol.uncut(), &self.prepared.model.hash, self.numerics);
+        Ok(Manifest {
+            schema: seeds::SCHEMA,
+            run: seeds::content_hash(&identity),
+            protocol: to_value
+                .map_err(|error| Error::new("can't write the protocol").got(error))?,
+            model: self.prepared.model.clone(),
+            numerics: self.numerics.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            prompts: self.prepared.prompt_records(),
+            words: vectors.map_or_else(Vec::new, |vectors| self.prepared.word_records(vectors)),
+            cuts: protocol.cuts.iter().map(|cut| cut.text.clone()).collect(),
+            trials: plan::cells(protocol, self.prepared).len() as u64,
+        })
+    }
+}
+
+fn failure(trial: &Trial) -> Option<(String, String)> {
+    runner::failed_check(trial).map(|what| (trial.id.clone(), what))
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

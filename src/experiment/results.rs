@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::engine::Fingerprint;
 use crate::{
     engine::{Finish, Receipt},
     request::StrengthMode,
@@ -141,7 +142,7 @@ pub struct Manifest {
     /// The model.
     pub model: ModelRecord,
     /// How the numbers were made: a resume on another fingerprint is refused.
-    pub numerics: Numerics,
+    pub numerics: Fingerprint,
     /// inkling's version.
     pub version: String,
     /// One for each prompt of the protocol.
@@ -170,20 +171,6 @@ pub struct ModelRecord {
     pub dim: usize,
     /// Parameters.
     pub parameters: u64,
-}
-
-/// What the bits of a result depend on beside the trial.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Numerics {
-    /// `cpu`, `cuda` or `host-kernels`.
-    pub device: String,
-    /// `bf16` or `f32`.
-    pub dtype: String,
-    /// Instruction set or GPU architecture.
-    pub isa: String,
-    /// Version of the kernels' arithmetic.
-    pub kernels: String,
 }
 
 /// A prompt as the model sees it.
@@ -216,4 +203,15 @@ pub struct WordRecord {
     pub first_piece: String,
     /// ‖v‖ at each injected layer: (layer, norm).
     pub norms: Vec<(usize, f32)>,
+}
+
+/// A run as read from its folder, finished or not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// What was run, on what.
+    pub manifest: Manifest,
+    /// In the order in which they finished.
+    pub trials: Vec<Trial>,
+    /// The last verdicts of each judge on each trial.
+    pub grades: Vec<Grade>,
 }

@@ -7,7 +7,7 @@ mod config;
 mod date;
 mod format;
 pub mod forward;
-mod gguf;
+pub(crate) mod gguf;
 mod prompt;
 mod render;
 mod shards;

@@ -30,18 +30,7 @@ pub use tables::{
     Scope, Tables,
 };
 
-use crate::experiment::results::{Grade, Manifest, Trial};
-
-/// A run as it is stored.
-#[derive(Clone, Debug)]
-pub struct Run {
-    /// What was run, on what.
-    pub manifest: Manifest,
-    /// The trials so far, in any order.
-    pub trials: Vec<Trial>,
-    /// The grades so far. Of two by one judge on one trial the later counts.
-    pub grades: Vec<Grade>,
-}
+pub use crate::experiment::results::Run;
 
 /// Counts and rates.
 pub fn tables(run: &Run) -> Tables {

@@ -7,8 +7,8 @@ use crate::{
     engine::{Finish, Receipt},
     experiment::{
         results::{
-            Condition, FirstAnswer, ModelRecord, Numerics, PromptRecord, Readout, Reply, Verdict,
-            WordRecord,
+            Condition, Fingerprint, FirstAnswer, ModelRecord, PromptRecord, Readout, Reply,
+            Verdict, WordRecord,
         },
         stats::{Count, Method},
     },
@@ -55,7 +55,7 @@ fn manifest(trials: u64) -> Manifest {
             dim: 576,
             parameters: 134_515_008,
         },
-        numerics: Numerics {
+        numerics: Fingerprint {
             device: "cpu".into(),
             dtype: "bf16".into(),
             isa: "avx512".into(),

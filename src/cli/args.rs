@@ -1,0 +1,84 @@
+//! Options that several subcommands share.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{fetch, output::note};
+use crate::{
+    device::DeviceKind,
+    engine::{Engine, Options},
+    error::{Error, Result},
+    model::Model,
+    ops::matmul::Dtype,
+};
+
+/// Which model.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// GGUF file, or folder with a Hugging Face model
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Opens the model; an error without `--model`.
+    pub fn open(&self) -> Result<Model> {
+        let path = self.model.as_ref().ok_or_else(|| {
+            Error::new("no model")
+                .at("--model")
+                .expected("a GGUF file, or a folder with a Hugging Face model")
+                .hint("`inkling doctor` says where the demo model is")
+        })?;
+        Model::open(path)
+    }
+
+    /// Opens the model; without `--model` the demo model, fetched where it is not there yet.
+    pub fn open_or_demo(&self) -> Result<Model> {
+        match &self.model {
+            Some(_) => self.open(),
+            None => Model::open(&fetch::demo_model()?),
+        }
+    }
+}
+
+/// How the model is run.
+#[derive(Args)]
+pub struct EngineArgs {
+    /// Where the model runs
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: DeviceKind,
+    /// Type of the weights and the KV cache: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub threads: Option<usize>,
+    /// The most sequences in one step
+    #[arg(long, value_name = "N", default_value_t = Options::default().max_batch,
+          value_parser = at_least_one)]
+    pub max_batch: usize,
+}
+
+impl EngineArgs {
+    /// Loads the weights and starts the engine.
+    pub fn start(&self, model: &Model) -> Result<Engine> {
+        let options = Options {
+            device: self.device,
+            dtype: self.dtype,
+            threads: self.threads,
+            max_batch: self.max_batch,
+            ..Options::default()
+        };
+        note(format!("loading {} ({}, {})", model.name, self.device, self.dtype));
+        Engine::start(model, &options)
+    }
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be 1 or more".into()),
+        Ok(n) => Ok(n),
+        Err(error) => Err(format!("{error}")),
+    }
+}

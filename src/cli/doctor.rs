@@ -1,0 +1,262 @@
+//! `inkling doctor`: what this build and this machine have.
+
+use std::{env::consts, process::ExitCode, thread};
+
+use fs_err as fs;
+use serde::Serialize;
+
+use super::{args::ModelArgs, fetch, output::Output};
+use crate::{
+    device::cpu::Isa,
+    error::Result,
+    model::{Model, ModelConfig},
+};
+
+/// Say what this build and this machine have, and what a model needs
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Findings {
+    version: &'static str,
+    system: String,
+    cpu: Cpu,
+    memory: Option<Memory>,
+    devices: Vec<DeviceSupport>,
+    demo_model: DemoModel,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<ModelFindings>,
+}
+
+#[derive(Serialize)]
+struct Cpu {
+    name: Option<String>,
+    /// Threads that can run at once.
+    cores: usize,
+    /// Those that matter here.
+    features: Vec<String>,
+    /// What the operations are run with.
+    instruction_set: String,
+}
+
+/// In bytes.
+#[derive(Serialize)]
+struct Memory {
+    total: u64,
+    available: u64,
+}
+
+#[derive(Serialize)]
+struct DeviceSupport {
+    name: &'static str,
+    available: bool,
+    note: &'static str,
+}
+
+#[derive(Serialize)]
+struct DemoModel {
+    path: Option<String>,
+    present: bool,
+}
+
+#[derive(Serialize)]
+struct ModelFindings {
+    name: String,
+    architecture: String,
+    parameters: u64,
+    layers: usize,
+    dim: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    ffn_dim: usize,
+    vocab: usize,
+    context: usize,
+    tied_embeddings: bool,
+    tokenizer: bool,
+    chat_template: bool,
+    sha256: String,
+    memory: Vec<Need>,
+}
+
+/// In bytes.
+#[derive(Serialize)]
+struct Need {
+    dtype: &'static str,
+    weights: u64,
+    kv_per_token: u64,
+}
+
+pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
+    let model = args.model.model.is_some().then(|| args.model.open()).transpose()?;
+    let demo = fetch::demo_path().ok();
+    let findings = Findings {
+        version: env!("CARGO_PKG_VERSION"),
+        system: format!("{} {}", consts::OS, consts::ARCH),
+        cpu: cpu(),
+        memory: memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
+        devices: vec![
+            DeviceSupport { name: "cpu", available: true, note: "" },
+            DeviceSupport { name: "cuda", available: false, note: "not in this build" },
+        ],
+        demo_model: DemoModel {
+            present: demo.as_ref().is_some_and(|path| path.is_file()),
+            path: demo.map(|path| path.display().to_string()),
+        },
+        model: model.as_ref().map(model_findings).transpose()?,
+    };
+    let mut output = Output::new();
+    if args.json {
+        output.json(&findings)?;
+    } else {
+        lines(&findings).iter().try_for_each(|line| output.line(line))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn cpu() -> Cpu {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = field(&info, "model name").map(str::to_owned);
+    let flags = field(&info, "flags").or_else(|| field(&info, "Features")).unwrap_or_default();
+    let known = [
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512_bf16",
+        "amx_tile",
+        "amx_bf16",
+        "asimd",
+        "bf16",
+    ];
+    let has = |feature: &&str| flags.split_whitespace().any(|flag| flag == *feature);
+    Cpu {
+        name,
+        cores: thread::available_parallelism().map_or(1, usize::from),
+        features: known.iter().filter(|feature| has(feature)).map(ToString::to_string).collect(),
+        instruction_set: Isa::detect().to_string(),
+    }
+}
+
+/// The value of a `key : value` line of a file in /proc.
+fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        (name.trim() == key).then_some(value.trim())
+    })
+}
+
+fn memory(info: &str) -> Option<Memory> {
+    let bytes = |key| {
+        let kilobytes: u64 = field(info, key)?.strip_suffix(" kB")?.parse().ok()?;
+        Some(kilobytes * 1024)
+    };
+    Some(Memory { total: bytes("MemTotal")?, available: bytes("MemAvailable")? })
+}
+
+fn model_findings(model: &Model) -> Result<ModelFindings> {
+    let config = &model.config;
+    Ok(ModelFindings {
+        name: model.name.clone(),
+        architecture: config.architecture.clone(),
+        parameters: config.parameters(),
+        layers: config.layers,
+        dim: config.dim,
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        ffn_dim: config.ffn_dim,
+        vocab: config.vocab,
+        context: config.context,
+        tied_embeddings: config.tied_embeddings,
+        tokenizer: model.tokenizer.is_some(),
+        chat_template: model.template.is_some(),
+        sha256: model.hash()?,
+        memory: vec![need("bf16", 2, config), need("f32", 4, config)],
+    })
+}
+
+fn need(dtype: &'static str, bytes: u64, config: &ModelConfig) -> Need {
+    let kv = 2 * config.layers * config.kv_heads * config.head_dim;
+    Need { dtype, weights: config.parameters() * bytes, kv_per_token: kv as u64 * bytes }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
+fn lines(findings: &Findings) -> Vec<String> {
+    let Findings { version, system, cpu, memory, devices, demo_model, model } = findings;
+    let name = cpu.name.as_deref().unwrap_or("unknown");
+    let mut lines = vec![
+        format!("inkling {version}, {system}"),
+        format!("cpu         {name}, {} threads", cpu.cores),
+        format!("features    {} (used: {})", cpu.features.join(" "), cpu.instruction_set),
+    ];
+    if let Some(memory) = memory {
+        let (total, available) = (gigabytes(memory.total), gigabytes(memory.available));
+        lines.push(format!("memory      {total}, {available} available"));
+    }
+    for device in devices {
+        let state = if device.available { "yes" } else { device.note };
+        lines.push(format!("device      {}: {state}", device.name));
+    }
+    let state = if demo_model.present { "present" } else { "not there yet" };
+    let path = demo_model.path.as_deref().unwrap_or("no cache folder");
+    lines.push(format!("demo model  {state}: {path}"));
+    if let Some(model) = model {
+        lines.extend(model_lines(model));
+    }
+    lines
+}
+
+fn model_lines(model: &ModelFindings) -> Vec<String> {
+    let yes = |has| if has { "yes" } else { "no" };
+    let tied = if model.tied_embeddings { ", tied embeddings" } else { "" };
+    let mut lines = vec![
+        format!("model       {}", model.name),
+        format!("            {}, {} parameters{tied}", model.architecture, model.parameters),
+        format!(
+            "            {} blocks of width {}, MLP {}, {} heads of {} ({} for keys and values)",
+            model.layers, model.dim, model.ffn_dim, model.heads, model.head_dim, model.kv_heads
+        ),
+        format!("            {} tokens, context {}", model.vocab, model.context),
+        format!(
+            "            tokenizer: {}, chat template: {}",
+            yes(model.tokenizer),
+            yes(model.chat_template)
+        ),
+        format!("            SHA-256 {}", model.sha256),
+    ];
+    for need in &model.memory {
+        lines.push(format!(
+            "            {:<4} {} of weights, {:.1} kB of KV cache a token",
+            need.dtype,
+            gigabytes(need.weights),
+            need.kv_per_token as f64 / 1e3
+        ));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_fields_are_read() {
+        let info = "MemTotal:       16000 kB\nMemFree: 1 kB\nMemAvailable:    8000 kB\n";
+        let memory = memory(info).unwrap();
+        assert_eq!((memory.total, memory.available), (16_384_000, 8_192_000));
+        assert!(super::memory("").is_none());
+        assert_eq!(field("model name\t: A CPU\nflags\t: avx2 fma\n", "flags"), Some("avx2 fma"));
+        assert_eq!(field("flags", "flags"), None);
+    }
+}

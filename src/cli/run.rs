@@ -1,0 +1,257 @@
+//! `inkling run`: a protocol into a run folder.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use serde::Serialize;
+
+use super::{
+    FAILED_CHECK,
+    args::{EngineArgs, ModelArgs},
+    output::{Output, note},
+    progress::Bar,
+};
+use crate::{
+    error::{Context, Error, Result},
+    experiment::{
+        self, Summary,
+        plan::{PartOutline, outline},
+        prepare::prepare,
+        protocol::Protocol,
+        results::PromptRecord,
+    },
+    files,
+    model::Model,
+};
+
+/// Failed checks shown one by one.
+const SHOWN_FAILURES: usize = 5;
+
+/// Run a protocol into a folder; the same command again finishes what was interrupted
+#[derive(clap::Args)]
+pub struct Args {
+    /// A built-in protocol's name, or a TOML file
+    #[arg(required_unless_present = "list")]
+    protocol: Option<String>,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// The run folder
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["list", "dry_run"])]
+    out: Option<PathBuf>,
+    /// Instead of the protocol's seed
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Show the prompts, their windows and the number of trials, and run nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// List the built-in protocols
+    #[arg(long, exclusive = true)]
+    list: bool,
+    /// Finish a folder that was begun with another device, type or instruction set
+    #[arg(long)]
+    allow_other_numerics: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was run.
+#[derive(Serialize)]
+struct Shown<'a> {
+    folder: String,
+    trials: u64,
+    run_now: usize,
+    failed: &'a [(String, String)],
+    cuts: &'a [String],
+}
+
+pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
+    let Some(name) = &args.protocol else { return list() };
+    let mut protocol = Protocol::open(name)?;
+    protocol.seed = args.seed.unwrap_or(protocol.seed);
+    if args.dry_run {
+        return dry_run(&protocol, &args.model.open()?, args.json);
+    }
+    let out = args.out.as_deref().ok_or_else(|| Error::new("no run folder").at("--out"))?;
+    let model = args.model.open()?;
+    let summary = run(&protocol, &model, &args.engine, out, args.allow_other_numerics)?;
+    let mut output = Output::new();
+    if args.json {
+        output.json(&Shown {
+            folder: out.display().to_string(),
+            trials: summary.manifest.trials,
+            run_now: summary.run,
+            failed: &summary.failed,
+            cuts: &summary.manifest.cuts,
+        })?;
+    } else {
+        let trials = summary.manifest.trials;
+        output.line(format!("{trials} trials in {} ({} run now)", out.display(), summary.run))?;
+    }
+    note(format!("next: inkling grade {0} && inkling report {0}", out.display()));
+    Ok(exit_code(&summary))
+}
+
+/// Runs a protocol into a folder and tells what was cut and what failed.
+pub fn run(
+    protocol: &Protocol,
+    model: &Model,
+    engine: &EngineArgs,
+    out: &Path,
+    allow_other_numerics: bool,
+) -> Result<Summary> {
+    check_folder(out).at(|| "--out".into())?;
+    let engine = engine.start(model)?;
+    let mut bar = Bar::default();
+    let summary = experiment::run(protocol, model, &engine, out, allow_other_numerics, &mut bar)?;
+    drop(bar);
+    if summary.resumed > 0 {
+        note(format!("{} trials were finished before", summary.resumed));
+    }
+    summary.manifest.cuts.iter().for_each(|cut| note(format!("left out: {cut}")));
+    for (trial, what) in summary.failed.iter().take(SHOWN_FAILURES) {
+        note(format!("trial {trial} failed its check: {what}"));
+    }
+    if summary.failed.len() > SHOWN_FAILURES {
+        note(format!("{} trials failed their check in all", summary.failed.len()));
+    }
+    Ok(summary)
+}
+
+/// 1 where a trial's injection was not as planned.
+pub fn exit_code(summary: &Summary) -> ExitCode {
+    if summary.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED_CHECK) }
+}
+
+/// Fails now, and leaves nothing, if the folder could not be made or written to later.
+fn check_folder(out: &Path) -> Result<()> {
+    let existing = out.ancestors().find(|path| path.exists()).filter(|path| *path != Path::new(""));
+    files::check_writable(&existing.unwrap_or(Path::new(".")).join("manifest.json"))
+}
+
+fn list() -> anyhow::Result<ExitCode> {
+    let mut output = Output::new();
+    for name in Protocol::builtins() {
+        output.line(format!("{name}: {}", Protocol::builtin(name)?.about))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn dry_run(protocol: &Protocol, model: &Model, json: bool) -> anyhow::Result<ExitCode> {
+    let prepared = prepare(model, protocol)?;
+    let parts = outline(protocol, &prepared);
+    let prompts = prepared.prompt_records();
+    let mut output = Output::new();
+    if json {
+        let total: usize = parts.iter().map(|part| part.injected + part.clean).sum();
+        let plan = serde_json::json!({
+            "protocol": protocol,
+            "prompts": prompts,
+            "parts": parts.iter().map(part_json).collect::<Vec<_>>(),
+            "trials": total,
+        });
+        output.json(&plan)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for prompt in &prompts {
+        prompt_lines(prompt).iter().try_for_each(|line| output.line(line))?;
+    }
+    for part in &parts {
+        output.line(part_line(part))?;
+    }
+    if let Some(budget) = protocol.budget_seconds {
+        output.line(format!("trials that would take more than {budget} s in all are left out"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn part_json(part: &PartOutline) -> serde_json::Value {
+    serde_json::json!({
+        "name": part.name,
+        "words": part.words,
+        "places": part.places,
+        "doses": part.doses,
+        "repeats": part.repeats,
+        "injected": part.injected,
+        "clean": part.clean,
+    })
+}
+
+fn part_line(part: &PartOutline) -> String {
+    let layers: Vec<String> = part.places.iter().map(|place| place.layer.to_string()).collect();
+    let doses: Vec<String> = part.doses.iter().map(ToString::to_string).collect();
+    format!(
+        "part {}: {} injected trials and {} clean ones ({} words, layers {}, doses {}, repeats {})",
+        part.name,
+        part.injected,
+        part.clean,
+        part.words.len(),
+        layers.join(" "),
+        doses.join(" "),
+        part.repeats
+    )
+}
+
+/// The prompt with its window marked by ⟦ and ⟧.
+fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
+    let end = prompt.to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
+    let head = format!(
+        "prompt {}: {} tokens, window {}..{end}",
+        prompt.name,
+        prompt.tokens.len(),
+        prompt.from
+    );
+    let mut text = String::new();
+    for (index, piece) in prompt.pieces.iter().enumerate() {
+        if prompt.to == Some(index) {
+            text.push('⟧');
+        }
+        if prompt.from == index {
+            text.push('⟦');
+        }
+        text.push_str(piece);
+    }
+    let mut lines = vec![head];
+    lines.extend(text.lines().map(|line| format!("  | {line}")));
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_marked_in_the_prompt() {
+        let prompt = PromptRecord {
+            name: "cued".into(),
+            text: String::new(),
+            tokens: vec![1, 2, 3],
+            pieces: ["a", "\n", "b"].map(str::to_owned).to_vec(),
+            from: 1,
+            to: Some(2),
+        };
+        assert_eq!(
+            prompt_lines(&prompt),
+            ["prompt cued: 3 tokens, window 1..2", "  | a⟦", "  | ⟧b"]
+        );
+        let open = PromptRecord { to: None, ..prompt };
+        assert_eq!(
+            prompt_lines(&open),
+            ["prompt cued: 3 tokens, window 1..generated tokens", "  | a⟦", "  | b"]
+        );
+    }
+
+    #[test]
+    fn folders_are_checked_without_being_made() {
+        let folder = tempfile::tempdir().unwrap();
+        check_folder(&folder.path().join("a/b")).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        assert!(check_folder(&folder.path().join("file/run")).is_err());
+        assert!(check_folder(&folder.path().join("file")).is_err());
+    }
+}

@@ -1,0 +1,434 @@
+//! From a request as written to a job the engine can run: vectors read, layers and windows as
+//! indices, every value checked against the model. Every error names the request's field.
+
+use std::sync::Arc;
+
+use super::{
+    Capture, Injection, Job,
+    vectors::{Header, VectorFiles, norm},
+};
+use crate::{
+    error::{Context, Error, Result},
+    model::{Model, ModelConfig, Prompt, Tokenizer},
+    request::{
+        self, Continuation, Layers, NamedPositions, OneOrMany, Positions, Request, Sampling, Site,
+        StrengthMode, VectorRef,
+    },
+};
+
+/// What a request is checked against.
+#[derive(Clone, Copy)]
+struct Limits {
+    layers: usize,
+    dim: usize,
+    vocab: usize,
+    context: usize,
+}
+
+impl From<&ModelConfig> for Limits {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            layers: config.layers,
+            dim: config.dim,
+            vocab: config.vocab,
+            context: config.context,
+        }
+    }
+}
+
+/// Renders a request's prompt and checks and resolves all that is asked about it.
+pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Result<(Prompt, Job)> {
+    let limits = Limits::from(&model.config);
+    check_sampling(&request.sampling)?;
+    check_counts(request, limits)?;
+    let prompt = model.render(request)?;
+    check_tokens(&prompt.tokens, limits, "prompt")?;
+    let tokenizer = model.tokenizer.as_deref();
+    check_stop(&request.stop, tokenizer)?;
+    let score = continuations(&request.score, tokenizer, limits)?;
+    let continued = score.iter().map(Vec::len).max().unwrap_or(0);
+    let continued = continued.max(request.sampling.max_tokens as usize);
+    check_context(prompt.tokens.len(), continued, limits)?;
+    // The last token drawn or scored is never a row itself.
+    let rows = prompt.tokens.len() + continued.saturating_sub(1);
+
+    let mut inject = Vec::new();
+    for (i, injection) in request.inject.iter().enumerate() {
+        let field = format!("inject[{i}]");
+        let window =
+            prompt.window(injection.from.as_ref(), injection.to.as_ref()).at(|| field.clone())?;
+        check_window(injection.strength_mode, window, prompt.tokens.len(), rows, &field)?;
+        let mut source = Source { limits, model_hash: &|| model.hash(), files };
+        inject.extend(injections(injection, window, &mut source, &field)?);
+    }
+    let mut capture = Vec::new();
+    for (i, wanted) in request.capture.iter().enumerate() {
+        let field = format!("capture[{i}]");
+        capture.extend(captures(wanted, prompt.tokens.len(), limits, &field)?);
+    }
+    let job = Job {
+        tokens: prompt.tokens.clone(),
+        inject,
+        capture,
+        sampling: request.sampling,
+        n: request.n,
+        stop: request.stop.clone(),
+        logprobs: request.logprobs,
+        score,
+        watch: Vec::new(),
+    };
+    Ok((prompt, job))
+}
+
+/// Checks the values that say how tokens are drawn.
+fn check_sampling(sampling: &Sampling) -> Result<()> {
+    let bad = |name: &str, expected: &str, got: f32| {
+        Err(Error::new("sampling value out of range")
+            .at(format!("sampling.{name}"))
+            .expected(expected)
+            .got(got))
+    };
+    if !(sampling.temperature.is_finite() && sampling.temperature >= 0.0) {
+        return bad("temperature", "0 (greedy) or more", sampling.temperature);
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        return bad("top_p", "more than 0, at most 1 (1 keeps all tokens)", sampling.top_p);
+    }
+    if !(sampling.min_p >= 0.0 && sampling.min_p < 1.0) {
+        return bad("min_p", "0 (keeps all tokens) or more, less than 1", sampling.min_p);
+    }
+    Ok(())
+}
+
+fn check_counts(request: &Request, limits: Limits) -> Result<()> {
+    if request.n == 0 {
+        return Err(Error::new("no samples asked for").at("n").expected("1 or more").got(0));
+    }
+    match request.logprobs {
+        Some(top) if top as usize > limits.vocab => Err(Error::new("too many log-probabilities")
+            .at("logprobs")
+            .expected(format!("at most {} (the vocabulary)", limits.vocab))
+            .got(top)),
+        _ => Ok(()),
+    }
+}
+
+fn check_tokens(tokens: &[u32], limits: Limits, field: &str) -> Result<()> {
+    if tokens.is_empty() {
+        return Err(Error::new("empty text").at(field).expected("at least one token"));
+    }
+    match tokens.iter().position(|token| *token as usize >= limits.vocab) {
+        Some(i) => Err(Error::new("token id outside the vocabulary")
+            .at(format!("{field}, token {i}"))
+            .expected(format!("0..={}", limits.vocab - 1))
+            .got(tokens[i])),
+        None => Ok(()),
+    }
+}
+
+fn check_stop(stop: &[String], tokenizer: Option<&Tokenizer>) -> Result<()> {
+    if let Some(i) = stop.iter().position(String::is_empty) {
+        return Err(Error::new("empty stop text").at(format!("stop[{i}]")));
+    }
+    if !stop.is_empty() && tokenizer.is_none() {
+        return Err(no_tokenizer("stop"));
+    }
+    Ok(())
+}
+
+fn no_tokenizer(field: &str) -> Error {
+    Error::new("text without a tokenizer")
+        .at(field)
+        .hint("the model has no tokenizer: give token ids")
+}
+
+fn continuations(
+    wanted: &[Continuation],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<Vec<Vec<u32>>> {
+    let one = |(i, continuation): (usize, &Continuation)| {
+        let field = format!("score[{i}]");
+        let tokens = match continuation {
+            Continuation::Tokens(tokens) => tokens.clone(),
+            Continuation::Text(text) => {
+                let tokenizer = tokenizer.ok_or_else(|| no_tokenizer(&field))?;
+                tokenizer.encode(text, false).at(|| field.clone())?.tokens
+            }
+        };
+        check_tokens(&tokens, limits, &field)?;
+        Ok(tokens)
+    };
+    wanted.iter().enumerate().map(one).collect()
+}
+
+fn check_context(prompt: usize, continued: usize, limits: Limits) -> Result<()> {
+    if prompt + continued <= limits.context {
+        return Ok(());
+    }
+    Err(Error::new("prompt and continuation do not fit the model's context")
+        .expected(format!("at most {} tokens", limits.context))
+        .got(format!("{prompt} of prompt + {continued} to come"))
+        .hint("shorten the prompt, or lower sampling.max_tokens"))
+}
+
+/// Refuses a window that can touch no row, and a `reference` strength without rows to refer to.
+fn check_window(
+    mode: StrengthMode,
+    (from, to): (usize, Option<usize>),
+    prompt: usize,
+    rows: usize,
+    field: &str,
+) -> Result<()> {
+    if from >= rows {
+        return Err(Error::new("the injection's window touches no row")
+            .at(format!("{field}.from"))
+            .expected(format!("a position before {rows}"))
+            .got(from)
+            .hint(
+                "the first generated token is drawn from the last prompt row: a window after the \
+                 prompt acts from the second one on",
+            ));
+    }
+    let end = to.unwrap_or(prompt).min(prompt);
+    if mode == StrengthMode::Reference && end <= from.max(1) {
+        return Err(Error::new(
+            "the window has no prompt position to take the reference norm from",
+        )
+        .at(format!("{field}.strength_mode"))
+        .expected("a prompt position other than the first in the window")
+        .got(format!("{from}..{}", to.map_or_else(String::new, |to| to.to_string())))
+        .hint("use strength_mode raw, unit or row"));
+    }
+    Ok(())
+}
+
+/// Where vectors come from.
+struct Source<'a> {
+    limits: Limits,
+    model_hash: &'a dyn Fn() -> Result<String>,
+    files: &'a mut VectorFiles,
+}
+
+/// One injection for each of its layers.
+fn injections(
+    wanted: &request::Injection,
+    (from, to): (usize, Option<usize>),
+    source: &mut Source,
+    field: &str,
+) -> Result<Vec<Injection>> {
+    if !wanted.strength.is_finite() {
+        return Err(Error::new("not a finite number")
+            .at(format!("{field}.strength"))
+            .got(wanted.strength));
+    }
+    let layers = match &wanted.layer {
+        OneOrMany::One(layer) => std::slice::from_ref(layer),
+        OneOrMany::Many(layers) => layers,
+    };
+    check_layers(layers, source.limits, &format!("{field}.layer"))?;
+    let one = |layer: &usize| {
+        let vector = source.vector(wanted, *layer).at(|| format!("{field}.vector"))?;
+        Ok(Injection {
+            vector,
+            site: wanted.site,
+            layer: *layer,
+            op: wanted.op,
+            strength: wanted.strength,
+            mode: wanted.strength_mode,
+            from,
+            to,
+        })
+    };
+    layers.iter().map(one).collect()
+}
+
+fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
+    if layers.is_empty() {
+        return Err(Error::new("no layers").at(field).expected("at least one"));
+    }
+    for (i, layer) in layers.iter().enumerate() {
+        if *layer >= limits.layers {
+            return Err(Error::new("layer out of range")
+                .at(field)
+                .expected(format!(
+                    "0..={} (the model has {} blocks)",
+                    limits.layers - 1,
+                    limits.layers
+                ))
+                .got(layer)
+                .hint("layers are counted from 0"));
+        }
+        if layers[..i].contains(layer) {
+            return Err(Error::new("a layer stands twice in the list").at(field).got(layer));
+        }
+    }
+    Ok(())
+}
+
+impl Source<'_> {
+    /// The vector to inject at `layer`, (dim,), finite and not zero.
+    fn vector(&mut self, wanted: &request::Injection, layer: usize) -> Result<Arc<[f32]>> {
+        let vector = match &wanted.vector {
+            VectorRef::Named(name) => self.named(name, wanted, layer)?,
+            VectorRef::Sum(terms) => {
+                let mut sum = vec![0.0_f32; self.limits.dim];
+                for (name, weight) in terms {
+                    let term = self.named(name, wanted, layer)?;
+                    self.check_dim(&term).at(|| name.clone())?;
+                    sum.iter_mut().zip(term.iter()).for_each(|(s, v)| *s += weight * v);
+                }
+                Arc::from(sum)
+            }
+            VectorRef::Values(_) if wanted.vector_layer.is_some() => {
+                return Err(Error::new("vector_layer is for vectors from files")
+                    .got("numbers and a vector_layer"));
+            }
+            VectorRef::Values(values) => Arc::from(values.as_slice()),
+        };
+        self.check_dim(&vector)?;
+        if let Some(i) = vector.iter().position(|v| !v.is_finite()) {
+            return Err(Error::new("the vector has values that are not finite")
+                .got(format!("{} at index {i}", vector[i])));
+        }
+        if norm(&vector) == 0.0 {
+            return Err(Error::new("the vector is zero: it would inject nothing")
+                .hint("for a control without injection leave the injection out"));
+        }
+        Ok(vector)
+    }
+
+    fn check_dim(&self, vector: &[f32]) -> Result<()> {
+        if vector.len() == self.limits.dim {
+            return Ok(());
+        }
+        Err(Error::new("vector of the wrong length")
+            .expected(format!("{} (the width of the model's residual stream)", self.limits.dim))
+            .got(vector.len()))
+    }
+
+    /// `FILE#NAME`, checked against its file's header.
+    fn named(
+        &mut self,
+        reference: &str,
+        wanted: &request::Injection,
+        layer: usize,
+    ) -> Result<Arc<[f32]>> {
+        let parts = reference.rsplit_once('#').filter(|(f, n)| !f.is_empty() && !n.is_empty());
+        let (file, name) = parts.ok_or_else(|| {
+            Error::new("malformed vector reference")
+                .expected("FILE#NAME, e.g. set.safetensors#ocean")
+                .got(format!("{reference:?}"))
+        })?;
+        let set = self.files.get(file)?;
+        let place = || reference.to_owned();
+        let found = match wanted.vector_layer {
+            Some(layer) => layer,
+            None => {
+                self.check_model(&set.header).at(place)?;
+                let rows = set.unnamed_layers(name).at(place)?;
+                if rows.is_some_and(|rows| rows != self.limits.layers) {
+                    return Err(Error::new("the file does not say of which layers the vector is")
+                        .at(reference)
+                        .expected(format!("one row for each of {} blocks", self.limits.layers))
+                        .got(rows.unwrap_or_default())
+                        .hint("name the row to use with vector_layer"));
+                }
+                file_layer(&set.header, wanted.site, layer).at(place)?
+            }
+        };
+        set.get(name, Some(found)).at(|| file.to_owned()).map_err(|error| {
+            error.hint("vector_layer names the layer of the file's vector to use elsewhere")
+        })
+    }
+
+    fn check_model(&self, header: &Header) -> Result<()> {
+        let Some(claimed) = &header.model_hash else { return Ok(()) };
+        let hash = (self.model_hash)()?;
+        if *claimed == hash {
+            return Ok(());
+        }
+        Err(Error::new("the vectors are of another model")
+            .expected(format!("model {hash}"))
+            .got(format!("model {claimed}"))
+            .hint("make them with this model, or insist by naming their vector_layer"))
+    }
+}
+
+/// Which layer of the file's site is the point (site, layer); `resid_pre.L+1` is `resid_post.L`.
+fn file_layer(header: &Header, site: Site, layer: usize) -> Result<usize> {
+    match header.site {
+        None => Ok(layer),
+        Some(theirs) if theirs == site => Ok(layer),
+        Some(Site::ResidPost) if site == Site::ResidPre && layer > 0 => Ok(layer - 1),
+        Some(Site::ResidPre) if site == Site::ResidPost => Ok(layer + 1),
+        Some(theirs) => Err(Error::new("the vectors are of another site")
+            .expected(format!("{site:?} at layer {layer}"))
+            .got(format!("{theirs:?}"))
+            .hint("inject at their site, or insist by naming their vector_layer")),
+    }
+}
+
+/// One capture for each of its layers.
+fn captures(
+    wanted: &request::Capture,
+    prompt: usize,
+    limits: Limits,
+    field: &str,
+) -> Result<Vec<Capture>> {
+    let layers_field = format!("{field}.layers");
+    let site = wanted.site;
+    let layers: Vec<Option<usize>> = match &wanted.layers {
+        None if !site.has_layer() => vec![None],
+        None => {
+            return Err(Error::new("no layers")
+                .at(layers_field)
+                .expected(format!("a list or \"all\": {} is in every block", site.name())));
+        }
+        Some(_) if !site.has_layer() => {
+            return Err(Error::new("layers of a site that has none")
+                .at(layers_field)
+                .hint(format!("there is one {}: leave \"layers\" out", site.name())));
+        }
+        Some(Layers::All(_)) => (0..limits.layers).map(Some).collect(),
+        Some(Layers::List(layers)) => {
+            check_layers(layers, limits, &layers_field)?;
+            layers.iter().copied().map(Some).collect()
+        }
+    };
+    let positions = positions(&wanted.positions, prompt, &format!("{field}.positions"))?;
+    let one = |layer| Capture { site, layer, positions: positions.clone() };
+    Ok(layers.into_iter().map(one).collect())
+}
+
+fn positions(wanted: &Positions, prompt: usize, field: &str) -> Result<Vec<usize>> {
+    let list = match wanted {
+        Positions::Named(NamedPositions::All) => return Ok((0..prompt).collect()),
+        Positions::Named(NamedPositions::Last) => return Ok(vec![prompt - 1]),
+        Positions::List(list) => list,
+    };
+    let index = |position: &i64| {
+        let index = if *position < 0 { prompt as i64 + position } else { *position };
+        usize::try_from(index).ok().filter(|index| *index < prompt).ok_or_else(|| {
+            Error::new("position outside the prompt")
+                .at(field)
+                .expected(format!("-{prompt}..={}", prompt - 1))
+                .got(position)
+        })
+    };
+    let indices: Vec<usize> = list.iter().map(index).collect::<Result<_>>()?;
+    if indices.is_empty() {
+        return Err(Error::new("no positions").at(field).expected("at least one"));
+    }
+    if indices.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return Err(Error::new("positions are not ascending")
+            .at(field)
+            .expected("ascending positions, each once")
+            .got(format!("{list:?}")));
+    }
+    Ok(indices)
+}
+
+#[cfg(test)]
+#[path = "resolve_tests.rs"]
+mod tests;

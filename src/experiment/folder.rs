@@ -1,0 +1,332 @@
+//! The run folder: `manifest.json`, `trials.jsonl`, `vectors.safetensors`, `grades.jsonl`.
+//!
+//! Lines are appended whole, so that a kill at any moment loses at most the line being written,
+//! which the next start drops. One process writes a folder at a time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::TryLockError,
+    io::{ErrorKind, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use fs_err as fs;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    error::{Context, Error, Result},
+    experiment::{
+        protocol::Protocol,
+        results::{Fingerprint, Grade, Manifest, Run, Trial},
+    },
+    files,
+};
+
+const MANIFEST: &str = "manifest.json";
+const TRIALS: &str = "trials.jsonl";
+const GRADES: &str = "grades.jsonl";
+const VECTORS: &str = "vectors.safetensors";
+const LOCK: &str = ".lock";
+
+/// A run folder that this process alone writes to.
+#[derive(Debug)]
+pub struct Folder {
+    dir: PathBuf,
+    /// Held until the process ends, however it ends.
+    _lock: fs::File,
+    stored: Option<Manifest>,
+}
+
+impl Folder {
+    /// Opens or makes the folder. An error when it can't be written to, another process is writing
+    /// it, or it holds trials without a manifest.
+    pub fn open(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let lock = lock(dir)?;
+        let stored = read_manifest(dir)?;
+        if stored.is_none() && dir.join(TRIALS).exists() {
+            return Err(Error::new("the folder has trials but no manifest")
+                .at(dir.display().to_string())
+                .hint("choose another folder"));
+        }
+        Ok(Self { dir: dir.to_owned(), _lock: lock, stored })
+    }
+
+    /// The manifest of the run that the folder holds already.
+    pub fn stored(&self) -> Option<&Manifest> {
+        self.stored.as_ref()
+    }
+
+    /// Where the run's concept vectors are kept.
+    pub fn vectors_path(&self) -> PathBuf {
+        self.dir.join(VECTORS)
+    }
+
+    /// Writes the manifest, whole or not at all.
+    pub fn write_manifest(&mut self, manifest: &Manifest) -> Result<()> {
+        let mut json = serde_json::to_vec_pretty(manifest)
+            .map_err(|error| Error::new("can't write the manifest").got(error))?;
+        json.push(b'\n');
+        files::write_atomically(&self.dir.join(MANIFEST), &json)?;
+        self.stored = Some(manifest.clone());
+        Ok(())
+    }
+
+    /// The finished trials, and the file to which more are appended. A half-written last line is
+    /// dropped from the file.
+    pub fn trials(&self) -> Result<(Vec<Trial>, Lines)> {
+        let (trials, lines) = Lines::open(&self.dir.join(TRIALS))?;
+        check_once(&trials).at(|| self.dir.join(TRIALS).display().to_string())?;
+        Ok((trials, lines))
+    }
+}
+
+fn lock(dir: &Path) -> Result<fs::File> {
+    let path = dir.join(LOCK);
+    let mut file =
+        fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
+    match file.file().try_lock() {
+        Ok(()) => {
+            file.set_len(0)?;
+            writeln!(file, "{}", std::process::id())?;
+            Ok(file)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            Err(Error::new("another process is writing this run")
+                .at(dir.display().to_string())
+                .got(format!("process {}", holder.trim()))
+                .hint("wait for it to end, or choose another folder"))
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(Error::new("the folder can't be locked against a second writer")
+                .at(dir.display().to_string())
+                .got(error)
+                .hint("choose a folder on a local disk"))
+        }
+    }
+}
+
+fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
+    let path = dir.join(MANIFEST);
+    let text = match fs::read_to_string(&path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        text => text?,
+    };
+    serde_json::from_str(&text).map(Some).map_err(|error| {
+        Error::new("not a manifest that this version of inkling reads")
+            .at(path.display().to_string())
+            .got(error)
+    })
+}
+
+fn check_once(trials: &[Trial]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    match trials.iter().find(|trial| !seen.insert(&trial.id)) {
+        None => Ok(()),
+        Some(twice) => Err(Error::new("a trial stands twice in the file").got(&twice.id)),
+    }
+}
+
+/// A file of JSON lines to which whole lines are appended.
+#[derive(Debug)]
+pub struct Lines {
+    file: fs::File,
+    path: PathBuf,
+    length: u64,
+}
+
+impl Lines {
+    /// Reads the lines and drops a half-written last one from the file.
+    fn open<T: DeserializeOwned>(path: &Path) -> Result<(Vec<T>, Self)> {
+        let mut file = fs::OpenOptions::new().create(true).read(true).append(true).open(path)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        let (lines, length) = parse_lines(&bytes).at(|| path.display().to_string())?;
+        if length != bytes.len() {
+            file.set_len(length as u64)?;
+            file.seek(SeekFrom::End(0))?;
+        }
+        Ok((lines, Self { file, path: path.to_owned(), length: length as u64 }))
+    }
+
+    /// Appends one line with one write. When that fails (a full disk), what was written of it is
+    /// taken back and the finished lines stay.
+    pub fn append(&mut self, line: &impl Serialize) -> Result<()> {
+        let mut bytes = serde_json::to_vec(line)
+            .map_err(|error| Error::new("can't write the line").got(error))?;
+        bytes.push(b'\n');
+        if let Err(error) = self.file.write_all(&bytes) {
+            let kept = match self.file.set_len(self.length) {
+                Ok(()) => "the finished lines are kept: make room and start the same command again",
+                Err(_) => "start the same command again: it drops the half-written line",
+            };
+            return Err(Error::new("can't append to the run")
+                .at(self.path.display().to_string())
+                .got(error)
+                .hint(kept));
+        }
+        self.length += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Waits until the disk has everything.
+    pub fn sync(&self) -> Result<()> {
+        Ok(self.file.sync_data()?)
+    }
+}
+
+/// The complete lines and their length in bytes; what follows the last line break is half a line.
+fn parse_lines<T: DeserializeOwned>(bytes: &[u8]) -> Result<(Vec<T>, usize)> {
+    let length = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    let mut lines = Vec::new();
+    for (index, line) in bytes[..length].split_inclusive(|byte| *byte == b'\n').enumerate() {
+        let line = serde_json::from_slice(line).map_err(|error| {
+            Error::new("not a line that this version of inkling reads")
+                .at(format!("line {}", index + 1))
+                .got(error)
+        })?;
+        lines.push(line);
+    }
+    Ok((lines, length))
+}
+
+/// Reads a run, finished or not, without changing it. Of a judge's verdicts on a trial the last
+/// counts.
+pub fn load(dir: &Path) -> Result<Run> {
+    let manifest = read_manifest(dir)?.ok_or_else(|| {
+        Error::new("not a run folder").at(dir.display().to_string()).expected(MANIFEST)
+    })?;
+    let trials: Vec<Trial> = read_lines(&dir.join(TRIALS))?;
+    check_once(&trials).at(|| dir.join(TRIALS).display().to_string())?;
+    let mut grades: BTreeMap<(String, String), Grade> = BTreeMap::new();
+    for grade in read_lines::<Grade>(&dir.join(GRADES))? {
+        grades.insert((grade.trial.clone(), grade.judge.clone()), grade);
+    }
+    Ok(Run { manifest, trials, grades: grades.into_values().collect() })
+}
+
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        bytes => bytes?,
+    };
+    parse_lines(&bytes).map(|(lines, _)| lines).at(|| path.display().to_string())
+}
+
+/// Appends the verdicts that the folder does not have yet, word for word.
+pub fn append_grades(dir: &Path, grades: &[Grade]) -> Result<()> {
+    let _folder = Folder::open(dir)?;
+    let (stored, mut lines) = Lines::open::<Grade>(&dir.join(GRADES))?;
+    let mut last: BTreeMap<(&str, &str), &Grade> = BTreeMap::new();
+    for grade in &stored {
+        last.insert((&grade.trial, &grade.judge), grade);
+    }
+    for grade in grades {
+        if last.get(&(grade.trial.as_str(), grade.judge.as_str())) != Some(&grade) {
+            lines.append(grade)?;
+        }
+    }
+    lines.sync()
+}
+
+/// Refuses a folder that holds another run. With `allow_other_numerics` another device, instruction
+/// set or precision may finish it; the answer is then the manifest that says so.
+pub fn check_same_run(
+    stored: &Manifest,
+    new: &Manifest,
+    allow_other_numerics: bool,
+) -> Result<Option<Manifest>> {
+    let refuse = |what: &str, expected: String, got: String| {
+        Err(Error::new(what)
+            .expected(expected)
+            .got(got)
+            .hint("choose another folder for another run"))
+    };
+    if stored.schema != new.schema {
+        let (old, new) = (stored.schema.to_string(), new.schema.to_string());
+        return refuse("the folder's run is of another version of inkling", old, new);
+    }
+    if stored.model.hash != new.model.hash {
+        let show = |run: &Manifest| format!("{} ({:.12})", run.model.name, run.model.hash);
+        return refuse("the folder holds a run of another model", show(stored), show(new));
+    }
+    let (before, now) = (uncut(&stored.protocol)?, uncut(&new.protocol)?);
+    if let Some(path) = difference(&before, &now, String::new()) {
+        let name = |run: &Manifest| run.protocol["name"].to_string();
+        let got = format!("{}, which differs in {path}", name(new));
+        return refuse("the folder holds a run of another protocol", name(stored), got);
+    }
+    if stored.prompts != new.prompts {
+        let what = "the prompts are rendered differently than in the folder's run";
+        return refuse(what, stored.version.clone(), new.version.clone());
+    }
+    if stored.numerics == new.numerics {
+        return Ok(None);
+    }
+    if !allow_other_numerics {
+        return Err(Error::new("the folder's run was made with other numerics")
+            .expected(show(&stored.numerics))
+            .got(show(&new.numerics))
+            .hint("finish it on the same kind of machine, or allow other numerics"));
+    }
+    Ok(Some(Manifest { numerics: mixed(&stored.numerics, &new.numerics), ..stored.clone() }))
+}
+
+fn show(numerics: &Fingerprint) -> String {
+    let Fingerprint { device, dtype, isa, kernels } = numerics;
+    format!("{device}, {dtype}, {isa}, kernels {kernels}")
+}
+
+/// Both, where they differ.
+fn mixed(a: &Fingerprint, b: &Fingerprint) -> Fingerprint {
+    let both = |a: &str, b: &str| {
+        if a.split(" + ").any(|one| one == b) { a.to_owned() } else { format!("{a} + {b}") }
+    };
+    Fingerprint {
+        device: both(&a.device, &b.device),
+        dtype: both(&a.dtype, &b.dtype),
+        isa: both(&a.isa, &b.isa),
+        kernels: both(&a.kernels, &b.kernels),
+    }
+}
+
+/// The protocol of a manifest as it was before cuts.
+fn uncut(protocol: &serde_json::Value) -> Result<serde_json::Value> {
+    let parsed = parse_protocol(protocol)?.uncut();
+    serde_json::to_value(parsed).map_err(|error| Error::new("can't write the protocol").got(error))
+}
+
+/// The protocol of a manifest, its cuts included.
+pub fn parse_protocol(protocol: &serde_json::Value) -> Result<Protocol> {
+    serde_json::from_value(protocol.clone()).map_err(|error| {
+        Error::new("not a protocol that this version of inkling reads")
+            .at(format!("{MANIFEST}: protocol"))
+            .got(error)
+    })
+}
+
+/// The path of the first field that differs.
+fn difference(a: &serde_json::Value, b: &serde_json::Value, path: String) -> Option<String> {
+    use serde_json::Value::{Array, Object};
+    match (a, b) {
+        (Object(a_map), Object(b_map)) => {
+            let keys: BTreeSet<&String> = a_map.keys().chain(b_map.keys()).collect();
+            keys.into_iter().find_map(|key| {
+                let dot = if path.is_empty() { "" } else { "." };
+                difference(&a[key], &b[key], format!("{path}{dot}{key}"))
+            })
+        }
+        (Array(a_list), Array(b_list)) if a_list.len() == b_list.len() => a_list
+            .iter()
+            .zip(b_list)
+            .enumerate()
+            .find_map(|(index, (a, b))| difference(a, b, format!("{path}[{index}]"))),
+        _ => (a != b).then_some(path),
+    }
+}
+
+#[cfg(test)]
+#[path = "folder_tests.rs"]
+mod tests;

@@ -1,0 +1,332 @@
+//! A protocol is data: prompts, words, vectors and parts, every default written out.
+//!
+//! [`Protocol`] is the resolved form that a run's manifest keeps; `protocol_file` reads the TOML.
+
+use std::{collections::BTreeMap, path::Path};
+
+use fs_err as fs;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Context, Error, Result},
+    experiment::{demo::Cut, protocol_file, results::Condition},
+    request::{Message, Position, StrengthMode, Thinking},
+};
+
+/// The protocols that come with the program: name, text.
+const BUILTIN: [(&str, &str); 2] = [
+    ("injected-thoughts", include_str!("../../experiments/injected-thoughts.toml")),
+    ("demo", include_str!("../../experiments/demo.toml")),
+];
+
+/// An experiment, resolved: word lists read in, defaults filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Protocol {
+    /// Its name.
+    pub name: String,
+    /// What it asks, in a sentence.
+    pub about: String,
+    /// The run seed.
+    pub seed: u64,
+    /// Seconds that the trials may take; parts are cut to fit. None: everything is run.
+    pub budget_seconds: Option<f64>,
+    /// How chats are rendered.
+    pub chat: Chat,
+    /// How concept vectors are made.
+    pub vectors: VectorRecipe,
+    /// The yes/no question's answers.
+    pub answers: Answers,
+    /// By name.
+    pub prompts: BTreeMap<String, PromptPlan>,
+    /// In the order in which they are run.
+    pub parts: Vec<Part>,
+    /// What was cut of the parts to stay in the budget; never set by a protocol file.
+    pub cuts: Vec<Cut>,
+}
+
+/// Settings of the chat template, for all prompts and vectors.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Chat {
+    /// The system message; absent: the template's own default; "": an empty one.
+    pub system: Option<String>,
+    /// The thinking switch of reasoning models' templates.
+    pub thinking: Thinking,
+    /// `YYYY-MM-DD` for templates that print today's date.
+    pub date: Option<String>,
+}
+
+/// How concept vectors are made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VectorRecipe {
+    /// The arithmetic.
+    pub recipe: Recipe,
+    /// The user's turn; `{word}` is the word, lower-cased.
+    pub template: String,
+    /// The words whose mean is subtracted.
+    pub baseline: Vec<String>,
+}
+
+/// The arithmetic of concept vectors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recipe {
+    /// `resid_post` at the last prompt token, minus its mean over the baseline words.
+    #[default]
+    MeanDifference,
+}
+
+/// Variants of the answers to a yes/no question. Those that are one token of the model count.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answers {
+    /// Yes, with and without a leading space and capital.
+    pub yes: Vec<String>,
+    /// No, likewise.
+    pub no: Vec<String>,
+}
+
+/// A prompt before it is rendered. Its texts may hold `{trial}` and `{word}` (lower-cased).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptPlan {
+    /// The chat.
+    pub turns: Vec<Message>,
+    /// Text the answer starts with.
+    pub prefill: Option<String>,
+    /// What `{trial}` stands for.
+    pub trial: u32,
+    /// Whether it is a yes/no question, whose answer is read at the first generated token.
+    pub yes_no: bool,
+    /// Where injections act.
+    pub window: Window,
+}
+
+/// Where injections act in a prompt.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Window {
+    /// First token; absent: 0.
+    pub from: Option<Position>,
+    /// End (not in it); absent: through every generated token.
+    pub to: Option<Position>,
+}
+
+/// A grid of trials: prompts × words × layers × doses × conditions × repeats, and their clean
+/// partners.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// What is measured.
+    pub kind: Kind,
+    /// Names of prompts.
+    pub prompts: Vec<String>,
+    /// The words to choose from, in order.
+    pub words: Vec<String>,
+    /// Only words whose lower-cased form after a space is one token.
+    pub single_token: bool,
+    /// This many words from the front; none: all.
+    pub count: Option<usize>,
+    /// Where in the model.
+    pub places: Places,
+    /// Strengths in units of `mode`; 0 stands for the clean trial.
+    pub doses: Vec<f64>,
+    /// The unit of the doses.
+    pub mode: StrengthMode,
+    /// In canonical order, clean first; clean partners are always run.
+    pub conditions: Vec<Condition>,
+    /// Trials of each cell, with different seeds.
+    pub repeats: u32,
+}
+
+/// What is measured in a trial.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The next-token logits after the prompt; nothing is drawn.
+    Readout,
+    /// A reply.
+    Sample(Draw),
+}
+
+/// How replies are drawn. The model's own defaults are never applied.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Draw {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Keep the most likely tokens up to this total probability; 1: all.
+    pub top_p: f64,
+    /// Keep this many most likely tokens; 0: all.
+    pub top_k: u32,
+    /// The most tokens drawn.
+    pub max_tokens: u32,
+}
+
+/// Where in the model a part injects.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Places {
+    /// Depths 0..1: layer min(round(d·n), n − 1) of n.
+    Depths(Vec<f64>),
+    /// Blocks, from 0.
+    Layers(Vec<usize>),
+    /// This many blocks, evenly spaced from the first to the last.
+    Evenly(usize),
+    /// Every block.
+    All,
+}
+
+/// A block and the depth that it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Place {
+    /// Block, from 0.
+    pub layer: usize,
+    /// As asked for, or layer / n.
+    pub depth: f64,
+}
+
+impl Places {
+    /// The blocks in a model of n, without repetitions: two depths may fall on one block, and the
+    /// first of them names it. An error for a layer that the model does not have.
+    pub fn resolve(&self, n: usize) -> Result<Vec<Place>> {
+        let at = |layer: usize| Place { layer, depth: layer as f64 / n as f64 };
+        let mut places: Vec<Place> = match self {
+            Self::Depths(depths) => {
+                let layer = |d: f64| ((d * n as f64).round() as usize).min(n - 1);
+                depths.iter().map(|d| Place { layer: layer(*d), depth: *d }).collect()
+            }
+            Self::Layers(layers) => {
+                if let Some(bad) = layers.iter().find(|layer| **layer >= n) {
+                    return Err(Error::new("layer out of range")
+                        .expected(format!("0..={} (the model has {n} blocks)", n - 1))
+                        .got(bad)
+                        .hint("layers are counted from 0"));
+                }
+                layers.iter().copied().map(at).collect()
+            }
+            Self::Evenly(1) => vec![at(n / 2)],
+            Self::Evenly(count) if *count < n => {
+                let step = (n - 1) as f64 / (count - 1) as f64;
+                (0..*count).map(|i| at((i as f64 * step).round() as usize)).collect()
+            }
+            Self::Evenly(_) | Self::All => (0..n).map(at).collect(),
+        };
+        let mut seen = Vec::new();
+        places.retain(|place| {
+            let new = !seen.contains(&place.layer);
+            seen.push(place.layer);
+            new
+        });
+        Ok(places)
+    }
+}
+
+impl PromptPlan {
+    /// Whether the prompt differs from word to word.
+    pub fn uses_word(&self) -> bool {
+        let mut texts = self.turns.iter().map(|turn| &turn.content).chain(&self.prefill);
+        texts.any(|text| text.contains("{word}"))
+    }
+}
+
+impl Protocol {
+    /// The names of the protocols that come with the program.
+    pub fn builtins() -> impl Iterator<Item = &'static str> {
+        BUILTIN.iter().map(|(name, _)| *name)
+    }
+
+    /// A protocol that comes with the program.
+    pub fn builtin(name: &str) -> Result<Self> {
+        Self::parse(Self::builtin_text(name)?, &format!("builtin:{name}"))
+    }
+
+    /// The TOML text of a protocol that comes with the program, to start an own one from.
+    pub fn builtin_text(name: &str) -> Result<&'static str> {
+        let found = BUILTIN.iter().find(|(known, _)| *known == name);
+        found.map(|(_, text)| *text).ok_or_else(|| {
+            let known: Vec<&str> = Self::builtins().collect();
+            Error::new("no such protocol")
+                .expected(format!("{} or a TOML file", known.join(", ")))
+                .got(format!("{name:?}"))
+        })
+    }
+
+    /// A built-in protocol by its name, or a file by its path.
+    pub fn open(name_or_path: &str) -> Result<Self> {
+        let path = Path::new(name_or_path);
+        if path.is_file() || path.extension().is_some_and(|ext| ext == "toml") {
+            Self::parse(&fs::read_to_string(path)?, name_or_path)
+        } else {
+            Self::builtin(name_or_path)
+        }
+    }
+
+    /// Reads a protocol. `place` names it in errors; word lists are looked for in its folder.
+    pub fn parse(text: &str, place: &str) -> Result<Self> {
+        let base = Path::new(place).parent().unwrap_or(Path::new(""));
+        protocol_file::parse(text, base).at(|| place.to_owned())
+    }
+
+    /// The protocol as it was before anything was cut.
+    #[must_use]
+    pub fn uncut(&self) -> Self {
+        Self { cuts: Vec::new(), ..self.clone() }
+    }
+
+    /// The cut of a part, if there is one.
+    pub fn cut(&self, part: &str) -> Option<&Cut> {
+        self.cuts.iter().find(|cut| cut.part == part)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depths_fall_on_the_known_layers() {
+        let layers = |places: Places, n| -> Vec<usize> {
+            places.resolve(n).unwrap().iter().map(|place| place.layer).collect()
+        };
+        assert_eq!(layers(Places::Depths(vec![0.4, 0.67, 0.8, 0.9]), 30), [12, 20, 24, 27]);
+        assert_eq!(layers(Places::Depths(vec![0.0, 1.0]), 30), [0, 29]);
+        assert_eq!(layers(Places::Depths(vec![0.4, 0.67, 0.8, 0.9]), 2), [1], "one block, once");
+        let even = layers(Places::Evenly(16), 30);
+        assert_eq!((even.len(), even[0], even[15]), (16, 0, 29));
+        assert!(even.windows(2).all(|pair| (1..=2).contains(&(pair[1] - pair[0]))));
+        assert_eq!(layers(Places::Evenly(16), 4), [0, 1, 2, 3]);
+        assert_eq!(layers(Places::Evenly(1), 30), [15]);
+        assert_eq!(layers(Places::All, 3), [0, 1, 2]);
+        let error = Places::Layers(vec![3, 30]).resolve(30).unwrap_err().to_string();
+        assert!(error.contains("0..=29") && error.contains("30"), "{error}");
+    }
+
+    #[test]
+    fn builtins_resolve_and_survive_the_manifest() {
+        for name in Protocol::builtins() {
+            let protocol = Protocol::builtin(name).unwrap();
+            assert_eq!(protocol.name, name);
+            let json = serde_json::to_value(&protocol).unwrap();
+            assert_eq!(serde_json::from_value::<Protocol>(json).unwrap(), protocol);
+        }
+        let error = Protocol::open("dmeo").unwrap_err().to_string();
+        assert!(error.contains("injected-thoughts, demo"), "{error}");
+    }
+
+    #[test]
+    fn the_window_of_the_cued_prompt_opens_at_the_blank_line() {
+        for name in Protocol::builtins() {
+            let prompt = &Protocol::builtin(name).unwrap().prompts["cued"];
+            let question = &prompt.turns.last().unwrap().content;
+            assert!(question.contains("\n\nTrial {trial}: "), "{question}");
+            let json = serde_json::to_string(&prompt.window).unwrap();
+            let from = r#"{"start_of":{"text":"\n\nTrial {trial}","turn":"user.last"}}"#;
+            assert_eq!(json, format!(r#"{{"from":{from},"to":null}}"#));
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! Reads a protocol's TOML file: strict, with defaults.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::Deserialize;
+
+use crate::{
+    error::{Context, Error, Result},
+    experiment::{
+        protocol::{
+            Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe, VectorRecipe,
+            Window,
+        },
+        results::Condition,
+        words,
+    },
+    request::{All, Message, StrengthMode},
+};
+
+/// The doses of a part that names none, in reference units.
+const DOSES: [f64; 4] = [0.125, 0.25, 0.5, 1.0];
+/// What texts may hold.
+const PLACEHOLDERS: [&str; 2] = ["word", "trial"];
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: String,
+    #[serde(default)]
+    about: String,
+    #[serde(default)]
+    seed: u64,
+    budget_seconds: Option<f64>,
+    #[serde(default)]
+    chat: Chat,
+    #[serde(default)]
+    vectors: VectorsTable,
+    answers: Option<Answers>,
+    prompts: BTreeMap<String, PromptTable>,
+    parts: Vec<PartTable>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct VectorsTable {
+    recipe: Recipe,
+    template: String,
+    baseline: Words,
+}
+
+impl Default for VectorsTable {
+    fn default() -> Self {
+        Self {
+            recipe: Recipe::MeanDifference,
+            template: "Tell me about {word}".into(),
+            baseline: Words::Named("builtin:baseline".into()),
+        }
+    }
+}
+
+/// `builtin:NAME`, a file, or the words themselves.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Words {
+    Named(String),
+    Inline(Vec<String>),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PromptTable {
+    turns: Vec<TurnTable>,
+    prefill: Option<String>,
+    #[serde(default = "one")]
+    trial: u32,
+    #[serde(default = "yes")]
+    yes_no: bool,
+    #[serde(default)]
+    window: Window,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TurnTable {
+    role: String,
+    text: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PartTable {
+    name: String,
+    kind: KindName,
+    prompts: Vec<String>,
+    words: Words,
+    #[serde(default)]
+    single_token: bool,
+    count: Option<usize>,
+    depths: Option<Vec<f64>>,
+    layers: Option<LayersField>,
+    doses: Option<Vec<f64>>,
+    #[serde(default = "reference")]
+    mode: StrengthMode,
+    conditions: Option<Vec<Condition>>,
+    repeats: Option<u32>,
+    max_tokens: Option<u32>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum KindName {
+    Readout,
+    Sample,
+}
+
+/// `[1, 2]`, `"all"` or `{ evenly = 16 }`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum LayersField {
+    List(Vec<usize>),
+    All(All),
+    Evenly(Evenly),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Evenly {
+    evenly: usize,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn reference() -> StrengthMode {
+    StrengthMode::Reference
+}
+
+/// Reads and checks; word lists are looked for in `base`.
+pub(super) fn parse(text: &str, base: &Path) -> Result<Protocol> {
+    let file: File = toml::from_str(text)
+        .map_err(|error| Error::new("not a protocol").got(error.to_string().trim_end()))?;
+    if file.name.trim().is_empty() {
+        return Err(Error::new("the protocol has no name").at("name"));
+    }
+    check(file.budget_seconds.is_none_or(|seconds| seconds.is_finite() && seconds > 0.0), || {
+        Error::new("not a time").at("budget_seconds").expected("seconds above 0")
+    })?;
+    let vectors = vectors(file.vectors, base).at(|| "vectors".into())?;
+    let answers = file.answers.unwrap_or_else(default_answers);
+    for (name, list) in [("yes", &answers.yes), ("no", &answers.no)] {
+        check(!list.is_empty(), || Error::new("no answers").at(format!("answers.{name}")))?;
+    }
+    let mut prompts = BTreeMap::new();
+    for (name, table) in file.prompts {
+        let plan = prompt(table).at(|| format!("prompts.{name}"))?;
+        prompts.insert(name, plan);
+    }
+    check(!file.parts.is_empty(), || Error::new("the protocol has no parts").at("parts"))?;
+    let mut parts: Vec<Part> = Vec::new();
+    for (index, table) in file.parts.into_iter().enumerate() {
+        let place = format!("parts[{index}] ({:?})", table.name);
+        let part = part(table, &prompts, base).at(|| place.clone())?;
+        check(parts.iter().all(|other| other.name != part.name), || {
+            Error::new("two parts of one name").at(place.clone())
+        })?;
+        parts.push(part);
+    }
+    Ok(Protocol {
+        name: file.name,
+        about: file.about,
+        seed: file.seed,
+        budget_seconds: file.budget_seconds,
+        chat: file.chat,
+        vectors,
+        answers,
+        prompts,
+        parts,
+        cuts: Vec::new(),
+    })
+}
+
+fn check(good: bool, error: impl FnOnce() -> Error) -> Result<()> {
+    if good { Ok(()) } else { Err(error()) }
+}
+
+fn default_answers() -> Answers {
+    let forms = |words: [&str; 3]| {
+        words.iter().flat_map(|word| [(*word).to_owned(), format!(" {word}")]).collect()
+    };
+    Answers { yes: forms(["Yes", "yes", "YES"]), no: forms(["No", "no", "NO"]) }
+}
+
+fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
+    let template = table.template;
+    check(template.contains("{word}"), || {
+        Error::new("the template does not name the word")
+            .at("template")
+            .expected("{word} somewhere in it")
+            .got(format!("{template:?}"))
+    })?;
+    check_placeholders(&template, &["word"]).at(|| "template".into())?;
+    let baseline = read_words(table.baseline, base).at(|| "baseline".into())?;
+    check(baseline.len() >= 2, || {
+        Error::new("too few baseline words").at("baseline").expected("2 or more")
+    })?;
+    Ok(VectorRecipe { recipe: table.recipe, template, baseline })
+}
+
+fn read_words(words: Words, base: &Path) -> Result<Vec<String>> {
+    match words {
+        Words::Named(list) => words::load(&list, base),
+        Words::Inline(words) => {
+            check(!words.is_empty() && words.iter().all(|word| !word.trim().is_empty()), || {
+                Error::new("no words, or an empty one")
+            })?;
+            Ok(words)
+        }
+    }
+}
+
+fn prompt(table: PromptTable) -> Result<PromptPlan> {
+    check(!table.turns.is_empty(), || Error::new("a prompt without turns").at("turns"))?;
+    for (index, turn) in table.turns.iter().enumerate() {
+        let place = || format!("turns[{index}]");
+        check(["system", "user", "assistant"].contains(&turn.role.as_str()), || {
+            Error::new("unknown role")
+                .at(place())
+                .expected("system, user or assistant")
+                .got(format!("{:?}", turn.role))
+        })?;
+        check_placeholders(&turn.text, &PLACEHOLDERS).at(place)?;
+    }
+    if let Some(prefill) = &table.prefill {
+        check_placeholders(prefill, &PLACEHOLDERS).at(|| "prefill".into())?;
+    }
+    let message = |turn: TurnTable| Message { role: turn.role, content: turn.text };
+    Ok(PromptPlan {
+        turns: table.turns.into_iter().map(message).collect(),
+        prefill: table.prefill,
+        trial: table.trial,
+        yes_no: table.yes_no,
+        window: table.window,
+    })
+}
+
+/// A misspelt `{wrod}` would reach the model as it is.
+fn check_placeholders(text: &str, known: &[&str]) -> Result<()> {
+    for rest in text.split('{').skip(1) {
+        let Some((name, _)) = rest.split_once('}') else { continue };
+        let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        check(!is_name || known.contains(&name), || {
+            let known: Vec<String> = known.iter().map(|name| format!("{{{name}}}")).collect();
+            Error::new("unknown placeholder")
+                .expected(known.join(" or "))
+                .got(format!("{{{name}}}"))
+        })?;
+    }
+    Ok(())
+}
+
+fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -> Result<Part> {
+    check(!table.name.trim().is_empty(), || Error::new("a part without a name"))?;
+    check(!table.prompts.is_empty(), || Error::new("a part without prompts").at("prompts"))?;
+    check_distinct(&table.prompts, "prompts")?;
+    for name in &table.prompts {
+        check(prompts.contains_key(name), || {
+            let known: Vec<&str> = prompts.keys().map(String::as_str).collect();
+            Error::new("no such prompt").at("prompts").expected(known.join(", ")).got(name)
+        })?;
+    }
+    let kind = kind(&table)?;
+    let places = places(table.depths, table.layers)?;
+    let doses = table.doses.unwrap_or_else(|| DOSES.to_vec());
+    check(!doses.is_empty() && doses.iter().all(|dose| dose.is_finite()), || {
+        Error::new("no doses, or one that is not finite").at("doses")
+    })?;
+    check_distinct(&doses, "doses")?;
+    let conditions = conditions(table.conditions)?;
+    let words = read_words(table.words, base).at(|| "words".into())?;
+    let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
+    check_distinct(&lower, "words")?;
+    check(table.count != Some(0), || Error::new("no words are used").at("count"))?;
+    let repeats = table.repeats.unwrap_or(1);
+    check(repeats > 0, || Error::new("nothing is run").at("repeats").expected("1 or more"))?;
+    Ok(Part {
+        name: table.name,
+        kind,
+        prompts: table.prompts,
+        words,
+        single_token: table.single_token,
+        count: table.count,
+        places,
+        doses,
+        mode: table.mode,
+        conditions,
+        repeats,
+    })
+}
+
+fn check_distinct<T: PartialEq + std::fmt::Debug>(values: &[T], field: &str) -> Result<()> {
+    for (index, value) in values.iter().enumerate() {
+        check(!values[..index].contains(value), || {
+            Error::new("the same thing twice").at(field).got(format!("{value:?}"))
+        })?;
+    }
+    Ok(())
+}
+
+fn kind(table: &PartTable) -> Result<Kind> {
+    if table.kind == KindName::Readout {
+        let given = [
+            ("max_tokens", table.max_tokens.is_some()),
+            ("temperature", table.temperature.is_some()),
+            ("top_p", table.top_p.is_some()),
+            ("top_k", table.top_k.is_some()),
+            ("repeats", table.repeats.is_some_and(|repeats| repeats != 1)),
+        ];
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            None => Ok(Kind::Readout),
+            Some((field, _)) => Err(Error::new("a readout draws nothing")
+                .at(*field)
+                .hint("remove the field, or make the part of kind \"sample\"")),
+        };
+    }
+    let draw = Draw {
+        temperature: table.temperature.unwrap_or(1.0),
+        top_p: table.top_p.unwrap_or(1.0),
+        top_k: table.top_k.unwrap_or(0),
+        max_tokens: table.max_tokens.unwrap_or(100),
+    };
+    check(draw.temperature.is_finite() && draw.temperature >= 0.0, || {
+        Error::new("not a temperature").at("temperature").expected("0 or more")
+    })?;
+    check(draw.top_p > 0.0 && draw.top_p <= 1.0, || {
+        Error::new("not a probability").at("top_p").expected("above 0, at most 1").got(draw.top_p)
+    })?;
+    check(draw.max_tokens > 0, || Error::new("nothing is drawn").at("max_tokens"))?;
+    Ok(Kind::Sample(draw))
+}
+
+fn places(depths: Option<Vec<f64>>, layers: Option<LayersField>) -> Result<Places> {
+    match (depths, layers) {
+        (Some(depths), None) => {
+            check(!depths.is_empty() && depths.iter().all(|d| (0.0..=1.0).contains(d)), || {
+                Error::new("not depths").at("depths").expected("fractions, 0 to 1")
+            })?;
+            check_distinct(&depths, "depths")?;
+            Ok(Places::Depths(depths))
+        }
+        (None, Some(LayersField::List(layers))) => {
+            check(!layers.is_empty(), || Error::new("no layers").at("layers"))?;
+            check_distinct(&layers, "layers")?;
+            Ok(Places::Layers(layers))
+        }
+        (None, Some(LayersField::All(All::All))) => Ok(Places::All),
+        (None, Some(LayersField::Evenly(Evenly { evenly }))) => {
+            check(evenly > 0, || Error::new("no layers").at("layers.evenly"))?;
+            Ok(Places::Evenly(evenly))
+        }
+        _ => Err(Error::new("a part needs `depths` or `layers`, and not both")),
+    }
+}
+
+/// Canonical order; clean partners are always run.
+fn conditions(given: Option<Vec<Condition>>) -> Result<Vec<Condition>> {
+    let given = given.unwrap_or_else(|| vec![Condition::Concept, Condition::Random]);
+    check_distinct(&given, "conditions")?;
+    check(!given.is_empty(), || Error::new("no conditions").at("conditions"))?;
+    let known = [Condition::Clean, Condition::Concept, Condition::Random];
+    let used = |condition: &Condition| *condition == Condition::Clean || given.contains(condition);
+    Ok(known.into_iter().filter(used).collect())
+}
+
+#[cfg(test)]
+#[path = "protocol_file_tests.rs"]
+mod tests;

@@ -1,0 +1,86 @@
+use super::*;
+
+const SMALL: &str = r#"
+name = "small"
+[prompts.ask]
+turns = [{ role = "user", text = "Trial {trial}: anything?" }]
+[[parts]]
+name = "one"
+kind = "sample"
+prompts = ["ask"]
+words = ["Bread", "Milk"]
+depths = [0.5]
+"#;
+
+fn read(text: &str) -> Result<Protocol> {
+    Protocol::parse(text, "small.toml")
+}
+
+#[test]
+fn defaults_are_written_out() {
+    let protocol = read(SMALL).unwrap();
+    let part = &protocol.parts[0];
+    assert_eq!(part.doses, DOSES);
+    assert_eq!(part.mode, StrengthMode::Reference);
+    assert_eq!(part.conditions, [Condition::Clean, Condition::Concept, Condition::Random]);
+    let draw = Draw { temperature: 1.0, top_p: 1.0, top_k: 0, max_tokens: 100 };
+    assert_eq!((part.repeats, part.kind), (1, Kind::Sample(draw)));
+    assert_eq!(protocol.vectors.template, "Tell me about {word}");
+    assert_eq!(protocol.vectors.baseline.len(), 100);
+    assert!(protocol.answers.yes.contains(&" yes".to_owned()));
+    let prompt = &protocol.prompts["ask"];
+    assert!(prompt.yes_no && prompt.trial == 1 && prompt.window == Window::default());
+    assert!(!prompt.uses_word());
+}
+
+#[test]
+fn layers_in_three_forms() {
+    let with =
+        |field: &str| read(&SMALL.replace("depths = [0.5]", field)).unwrap().parts[0].clone();
+    assert_eq!(with("layers = [3, 5]").places, Places::Layers(vec![3, 5]));
+    assert_eq!(with("layers = \"all\"").places, Places::All);
+    assert_eq!(with("layers = { evenly = 16 }").places, Places::Evenly(16));
+}
+
+#[test]
+fn mistakes_are_named() {
+    let cases = [
+        ("depths = [0.5]", "", "`depths` or `layers`"),
+        ("depths = [0.5]", "depths = [0.5]\nlayers = [1]", "not both"),
+        ("depths = [0.5]", "depths = [24]", "fractions"),
+        ("depths = [0.5]", "depths = [0.5]\ndose = [1]", "unknown field `dose`"),
+        ("depths = [0.5]", "depths = [0.5]\ndoses = [1, 1]", "twice"),
+        ("depths = [0.5]", "depths = [0.5]\ndoses = [inf]", "finite"),
+        ("depths = [0.5]", "depths = [0.5]\nrepeats = 0", "repeats"),
+        ("depths = [0.5]", "depths = [0.5]\ntop_p = 1.5", "top_p"),
+        ("depths = [0.5]", "depths = [0.5]\ntemperature = -1", "temperature"),
+        ("depths = [0.5]", "depths = [0.5]\nconditions = [\"negated\"]", "negated"),
+        ("\"Milk\"", "\"bread\"", "twice"),
+        ("[\"ask\"]", "[\"asked\"]", "no such prompt"),
+        ("kind = \"sample\"", "kind = \"readout\"\nmax_tokens = 5", "draws nothing"),
+        ("kind = \"sample\"", "kind = \"readout\"\nrepeats = 2", "draws nothing"),
+        ("{trial}", "{trail}", "{trail}"),
+        ("role = \"user\"", "role = \"human\"", "human"),
+        ("[\"Bread\", \"Milk\"]", "\"builtin:none\"", "no such word list"),
+        ("name = \"small\"", "name = \" \"", "no name"),
+        ("name = \"small\"", "name = \"small\"\nbudget_seconds = 0", "budget_seconds"),
+        ("name = \"small\"", "name = \"small\"\ncuts = []", "cuts"),
+        ("[prompts.ask]", "[vectors]\ntemplate = \"Tell me\"\n[prompts.ask]", "{word}"),
+    ];
+    for (old, new, want) in cases {
+        assert!(SMALL.contains(old), "{old}");
+        let error = read(&SMALL.replacen(old, new, 1)).unwrap_err().to_string();
+        assert!(error.contains(want) && error.contains("small.toml"), "{new}: {error}");
+    }
+    let twice = format!(
+        "{SMALL}{}",
+        SMALL.split_once("[[parts]]").map(|s| format!("[[parts]]{}", s.1)).unwrap()
+    );
+    assert!(read(&twice).unwrap_err().to_string().contains("two parts"));
+}
+
+#[test]
+fn braces_that_are_no_placeholder_are_text() {
+    let protocol = read(&SMALL.replace("anything?", "answer as {\\\"a\\\": 1} or {}")).unwrap();
+    assert!(protocol.prompts["ask"].turns[0].content.contains("{\"a\": 1} or {}"));
+}

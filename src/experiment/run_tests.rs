@@ -1,0 +1,220 @@
+use std::path::Path;
+
+use super::*;
+use crate::experiment::{
+    fake::{self, FakeEngine},
+    results::Condition,
+};
+
+const SMALL: &str = r#"
+name = "small"
+seed = 3
+[prompts.ask]
+turns = [{ role = "user", text = "Trial {trial}: anything?" }]
+[[parts]]
+name = "read"
+kind = "readout"
+prompts = ["ask"]
+words = ["Bread", "Milk", "Snow"]
+layers = [1, 3]
+doses = [0.5, 1]
+[[parts]]
+name = "say"
+kind = "sample"
+prompts = ["ask"]
+words = ["Bread", "Milk"]
+layers = [1, 3]
+doses = [0, 0.5, 1]
+repeats = 2
+max_tokens = 20
+"#;
+
+fn small() -> Protocol {
+    Protocol::parse(SMALL, "small.toml").unwrap()
+}
+
+fn go_with(
+    protocol: &Protocol,
+    numerics: &Fingerprint,
+    engine: &FakeEngine,
+    dir: &Path,
+    allow: bool,
+) -> Result<Summary> {
+    let prepared = fake::prepared(protocol, 4);
+    let run = Run { protocol, prepared: &prepared, engine, numerics };
+    run.into_folder(dir, allow, &mut ())
+}
+
+fn go(protocol: &Protocol, engine: &FakeEngine, dir: &Path) -> Result<Summary> {
+    go_with(protocol, &fake::numerics(), engine, dir, false)
+}
+
+fn text(dir: &Path, file: &str) -> String {
+    std::fs::read_to_string(dir.join(file)).unwrap()
+}
+
+fn sorted_lines(dir: &Path) -> Vec<String> {
+    let mut lines: Vec<String> = text(dir, "trials.jsonl").lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn clean_trials_run_once_and_partners_share_seeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = FakeEngine::default();
+    let summary = go(&small(), &engine, dir.path()).unwrap();
+    assert_eq!((summary.run, summary.resumed, summary.failed.len()), (25 + 36, 0, 0));
+    assert_eq!(engine.replies.get(), 36, "2 words x 2 repeats x (2 layers x 2 doses x 2 + clean)");
+    let run = folder::load(dir.path()).unwrap();
+    assert_eq!(run.trials.len() as u64, run.manifest.trials);
+    let clean = run.trials.iter().filter(|trial| trial.condition == Condition::Clean);
+    assert_eq!(clean.count(), 1 + 4);
+    for trial in run.trials.iter().filter(|trial| trial.part == "say") {
+        let clean = trial.clean.as_ref().unwrap_or(&trial.id);
+        let clean = run.trials.iter().find(|other| other.id == *clean).unwrap();
+        let key = |t: &Trial| (t.seed, t.concept.clone(), t.repeat);
+        assert_eq!(key(clean), key(trial));
+        assert!(trial.reply.as_ref().unwrap().nll > 0.0 && trial.first.is_some());
+    }
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_content() {
+    let whole = tempfile::tempdir().unwrap();
+    go(&small(), &FakeEngine::default(), whole.path()).unwrap();
+    for pull in [0, 5, 9, 10, 11, 30, 36, 60, 90] {
+        let dir = tempfile::tempdir().unwrap();
+        let plug = FakeEngine { fail_after: Some(pull), ..FakeEngine::default() };
+        let error = go(&small(), &plug, dir.path()).unwrap_err().to_string();
+        assert!(error.contains("plug"), "{error}");
+        let summary = go(&small(), &FakeEngine::default(), dir.path()).unwrap();
+        assert_eq!(summary.resumed + summary.run, 61);
+        assert_eq!(sorted_lines(dir.path()), sorted_lines(whole.path()), "pulled after {pull}");
+        assert_eq!(text(dir.path(), "manifest.json"), text(whole.path(), "manifest.json"));
+    }
+}
+
+#[test]
+fn killed_at_any_byte_of_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    go(&small(), &FakeEngine::default(), dir.path()).unwrap();
+    let want = sorted_lines(dir.path());
+    let whole = text(dir.path(), "trials.jsonl");
+    let last = whole[..whole.len() - 1].rfind('\n').unwrap() + 1;
+    for cut in last..whole.len() {
+        std::fs::write(dir.path().join("trials.jsonl"), &whole[..cut]).unwrap();
+        let summary = go(&small(), &FakeEngine::default(), dir.path()).unwrap();
+        assert_eq!((summary.run, summary.resumed), (1, 60), "cut at {cut}");
+        assert_eq!(sorted_lines(dir.path()), want);
+    }
+}
+
+#[test]
+fn a_finished_run_computes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    go(&small(), &FakeEngine::default(), dir.path()).unwrap();
+    let engine = FakeEngine::default();
+    let summary = go(&small(), &engine, dir.path()).unwrap();
+    assert_eq!((summary.run, summary.resumed, engine.jobs.get()), (0, 61, 0));
+}
+
+#[test]
+fn a_folder_holds_one_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let plug = FakeEngine { fail_after: Some(40), ..FakeEngine::default() };
+    go(&small(), &plug, dir.path()).unwrap_err();
+    let before = sorted_lines(dir.path());
+
+    let mut other = small();
+    other.parts[1].repeats = 3;
+    let error = go(&other, &FakeEngine::default(), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("another protocol") && error.contains("parts[1].repeats"), "{error}");
+
+    let protocol = small();
+    let mut prepared = fake::prepared(&protocol, 4);
+    prepared.model.hash = "0ther".into();
+    let engine = FakeEngine::default();
+    let numerics = fake::numerics();
+    let run =
+        Run { protocol: &protocol, prepared: &prepared, engine: &engine, numerics: &numerics };
+    let error = run.into_folder(dir.path(), false, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("another model"), "{error}");
+    assert_eq!(sorted_lines(dir.path()), before, "nothing was touched");
+}
+
+#[test]
+fn other_numerics_only_when_allowed_and_then_on_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let plug = FakeEngine { fail_after: Some(40), ..FakeEngine::default() };
+    go(&small(), &plug, dir.path()).unwrap_err();
+    let other = Fingerprint { isa: "avx2".into(), ..fake::numerics() };
+    let engine = FakeEngine::default();
+    let error = go_with(&small(), &other, &engine, dir.path(), false).unwrap_err().to_string();
+    assert!(error.contains("avx512") && error.contains("avx2"), "{error}");
+    let summary = go_with(&small(), &other, &engine, dir.path(), true).unwrap();
+    assert_eq!(summary.resumed + summary.run, 61);
+    let numerics = folder::load(dir.path()).unwrap().manifest.numerics;
+    assert_eq!((numerics.isa.as_str(), numerics.device.as_str()), ("avx512 + avx2", "cpu"));
+}
+
+#[test]
+fn changed_vectors_are_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let plug = FakeEngine { fail_after: Some(40), ..FakeEngine::default() };
+    go(&small(), &plug, dir.path()).unwrap_err();
+    let path = dir.path().join("vectors.safetensors");
+    let mut set = crate::engine::vectors::VectorSet::load(&path).unwrap();
+    let mut changed = crate::engine::vectors::VectorSet::new(set.header.clone());
+    for name in ["Bread", "Milk", "Snow"] {
+        let row = |layer| set.get(name, Some(layer)).unwrap().iter().map(|v| v + 0.5).collect();
+        changed.insert(name, vec![row(1), row(3)]).unwrap();
+    }
+    set = changed;
+    set.save(&path).unwrap();
+    let error = go(&small(), &FakeEngine::default(), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("vectors were changed"), "{error}");
+}
+
+#[test]
+fn a_hook_that_matches_nothing_fails_the_check() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = FakeEngine { idle: true, ..FakeEngine::default() };
+    let summary = go(&small(), &engine, dir.path()).unwrap();
+    assert_eq!(summary.failed.len(), 24 + 32);
+    assert!(summary.failed[0].1.contains("0 rows were touched, 9 were expected"));
+    let again = go(&small(), &FakeEngine::default(), dir.path()).unwrap();
+    assert_eq!(again.failed.len(), 24 + 32, "a resumed run still says so");
+}
+
+#[test]
+fn cuts_are_kept_by_a_resumed_run() {
+    let mut protocol = small();
+    protocol.budget_seconds = Some(1e-9);
+    let dir = tempfile::tempdir().unwrap();
+    let first = go(&protocol, &FakeEngine::default(), dir.path()).unwrap();
+    assert_eq!(first.manifest.cuts.len(), 2);
+    assert!(first.manifest.cuts[1].contains("repeats 2 -> 1"), "{:?}", first.manifest.cuts);
+    assert_eq!(first.manifest.trials, (3 * 2 + 1) + (2 * 2 + 2));
+    let lines = sorted_lines(dir.path());
+    let manifest = text(dir.path(), "manifest.json");
+    // Half of it is lost, and the machine is as fast as one likes now.
+    let keep: String = lines[..5].iter().map(|line| format!("{line}\n")).collect();
+    std::fs::write(dir.path().join("trials.jsonl"), keep).unwrap();
+    let again = go(&protocol, &FakeEngine::default(), dir.path()).unwrap();
+    assert_eq!((again.resumed, again.run), (5, 8));
+    assert_eq!(sorted_lines(dir.path()), lines);
+    assert_eq!(text(dir.path(), "manifest.json"), manifest);
+}
+
+#[test]
+fn with_time_enough_nothing_is_cut_and_measured_trials_are_not_run_twice() {
+    let mut protocol = small();
+    protocol.budget_seconds = Some(1e9);
+    let dir = tempfile::tempdir().unwrap();
+    let summary = go(&protocol, &FakeEngine::default(), dir.path()).unwrap();
+    assert!(summary.manifest.cuts.is_empty());
+    let plain = tempfile::tempdir().unwrap();
+    go(&small(), &FakeEngine::default(), plain.path()).unwrap();
+    assert_eq!(sorted_lines(dir.path()), sorted_lines(plain.path()));
+}

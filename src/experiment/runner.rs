@@ -1,0 +1,312 @@
+//! Runs planned trials on an engine and hands out their finished lines.
+
+use std::{
+    cell::RefCell,
+    collections::{HashMap, VecDeque},
+    iter,
+};
+
+use crate::{
+    engine::{Finished, FirstToken, Job},
+    error::{Context, Error, Result},
+    experiment::{
+        Jobs, Progress,
+        plan::{Plan, Planned},
+        protocol::Kind,
+        results::{FirstAnswer, Readout, Reply, Trial},
+    },
+    request::Sampling,
+};
+
+/// The largest part by which a measured change may differ from the planned one.
+const CHANGE_TOLERANCE: f32 = 0.01;
+
+/// Runs the trials with these indices into the plan, in order, and hands each finished line to
+/// `save` in the order in which they finish. A line is handed out once and complete; what is lost
+/// when the process is killed is only what was in flight.
+pub fn execute(
+    plan: &Plan,
+    wanted: &[usize],
+    engine: &dyn Jobs,
+    save: &mut dyn FnMut(Trial) -> Result<()>,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let mut tally = Tally { save, progress, done: 0, total: wanted.len() as u64, tokens: 0 };
+    for indices in wanted.chunk_by(|a, b| part_of(plan, *a) == part_of(plan, *b)) {
+        let trials: Vec<&Planned> = indices.iter().map(|index| &plan.trials()[*index]).collect();
+        match plan.part(trials[0]).kind {
+            Kind::Readout => readouts(plan, &trials, engine, &mut tally)?,
+            Kind::Sample(_) => samples(plan, &trials, engine, &mut tally)?,
+        }
+    }
+    Ok(())
+}
+
+fn part_of(plan: &Plan, index: usize) -> usize {
+    plan.trials()[index].cell.part
+}
+
+/// Counts and passes on the finished lines.
+struct Tally<'a> {
+    save: &'a mut dyn FnMut(Trial) -> Result<()>,
+    progress: &'a mut dyn Progress,
+    done: u64,
+    total: u64,
+    tokens: u64,
+}
+
+impl Tally<'_> {
+    fn finish(&mut self, trial: Trial) -> Result<()> {
+        self.tokens += trial.reply.as_ref().map_or(0, |reply| reply.tokens.len() as u64);
+        (self.save)(trial)?;
+        self.done += 1;
+        self.progress.advance("trials", self.done, self.total, self.tokens);
+        Ok(())
+    }
+}
+
+/// Clean logits first: they are not stored, so a resumed run computes them again, one job a prompt.
+fn readouts(
+    plan: &Plan,
+    trials: &[&Planned],
+    engine: &dyn Jobs,
+    tally: &mut Tally<'_>,
+) -> Result<()> {
+    let is_wanted: HashMap<&str, &Planned> =
+        trials.iter().map(|trial| (trial.id.as_str(), *trial)).collect();
+    let partners: Vec<&str> =
+        trials.iter().map(|trial| trial.clean.as_deref().unwrap_or(&trial.id)).collect();
+    let cleans: Vec<&Planned> = {
+        let mut cleans: Vec<&Planned> = plan.trials().iter().collect();
+        let needed: std::collections::HashSet<&str> = partners.into_iter().collect();
+        cleans.retain(|trial| needed.contains(trial.id.as_str()));
+        cleans
+    };
+    let mut logits: HashMap<&str, Vec<f32>> = HashMap::new();
+    engine.run_all(&mut cleans.iter().map(|trial| plan.job(trial)), &mut |index, finished| {
+        let trial = cleans[index];
+        let finished = finished.at(|| name_of(plan, trial))?;
+        let first = first_token(plan, trial, &finished)?;
+        logits.insert(&trial.id, first.watch.clone());
+        if is_wanted.contains_key(trial.id.as_str()) {
+            tally.finish(line(plan, trial, &finished)?)?;
+        }
+        Ok(())
+    })?;
+    let injected: Vec<&&Planned> = trials.iter().filter(|trial| trial.clean.is_some()).collect();
+    engine.run_all(&mut injected.iter().map(|trial| plan.job(trial)), &mut |index, finished| {
+        let trial = injected[index];
+        let finished = finished.at(|| name_of(plan, trial))?;
+        let first = first_token(plan, trial, &finished)?;
+        let clean = trial.clean.as_deref().and_then(|id| logits.get(id)).ok_or_else(|| {
+            Error::new("the clean partner's logits are missing").at(name_of(plan, trial))
+        })?;
+        let (yes, no) = plan.answers(trial);
+        let words = plan.words(trial);
+        let read = read_out(words, &first.watch[yes + no..], &clean[yes + no..], trial);
+        tally.finish(Trial { read: Some(read), ..line(plan, trial, &finished)? })
+    })
+}
+
+/// Argmax and rank of (logit − clean logit); among equals the earlier word of the list leads.
+fn read_out(words: &[String], logits: &[f32], clean: &[f32], trial: &Planned) -> Readout {
+    let gains: Vec<f32> = logits.iter().zip(clean).map(|(logit, clean)| logit - clean).collect();
+    let mut order: Vec<usize> = (0..words.len()).collect();
+    order.sort_by(|a, b| gains[*b].total_cmp(&gains[*a]));
+    let own = order.iter().position(|index| words[*index] == trial.cell.concept);
+    Readout {
+        word: words[order[0]].clone(),
+        rank: own.map_or(words.len(), |position| position + 1),
+        words: words.len(),
+    }
+}
+
+/// What a job of a sample part was for.
+enum Task<'a> {
+    /// The reply is drawn.
+    Draw(&'a Planned),
+    /// The drawn reply's likelihood under the uninjected model.
+    Score(&'a Planned, Box<Trial>),
+}
+
+/// The jobs of a sample part: a drawn reply comes back as a job that scores it.
+struct Queue<'a, 'b> {
+    plan: &'a Plan<'a>,
+    waiting: VecDeque<Task<'a>>,
+    /// By the engine's job index; taken when the job is done.
+    issued: Vec<Option<Task<'a>>>,
+    tally: &'a mut Tally<'b>,
+}
+
+fn samples(
+    plan: &Plan,
+    trials: &[&Planned],
+    engine: &dyn Jobs,
+    tally: &mut Tally<'_>,
+) -> Result<()> {
+    let waiting = trials.iter().map(|trial| Task::Draw(trial)).collect();
+    let queue = RefCell::new(Queue { plan, waiting, issued: Vec::new(), tally });
+    // The engine may find the queue empty while the last replies are still being drawn; their
+    // scores are then a second, short round.
+    while !queue.borrow().waiting.is_empty() {
+        queue.borrow_mut().issued.clear();
+        let mut jobs = iter::from_fn(|| queue.borrow_mut().next_job());
+        engine.run_all(&mut jobs, &mut |index, finished| {
+            queue.borrow_mut().finish(index, finished)
+        })?;
+        if queue.borrow().issued.iter().any(Option::is_some) {
+            return Err(Error::new("the engine lost a job"));
+        }
+    }
+    Ok(())
+}
+
+impl Queue<'_, '_> {
+    fn next_job(&mut self) -> Option<Job> {
+        let task = self.waiting.pop_front()?;
+        let job = match &task {
+            Task::Draw(trial) => self.plan.job(trial),
+            Task::Score(trial, line) => Job {
+                tokens: self.plan.tokens(trial).to_vec(),
+                score: line.reply.iter().map(|reply| reply.tokens.clone()).collect(),
+                sampling: Sampling { max_tokens: 0, ..Sampling::default() },
+                n: 1,
+                ..Job::default()
+            },
+        };
+        self.issued.push(Some(task));
+        Some(job)
+    }
+
+    fn finish(&mut self, index: usize, finished: Result<Finished>) -> Result<()> {
+        let task = self.issued.get_mut(index).and_then(Option::take);
+        match task.ok_or_else(|| Error::new("the engine finished a job twice"))? {
+            Task::Draw(trial) => {
+                let place = || name_of(self.plan, trial);
+                let mut finished = finished.at(place)?;
+                let mut line = line(self.plan, trial, &finished)?;
+                let sample = finished.outcome.samples.pop().filter(|s| !s.tokens.is_empty());
+                let sample = sample.ok_or_else(|| Error::new("no token was drawn").at(place()))?;
+                line.reply = Some(Reply {
+                    text: sample.text,
+                    tokens: sample.tokens,
+                    finish: sample.finish,
+                    nll: 0.0,
+                });
+                // To the front: scores free their memory and finish lines early.
+                self.waiting.push_front(Task::Score(trial, Box::new(line)));
+                Ok(())
+            }
+            Task::Score(trial, mut line) => {
+                let place = || name_of(self.plan, trial);
+                let finished = finished.at(place)?;
+                if let Some(reply) = &mut line.reply {
+                    reply.nll = mean_nll(&finished, reply.tokens.len()).at(place)?;
+                }
+                self.tally.finish(*line)
+            }
+        }
+    }
+}
+
+/// Nats a token, over all tokens of the reply, the stop token included.
+fn mean_nll(finished: &Finished, tokens: usize) -> Result<f64> {
+    let logprobs = finished.outcome.scores.first().map_or(&[][..], |score| &score.logprobs);
+    if logprobs.len() != tokens {
+        return Err(Error::new("the engine scored another number of tokens")
+            .expected(tokens)
+            .got(logprobs.len()));
+    }
+    let nll = -logprobs.iter().map(|p| f64::from(*p)).sum::<f64>() / tokens as f64;
+    if !nll.is_finite() {
+        return Err(Error::new("the reply's likelihood is not finite").got(nll));
+    }
+    Ok(nll)
+}
+
+/// The trial's line with receipts and the answer at the first generated token.
+fn line(plan: &Plan, trial: &Planned, finished: &Finished) -> Result<Trial> {
+    let mut line = plan.line(trial);
+    line.receipts.clone_from(&finished.outcome.receipts);
+    let (yes, no) = plan.answers(trial);
+    if yes + no > 0 {
+        let first = first_token(plan, trial, finished)?;
+        line.first = Some(answer(first, yes, no).at(|| name_of(plan, trial))?);
+    }
+    Ok(line)
+}
+
+fn first_token<'a>(plan: &Plan, trial: &Planned, finished: &'a Finished) -> Result<&'a FirstToken> {
+    let (yes, no) = plan.answers(trial);
+    let words = if plan.part(trial).kind == Kind::Readout { plan.words(trial).len() } else { 0 };
+    let first = finished.outcome.first.as_ref();
+    first.filter(|first| first.watch.len() == yes + no + words).ok_or_else(|| {
+        Error::new("the engine did not report the watched logits").at(name_of(plan, trial))
+    })
+}
+
+/// Margin and mass of the first `yes` and the next `no` watched tokens.
+fn answer(first: &FirstToken, yes: usize, no: usize) -> Result<FirstAnswer> {
+    let log_yes = logsumexp(&first.watch[..yes]);
+    let log_no = logsumexp(&first.watch[yes..yes + no]);
+    let probability = |log: f64| (log - f64::from(first.logsumexp)).exp();
+    let answer = FirstAnswer {
+        margin: log_yes - log_no,
+        p_yes: 1.0 / (1.0 + (log_no - log_yes).exp()),
+        mass: probability(log_yes) + probability(log_no),
+        entropy: f64::from(first.entropy),
+    };
+    let numbers = [answer.margin, answer.p_yes, answer.mass, answer.entropy];
+    if numbers.iter().any(|number| !number.is_finite()) {
+        return Err(
+            Error::new("the first token's distribution is not finite").got(format!("{answer:?}"))
+        );
+    }
+    Ok(answer)
+}
+
+fn logsumexp(logits: &[f32]) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum::<f64>().ln()
+}
+
+fn name_of(plan: &Plan, trial: &Planned) -> String {
+    let cell = &trial.cell;
+    let at = cell
+        .at
+        .map_or_else(String::new, |(place, dose)| format!(", layer {}, dose {dose}", place.layer));
+    let part = &plan.part(trial).name;
+    format!(
+        "trial {} ({part}, {}, {:?}, {:?}{at}, repeat {})",
+        trial.id, cell.prompt, cell.concept, cell.condition, cell.repeat
+    )
+}
+
+/// What is wrong with a trial's injection: nothing (none), or which check failed. An injected trial
+/// must have a receipt, all rows of its window touched, and the planned change measured.
+pub fn failed_check(trial: &Trial) -> Option<String> {
+    if trial.dose.is_none() {
+        return (!trial.receipts.is_empty()).then(|| "a clean trial has a receipt".to_owned());
+    }
+    if trial.receipts.is_empty() {
+        return Some("no receipt of the injection".into());
+    }
+    trial.receipts.iter().find_map(|receipt| {
+        if receipt.rows_touched != receipt.rows_expected || receipt.rows_touched == 0 {
+            return Some(format!(
+                "{} rows were touched, {} were expected",
+                receipt.rows_touched, receipt.rows_expected
+            ));
+        }
+        let (Some(planned), Some(measured)) = (receipt.planned, receipt.measured) else {
+            return Some("the change was not measured".into());
+        };
+        // Written so that NaN fails.
+        let close = (measured - planned.abs()).abs() <= CHANGE_TOLERANCE * planned.abs();
+        (!close).then(|| format!("a change of {planned} was planned, {measured} was measured"))
+    })
+}
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;
