@@ -218,6 +218,7 @@ fn strftime_now(date: Option<Date>, format: &str) -> std::result::Result<String,
 }
 
 /// JSON as Python's `json.dumps(ensure_ascii=False)` writes it.
+#[expect(clippy::needless_pass_by_value, reason = "the template engine passes it so")]
 fn tojson(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
@@ -267,7 +268,7 @@ impl serde_json::ser::Formatter for Spaced {
 pub(super) mod tests {
     use super::*;
 
-    /// ChatML with a default system message.
+    /// `ChatML` with a default system message.
     pub const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     pub fn message(role: &str, content: &str) -> Message {

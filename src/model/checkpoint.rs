@@ -71,8 +71,8 @@ impl Checkpoint {
                 && !(record.shape.len() == 2 && record.shape[0].is_multiple_of(head_dim))
             {
                 return Err(Error::new("wrong tensor shape")
-                    .at(file.path().display().to_string())
                     .at(source)
+                    .at(file.path().display().to_string())
                     .expected(format!("two dimensions, a multiple of {head_dim} rows"))
                     .got(format!("{:?}", record.shape)));
             }
@@ -85,7 +85,9 @@ impl Checkpoint {
                 interleaved,
             };
             if tensors.insert(name.clone(), stored).is_some() {
-                return Err(Error::new("a tensor stands twice under two names").at(name));
+                return Err(Error::new("a tensor stands twice under two names")
+                    .at(name)
+                    .at(file.path().display().to_string()));
             }
         }
         Ok(Self::new(file.path().to_owned(), vec![file], tensors))

@@ -89,15 +89,17 @@ impl ModelConfig {
         let optional = |key: &str| gguf_size(gguf, &format!("{prefix}{key}"));
         let size = |key: &str| optional(key)?.ok_or_else(|| missing(&format!("{prefix}{key}")));
         let (dim, heads) = (size("embedding_length")?, size("attention.head_count")?);
-        let head_dim = optional("attention.key_length")?.unwrap_or(dim / heads.max(1));
+        let head_dim = optional("attention.key_length")?.unwrap_or(dim / heads);
         for key in ["attention.value_length", "rope.dimension_count"] {
             if let Some(n) = optional(key)?.filter(|n| *n != head_dim) {
                 return Err(refused(&format!("{prefix}{key}"), head_dim, n));
             }
         }
-        let vocab = match optional("vocab_size")? {
-            Some(vocab) => vocab,
-            None => gguf.texts("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len()),
+        let vocab = if let Some(vocab) = optional("vocab_size")? {
+            vocab
+        } else {
+            let key = "tokenizer.ggml.tokens";
+            in_range(key, gguf.texts(key)?.map_or(0, |tokens| tokens.len() as u64))?
         };
         let eps_key = format!("{prefix}attention.layer_norm_rms_epsilon");
         let mut stop_tokens = Vec::new();
@@ -143,7 +145,7 @@ impl ModelConfig {
             dim,
             heads,
             kv_heads: json.size("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: json.size("head_dim")?.unwrap_or(dim / heads.max(1)),
+            head_dim: json.size("head_dim")?.unwrap_or(dim / heads),
             ffn_dim: size("intermediate_size")?,
             vocab: size("vocab_size")?,
             norm_eps: json.float("rms_norm_eps")?.ok_or_else(|| missing("rms_norm_eps"))? as f32,
@@ -167,27 +169,13 @@ impl ModelConfig {
     }
 
     fn checked(mut self, stop_tokens: &[(&str, u64)]) -> Result<Self> {
-        let sizes = [
-            ("blocks", self.layers),
-            ("width", self.dim),
-            ("query heads", self.heads),
-            ("key/value heads", self.kv_heads),
-            ("head width", self.head_dim),
-            ("MLP width", self.ffn_dim),
-            ("vocabulary", self.vocab),
-            ("context", self.context),
-        ];
-        for (name, n) in sizes {
-            if n == 0 || n > MAX_SIZE {
-                return Err(refused(name, format!("1..={MAX_SIZE}"), n));
-            }
-        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let expected = format!("a divisor of the {} query heads", self.heads);
             return Err(refused("key/value heads", expected, self.kv_heads));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(refused("head width", "an even number (rope turns pairs)", self.head_dim));
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            let expected = "an even number above 0 (rope turns pairs)";
+            return Err(refused("head width", expected, self.head_dim));
         }
         for (name, x) in [("norm epsilon", self.norm_eps), ("rope base", self.rope_theta)] {
             if !(x.is_finite() && x > 0.0) {
@@ -225,8 +213,14 @@ fn missing(key: &str) -> Error {
 }
 
 fn gguf_size(gguf: &Gguf, key: &str) -> Result<Option<usize>> {
-    let Some(n) = gguf.unsigned(key)? else { return Ok(None) };
-    usize::try_from(n).map(Some).map_err(|_| refused(key, format!("1..={MAX_SIZE}"), n))
+    gguf.unsigned(key)?.map(|n| in_range(key, n)).transpose()
+}
+
+fn in_range(key: &str, n: u64) -> Result<usize> {
+    usize::try_from(n)
+        .ok()
+        .filter(|n| (1..=MAX_SIZE).contains(n))
+        .ok_or_else(|| refused(key, format!("1..={MAX_SIZE}"), n))
 }
 
 fn json_stop_tokens(config: &Value) -> Result<Vec<u64>> {
@@ -270,7 +264,7 @@ impl<'a> Json<'a> {
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>> {
-        self.typed(key, "an integer above 0", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+        self.typed(key, "an integer above 0", Value::as_u64)?.map(|n| in_range(key, n)).transpose()
     }
 
     fn float(&self, key: &str) -> Result<Option<f64>> {
@@ -388,9 +382,9 @@ mod tests {
             ("quantization_config", json!({"bits": 4}), "quantization_config"),
             ("num_key_value_heads", json!(3), "divisor"),
             ("head_dim", json!(15), "even"),
-            ("hidden_size", json!(0), "width"),
+            ("hidden_size", json!(0), "hidden_size"),
             ("hidden_size", json!(-64), "hidden_size"),
-            ("num_hidden_layers", json!(1u64 << 60), "blocks"),
+            ("num_hidden_layers", json!(1u64 << 60), "num_hidden_layers"),
             ("rms_norm_eps", json!(0.0), "epsilon"),
             ("vocab_size", Value::Null, "vocab_size"),
             ("eos_token_id", json!(100), "below 100"),

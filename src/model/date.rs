@@ -60,7 +60,6 @@ impl Date {
     pub fn format(self, format: &str) -> std::result::Result<String, String> {
         let mut out = String::new();
         let mut chars = format.chars();
-        let month = MONTHS[self.month as usize - 1];
         while let Some(c) = chars.next() {
             if c != '%' {
                 out.push(c);
@@ -70,24 +69,29 @@ impl Date {
             if conversion == "-" {
                 conversion.extend(chars.next());
             }
-            out.push_str(&match conversion.as_str() {
-                "Y" => format!("{:04}", self.year),
-                "y" => format!("{:02}", self.year % 100),
-                "m" => format!("{:02}", self.month),
-                "-m" => self.month.to_string(),
-                "d" => format!("{:02}", self.day),
-                "-d" => self.day.to_string(),
-                "e" => format!("{:2}", self.day),
-                "B" => month.to_owned(),
-                "b" => month[..3].to_owned(),
-                "A" => self.weekday().to_owned(),
-                "a" => self.weekday()[..3].to_owned(),
-                "F" => format!("{:04}-{:02}-{:02}", self.year, self.month, self.day),
-                "%" => "%".to_owned(),
-                other => return Err(format!("strftime_now: a pinned date has no `%{other}`")),
-            });
+            out.push_str(&self.part(&conversion)?);
         }
         Ok(out)
+    }
+
+    fn part(self, conversion: &str) -> std::result::Result<String, String> {
+        let month = MONTHS[self.month as usize - 1];
+        Ok(match conversion {
+            "Y" => format!("{:04}", self.year),
+            "y" => format!("{:02}", self.year % 100),
+            "m" => format!("{:02}", self.month),
+            "-m" => self.month.to_string(),
+            "d" => format!("{:02}", self.day),
+            "-d" => self.day.to_string(),
+            "e" => format!("{:2}", self.day),
+            "B" => month.to_owned(),
+            "b" => month[..3].to_owned(),
+            "A" => self.weekday().to_owned(),
+            "a" => self.weekday()[..3].to_owned(),
+            "F" => format!("{:04}-{:02}-{:02}", self.year, self.month, self.day),
+            "%" => "%".to_owned(),
+            other => return Err(format!("strftime_now: a pinned date has no `%{other}`")),
+        })
     }
 
     fn weekday(self) -> &'static str {

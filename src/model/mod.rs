@@ -16,6 +16,7 @@ mod tokenizer;
 pub mod weights;
 
 use std::{
+    fmt::Write,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -150,7 +151,11 @@ impl Model {
                 hash_file(&mut sha, file.path(), file.bytes());
             }
         }
-        let hash: String = sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut hash = String::new();
+        for byte in sha.finalize() {
+            // Writing to a text cannot fail.
+            let _ = write!(hash, "{byte:02x}");
+        }
         Ok(self.hash.get_or_init(|| hash).clone())
     }
 }

@@ -25,7 +25,7 @@ pub struct Encoding {
     pub spans: Vec<Range<usize>>,
 }
 
-/// How GPT-2 (and with single digits SmolLM), Llama 3 and Qwen 2 cut text before merging.
+/// How Llama 3 and Qwen 2 cut text before merging.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -300,7 +300,7 @@ fn byte_of(c: char) -> Option<u8> {
 pub(super) mod tests {
     use super::*;
 
-    /// A byte-level tokenizer with the 256 bytes, a few merges and ChatML's special tokens.
+    /// A byte-level tokenizer with the 256 bytes, a few merges and `ChatML`'s special tokens.
     pub fn small() -> Tokenizer {
         let mut tokens: Vec<String> =
             ["<|bos|>", "<|im_start|>", "<|im_end|>"].map(Into::into).into();
@@ -396,5 +396,28 @@ pub(super) mod tests {
             (byte_of('Ġ'), byte_of('Ċ'), byte_of('a')),
             (Some(b' '), Some(b'\n'), Some(b'a'))
         );
+    }
+
+    #[test]
+    fn text_is_cut_by_the_rules_of_its_name() {
+        use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+        let text = "I'm 1234\n\n  x";
+        let cases: [(&str, &[&str]); 4] = [
+            ("gpt-2", &["I", "'m", " 1234", "\n\n ", " x"]),
+            ("smollm", &["I", "'m", " ", "1", "2", "3", "4", "\n\n ", " x"]),
+            ("llama-bpe", &["I", "'m", " ", "123", "4", "\n\n", " ", " x"]),
+            ("qwen2", &["I", "'m", " ", "1", "2", "3", "4", "\n\n", " ", " x"]),
+        ];
+        for (name, want) in cases {
+            let json = pre_tokenizer(name).unwrap();
+            let cut: tokenizers::PreTokenizerWrapper = serde_json::from_value(json).unwrap();
+            let mut pieces = PreTokenizedString::from(text);
+            cut.pre_tokenize(&mut pieces).unwrap();
+            let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let got: Vec<&str> =
+                splits.iter().map(|(_, (from, to), _)| &text[*from..*to]).collect();
+            assert_eq!(got, want, "{name}");
+        }
+        assert!(pre_tokenizer("viking").is_none());
     }
 }

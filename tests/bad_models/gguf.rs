@@ -1,23 +1,13 @@
-//! Damaged, lying and unsupported models are one clear error each, which names the file and the
-//! cause; never a panic or a huge allocation.
+//! GGUF files.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
-use inkling::{
-    error::Result,
-    model::{Model, ModelConfig},
-};
+use inkling::{error::Result, model::Model};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-// One block: width 8, two heads of width 4 with one key/value head, MLP width 6, 10 tokens.
-const DIM: u64 = 8;
-const KV: u64 = 4;
-const FFN: u64 = 6;
-const VOCAB: u64 = 10;
+use crate::{DIM, FFN, KV, VOCAB, assert_refused, load};
+
 const F32: u32 = 0;
 
 /// A GGUF file in parts, so that a test can change one.
@@ -140,59 +130,11 @@ impl GgufFile {
     }
 }
 
-/// Opens a model and takes every tensor that its configuration calls for, as the engine does.
-fn load(path: &Path) -> Result<Model> {
-    let model = Model::open(path)?;
-    for (name, shape) in expected_tensors(&model.config) {
-        let tensor = model.checkpoint.tensor(&name, &shape)?;
-        let mut row = vec![0.0; tensor.cols()];
-        tensor.read_row(tensor.rows() - 1, &mut row);
-    }
-    model.checkpoint.finish()?;
-    Ok(model)
-}
-
-fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let ModelConfig { dim, ffn_dim: ffn, vocab, .. } = *config;
-    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let mut all = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![vocab, dim]),
-        ("model.norm.weight".to_owned(), vec![dim]),
-    ];
-    if !config.tied_embeddings {
-        all.push(("lm_head.weight".to_owned(), vec![vocab, dim]));
-    }
-    for layer in 0..config.layers {
-        let block = [
-            ("input_layernorm", vec![dim]),
-            ("post_attention_layernorm", vec![dim]),
-            ("self_attn.q_proj", vec![q, dim]),
-            ("self_attn.k_proj", vec![kv, dim]),
-            ("self_attn.v_proj", vec![kv, dim]),
-            ("self_attn.o_proj", vec![dim, q]),
-            ("mlp.gate_proj", vec![ffn, dim]),
-            ("mlp.up_proj", vec![ffn, dim]),
-            ("mlp.down_proj", vec![dim, ffn]),
-        ];
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        all.extend(block.into_iter().map(|(part, shape)| (name(part), shape)));
-    }
-    all
-}
-
 fn load_gguf(bytes: &[u8]) -> Result<Model> {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("tiny.gguf");
     fs::write(&path, bytes).unwrap();
     load(&path)
-}
-
-fn assert_refused(result: Result<Model>, file: &str, cause: &str) {
-    let message = match result {
-        Ok(_) => panic!("accepted, instead of: {cause}"),
-        Err(error) => error.to_string(),
-    };
-    assert!(message.contains(cause) && message.contains(file), "want {cause:?} in:\n{message}");
 }
 
 /// The good file with one change is refused, and the message says why.
@@ -276,7 +218,7 @@ fn what_is_not_gguf_is_refused() {
 fn lying_gguf_counts_and_lengths_are_refused() {
     refused_gguf("too short for its tensor records", |file| file.more_tensors = 1 << 40);
     refused_gguf("too short for its metadata entries", |file| file.more_entries = u64::MAX / 2);
-    refused_gguf("the file ends inside", |file| file.more_tensors = 3);
+    refused_gguf("tensor record 11", |file| file.more_tensors = 3);
     let long = |n: u64| n.to_le_bytes();
     refused_gguf("the file ends inside a metadata value", |file| {
         file.set("general.name", typed(8, &long(u64::MAX)));
@@ -338,7 +280,9 @@ fn unsupported_gguf_models_are_refused_by_name() {
     refused_gguf("llama.block_count", |file| {
         file.metadata.retain(|(key, _)| key != "llama.block_count");
     });
-    refused_gguf("query heads", |file| file.set("llama.attention.head_count", entry_u32("", 0).1));
+    refused_gguf("llama.attention.head_count", |file| {
+        file.set("llama.attention.head_count", entry_u32("", 0).1)
+    });
 }
 
 #[test]
@@ -375,7 +319,10 @@ fn a_gguf_tokenizer_of_another_kind_leaves_prompts_of_token_ids() {
     assert_eq!((prompt.tokens, prompt.pieces), (vec![1, 9], vec!["<1>".into(), "<9>".to_owned()]));
     let refused = [
         (json!({"id": "a", "text": "hi"}), "only `gpt2`"),
-        (json!({"id": "a", "messages": [{"role": "user", "content": "x"}]}), "no chat template"),
+        (
+            json!({"id": "a", "messages": [{"role": "user", "content": "x"}]}),
+            "chat template cannot be used: it has none",
+        ),
         (json!({"id": "a", "tokens": [1, 10]}), "tokens[1]"),
         (json!({"id": "a", "tokens": []}), "empty prompt"),
         (json!({"id": "a", "tokens": vec![1; 33]}), "at most 32 tokens"),
@@ -406,189 +353,58 @@ fn a_gguf_tokenizer_of_another_kind_leaves_prompts_of_token_ids() {
     assert_refused(vocabulary("gpt-2", "a"), "tiny.gguf", "tokenizer.ggml.token_type");
 }
 
-/// A Hugging Face folder: `config.json` and the tensors of one safetensors file.
-struct Folder {
-    config: Value,
-    /// Name, dtype, shape, bytes.
-    tensors: Vec<(String, &'static str, Vec<usize>, Vec<u8>)>,
-    /// Changes the header before it is written.
-    header: fn(&mut Value),
-    /// Changes the whole file.
-    file: fn(&mut Vec<u8>),
-}
-
-impl Folder {
-    fn good() -> Self {
-        let config = json!({
-            "model_type": "llama", "hidden_size": DIM, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": FFN,
-            "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "max_position_embeddings": 32,
-            "tie_word_embeddings": true
-        });
-        let parsed = ModelConfig {
-            architecture: "llama".into(),
-            layers: 1,
-            dim: DIM as usize,
-            heads: 2,
-            kv_heads: 1,
-            head_dim: 4,
-            ffn_dim: FFN as usize,
-            vocab: VOCAB as usize,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            context: 32,
-            tied_embeddings: true,
-            stop_tokens: Vec::new(),
-        };
-        let tensors =
-            expected_tensors(&parsed).into_iter().map(|(name, shape)| plain(&name, &shape));
-        Self { config, tensors: tensors.collect(), header: |_| {}, file: |_| {} }
-    }
-
-    fn safetensors(
-        tensors: &[(String, &str, Vec<usize>, Vec<u8>)],
-        change: fn(&mut Value),
-    ) -> Vec<u8> {
-        let mut header = json!({"__metadata__": {"format": "pt"}});
-        let mut data: Vec<u8> = Vec::new();
-        for (name, dtype, shape, bytes) in tensors {
-            let offsets = [data.len(), data.len() + bytes.len()];
-            header[name] = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
-            data.extend(bytes);
-        }
-        change(&mut header);
-        let header = header.to_string();
-        [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()
-    }
-
-    fn load(&self) -> Result<Model> {
-        let folder = TempDir::new().unwrap();
-        fs::write(folder.path().join("config.json"), self.config.to_string()).unwrap();
-        let mut bytes = Self::safetensors(&self.tensors, self.header);
-        (self.file)(&mut bytes);
-        fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
-        load(folder.path())
-    }
-}
-
-fn plain(name: &str, shape: &[usize]) -> (String, &'static str, Vec<usize>, Vec<u8>) {
-    let bytes = vec![0; 4 * shape.iter().product::<usize>()];
-    (name.to_owned(), "F32", shape.to_vec(), bytes)
-}
-
-fn refused_folder(file: &str, cause: &str, change: impl FnOnce(&mut Folder)) {
-    let mut folder = Folder::good();
-    change(&mut folder);
-    assert_refused(folder.load(), file, cause);
-}
-
 #[test]
-fn a_good_folder_loads() {
-    assert_eq!(Folder::good().load().unwrap().config.head_dim, 4);
-    let mut folder = Folder::good();
-    folder.tensors.push(plain("model.layers.0.self_attn.rotary_emb.inv_freq", &[2]));
-    folder.load().unwrap();
-}
-
-#[test]
-fn lying_safetensors_are_refused() {
-    let file = "model.safetensors";
-    refused_folder(file, "longer than can be", |f| f.file = |bytes| bytes[..8].fill(0xff));
-    refused_folder(file, "longer than can be", |f| f.file = |bytes| bytes.truncate(20));
-    refused_folder(file, "not a safetensors file", |f| f.file = |bytes| bytes.truncate(5));
-    refused_folder(file, "is not JSON", |f| f.file = |bytes| bytes[8] = b'x');
-    refused_folder(file, "outside the file", |f| f.file = |bytes| bytes.truncate(bytes.len() - 4));
-    refused_folder(file, "does not end with its last tensor", |f| f.file = |bytes| bytes.push(0));
-    refused_folder(file, "does not fit its bytes", |f| {
-        f.header = |header| header["model.norm.weight"]["shape"] = json!([9]);
-    });
-    refused_folder(file, "does not fit its bytes", |f| {
-        f.header = |header| header["model.norm.weight"]["shape"] = json!([1u64 << 62, 4]);
-    });
-    refused_folder(file, "outside the file", |f| {
-        f.header = |header| header["model.norm.weight"]["data_offsets"] = json!([0, u64::MAX]);
-    });
-    refused_folder(file, "overlap or leave a gap", |f| {
-        f.header = |header| header["model.norm.weight"]["data_offsets"] = json!([0, 32]);
-    });
-    refused_folder(file, "overlap or leave a gap", |f| {
-        f.header = |header| {
-            header.as_object_mut().unwrap().remove("model.norm.weight");
-        };
-    });
-    refused_folder(file, "bad tensor record", |f| {
-        f.header = |header| header["model.norm.weight"] = json!([]);
-    });
-    refused_folder(file, "I64", |f| {
-        f.header = |header| header["model.norm.weight"]["dtype"] = json!("I64");
-    });
-}
-
-#[test]
-fn missing_extra_and_misshapen_tensors_are_refused_by_name() {
-    refused_folder("", "model.norm.weight", |f| f.tensors.retain(|t| t.0 != "model.norm.weight"));
-    refused_folder("", "model.extra.weight", |f| f.tensors.push(plain("model.extra.weight", &[3])));
-    refused_folder("", "[8, 6]", |f| {
-        f.tensors.retain(|t| t.0 != "model.layers.0.mlp.down_proj.weight");
-        f.tensors.push(plain("model.layers.0.mlp.down_proj.weight", &[6, 8]));
-    });
-    refused_folder("", "lm_head.weight", |f| f.config["tie_word_embeddings"] = json!(false));
-    refused_folder("config.json", "unsupported architecture", |f| {
-        f.config["model_type"] = json!("mamba");
-    });
-    refused_folder("config.json", "missing in the model's configuration", |f| {
-        f.config["hidden_size"] = Value::Null;
-    });
-}
-
-#[test]
-fn a_tied_output_matrix_must_be_the_embedding() {
-    let mut folder = Folder::good();
-    folder.tensors.push(plain("lm_head.weight", &[10, 8]));
-    folder.load().unwrap();
-    refused_folder("lm_head.weight", "an output matrix of its own", |f| {
-        let mut output = plain("lm_head.weight", &[10, 8]);
-        output.3[5] = 1;
-        f.tensors.push(output);
-    });
-}
-
-#[test]
-fn shards_and_their_index_must_agree() {
-    let good = Folder::good();
-    let (first, second) = good.tensors.split_at(4);
-    let load_with = |change: fn(&mut Value)| {
-        let folder = TempDir::new().unwrap();
-        let path = |name: &str| -> PathBuf { folder.path().join(name) };
-        let mut map = json!({});
-        for (shard, tensors) in [("a.safetensors", first), ("b.safetensors", second)] {
-            fs::write(path(shard), Folder::safetensors(tensors, |_| {})).unwrap();
-            tensors.iter().for_each(|tensor| map[&tensor.0] = json!(shard));
-        }
-        change(&mut map);
-        let index = json!({"metadata": {}, "weight_map": map}).to_string();
-        fs::write(path("model.safetensors.index.json"), index).unwrap();
-        fs::write(path("config.json"), good.config.to_string()).unwrap();
-        load(folder.path())
+fn a_gguf_vocabulary_becomes_a_tokenizer() {
+    let list = |kind: u32, values: &[Vec<u8>]| {
+        let count = (values.len() as u64).to_le_bytes();
+        typed(9, &typed(kind, &[&count[..], &values.concat()].concat()))
     };
-    load_with(|_| {}).unwrap();
-    let moved = load_with(|map| map["model.norm.weight"] = json!("b.safetensors"));
-    assert_refused(moved, "a.safetensors", "does not place there");
-    let lacking = load_with(|map| map["model.more.weight"] = json!("b.safetensors"));
-    assert_refused(lacking, "b.safetensors", "lacks a tensor");
-    let outside = load_with(|map| map["x"] = json!("../a.safetensors"));
-    assert_refused(outside, "index.json", "not a plain file name");
-    let absent = load_with(|map| map["x"] = json!("c.safetensors"));
-    assert_refused(absent, "c.safetensors", "No such file");
-}
+    let texts =
+        |values: &[&str]| list(8, &values.iter().map(|value| text(value)).collect::<Vec<_>>());
+    let mut file = GgufFile::good();
+    file.set("tokenizer.ggml.model", entry_text("", "gpt2").1);
+    file.set("tokenizer.ggml.pre", entry_text("", "smollm").1);
+    file.set("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<s>", "Ġ", "Ċ"]));
+    file.set("tokenizer.ggml.merges", texts(&["a b"]));
+    let types = [1i32, 1, 1, 3, 1, 1].map(|kind| kind.to_le_bytes().to_vec());
+    file.set("tokenizer.ggml.token_type", list(5, &types));
+    file.set("tokenizer.ggml.bos_token_id", entry_u32("", 3).1);
+    file.set("tokenizer.ggml.eos_token_id", entry_u32("", 3).1);
+    file.set("tokenizer.ggml.add_bos_token", typed(7, &[1]));
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}\n{% endfor %}";
+    file.set("tokenizer.chat_template", entry_text("", template).1);
+    let model = load_gguf(&file.bytes()).unwrap();
+    assert_eq!(model.config.stop_tokens, [3]);
 
-#[test]
-fn a_folder_without_a_model_is_refused() {
-    let folder = TempDir::new().unwrap();
-    let name = folder.path().file_name().unwrap().to_str().unwrap().to_owned();
-    assert_refused(load(folder.path()), &name, "0 .gguf files");
-    fs::write(folder.path().join("config.json"), "{").unwrap();
-    assert_refused(load(folder.path()), "config.json", "not JSON");
-    fs::write(folder.path().join("config.json"), Folder::good().config.to_string()).unwrap();
-    assert_refused(load(folder.path()), &name, "no weights");
+    let render = |json: Value| model.render(&serde_json::from_value(json).unwrap());
+    let prompt = render(json!({"id": "a", "text": "ab <s>ba"})).unwrap();
+    assert_eq!(prompt.tokens, [3, 2, 4, 3, 1, 0]);
+    assert_eq!(prompt.pieces, ["<s>", "ab", " ", "<s>", "b", "a"]);
+    let user = json!([{"role": "user", "content": " ab "}]);
+    let prompt = render(json!({"id": "a", "messages": user, "prefill": "b"})).unwrap();
+    assert_eq!((prompt.text.as_str(), &prompt.tokens[..]), ("<s>ab\nb", &[3, 2, 5, 1][..]));
+    for (turn, want) in [("user.last", 1), ("assistant.last", 3)] {
+        let marker = json!({"start_of": {"text": "b", "turn": turn}});
+        assert_eq!(prompt.position(&serde_json::from_value(marker).unwrap()).unwrap(), want);
+    }
+    let refused = [
+        (json!({"id": "a", "messages": user, "prefill": "b "}), "must not end with a blank"),
+        (json!({"id": "a", "messages": user, "date": "today"}), "YYYY-MM-DD"),
+        (json!({"id": "a", "messages": user, "thinking": "on"}), "no thinking switch"),
+        (json!({"id": "a", "messages": []}), "no messages"),
+        (json!({"id": "a", "messages": [{"role": "tool", "content": ""}]}), "unknown role"),
+        (
+            json!({"id": "a", "system": "", "messages": [{"role": "system", "content": ""},
+                {"role": "user", "content": ""}]}),
+            "two system messages",
+        ),
+        (
+            json!({"id": "a", "messages": [{"role": "assistant", "content": "a"}], "prefill": "b"}),
+            "after a final assistant message",
+        ),
+    ];
+    for (json, cause) in refused {
+        let message = render(json).unwrap_err().to_string();
+        assert!(message.contains(cause), "want {cause:?} in:\n{message}");
+    }
 }
