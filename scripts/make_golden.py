@@ -39,7 +39,7 @@ TINY = {
     "mqa": dict(hidden_size=80, num_attention_heads=4, num_key_value_heads=1, head_dim=24, intermediate_size=136,
                 vocab_size=300, rope_theta=500000.0, tie_word_embeddings=True),
     "sharded": dict(hidden_size=72, num_attention_heads=4, num_key_value_heads=2, head_dim=20, intermediate_size=118,
-                    vocab_size=257, rope_theta=10000.0, eos_token_id=[2, 5]),
+                    vocab_size=257, rope_theta=10000.0, eos_token_id=[49, 127]),
 }  # fmt: skip
 LAYERS = 3
 OUTLIERS = (5, 30)  # channels of the stream that are larger than the others, as in trained models

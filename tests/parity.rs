@@ -1,0 +1,168 @@
+//! The binary against Hugging Face transformers, in f32: captured rows, logits and greedy
+//! continuations of three tiny models and of the demo model (`scripts/make_golden.py`).
+
+#[allow(dead_code, reason = "shared by several test binaries")]
+mod common;
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
+
+use common::{demo_model, golden, read_lines, read_tensors, worst_row};
+use serde_json::{Value, json};
+
+/// ‖got − want‖ / ‖want‖ of the worst row of a stream site, a branch or the final norm.
+const WORST_ROW: f64 = 5e-5;
+/// The same of the logits.
+const WORST_LOGITS: f64 = 1e-4;
+/// Below this lead in logits two right answers may differ in the next token.
+const MARGIN: f64 = 1e-3;
+
+#[test]
+fn forward_plain() {
+    check_forward(&golden("plain"), "plain");
+}
+
+#[test]
+fn forward_mqa_bf16_tied() {
+    check_forward(&golden("mqa"), "mqa");
+}
+
+#[test]
+fn forward_sharded() {
+    check_forward(&golden("sharded"), "sharded");
+}
+
+#[test]
+fn forward_demo_model() {
+    check_forward(&demo_model(), "smollm2");
+}
+
+#[test]
+fn generate_plain() {
+    check_generate(&golden("plain"), "plain", "generate.jsonl");
+}
+
+#[test]
+fn generate_mqa_bf16_tied() {
+    check_generate(&golden("mqa"), "mqa", "generate.jsonl");
+}
+
+#[test]
+fn generate_sharded() {
+    check_generate(&golden("sharded"), "sharded", "generate.jsonl");
+}
+
+#[test]
+fn generate_demo_model() {
+    check_generate(&demo_model(), "smollm2", "requests.jsonl");
+}
+
+/// Each of a list of stop tokens ends a continuation, which keeps it; nothing else does.
+#[test]
+fn stop_tokens_end_a_continuation() {
+    let folder = golden("sharded");
+    let stops = [json!(49), json!(127)]; // eos_token_id in its config.json
+    let scratch = tempfile::tempdir().unwrap();
+    let input = scratch.path().join("generate.jsonl");
+    fs_err::copy(folder.join("vectors.safetensors"), scratch.path().join("vectors.safetensors"))
+        .unwrap();
+    let mut requests = read_lines(&folder.join("generate.jsonl"));
+    for request in &mut requests {
+        request["sampling"]["ignore_eos"] = json!(false);
+    }
+    let lines: Vec<String> = requests.iter().map(Value::to_string).collect();
+    fs_err::write(&input, lines.join("\n") + "\n").unwrap();
+
+    let answers = generate(&folder, &input);
+    let mut stopped = 0;
+    for (answer, want) in answers.iter().zip(read_lines(&folder.join("generated.jsonl"))) {
+        let all = want["tokens"].as_array().unwrap();
+        let stop = all.iter().position(|token| stops.contains(token));
+        let kept = stop.map_or(all.len(), |at| at + 1);
+        stopped += usize::from(stop.is_some());
+        assert_eq!(answer["tokens"].as_array().unwrap()[..], all[..kept], "{}", want["id"]);
+        assert_eq!(answer["finish"], if stop.is_some() { "stop" } else { "length" });
+    }
+    assert!(stopped > 0 && stopped < answers.len(), "the fixture no longer shows both endings");
+}
+
+/// Runs the binary; its stderr is shown where it fails.
+fn inkling(arguments: &[&OsStr]) {
+    let output = Command::new(env!("CARGO_BIN_EXE_inkling")).args(arguments).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "inkling {arguments:?}: {}\n{stderr}", output.status);
+}
+
+/// Runs `inkling COMMAND` on a file of requests in f32.
+fn answer(command: &str, model: &Path, input: &Path, out: &Path) {
+    let word = OsStr::new;
+    inkling(&[
+        word(command),
+        word("--model"),
+        model.as_os_str(),
+        word("--input"),
+        input.as_os_str(),
+        word("--out"),
+        out.as_os_str(),
+        word("--dtype"),
+        word("f32"),
+    ]);
+}
+
+fn generate(model: &Path, input: &Path) -> Vec<Value> {
+    let scratch = tempfile::tempdir().unwrap();
+    let out = scratch.path().join("generated.jsonl");
+    answer("generate", model, input, &out);
+    read_lines(&out)
+}
+
+fn check_forward(model: &Path, name: &str) {
+    let folder = golden(name);
+    let scratch = tempfile::tempdir().unwrap();
+    let out = scratch.path().join("captures.safetensors");
+    answer("forward", model, &folder.join("requests.jsonl"), &out);
+
+    let got = read_tensors(&out);
+    let want = read_tensors(&folder.join("expected.safetensors"));
+    assert!(got.keys().eq(want.keys()), "got {:?}\nwant {:?}", got.keys(), want.keys());
+    let (mut failures, mut worst) = (Vec::new(), 0.0f64);
+    for (key, want) in &want {
+        assert_eq!(got[key].shape, want.shape, "{key}");
+        let error = worst_row(got[key].rows(), want.rows());
+        let limit = if key.ends_with("/logits") { WORST_LOGITS } else { WORST_ROW };
+        worst = worst.max(error);
+        if error > limit {
+            failures.push(format!("{key}: {error:.2e}"));
+        }
+    }
+    eprintln!("{name}: {} tensors, worst row {worst:.2e}", want.len());
+    assert!(failures.is_empty(), "over their limit:\n{}", failures.join("\n"));
+}
+
+/// Token by token; after a token that was too close to call, the rest of that request is its own.
+fn check_generate(model: &Path, name: &str, requests: &str) {
+    let folder = golden(name);
+    let answers = generate(model, &folder.join(requests));
+    let wanted = read_lines(&folder.join("generated.jsonl"));
+    assert_eq!(answers.len(), wanted.len());
+    for (answer, want) in answers.iter().zip(&wanted) {
+        assert_eq!(answer["id"], want["id"]);
+        assert_eq!(answer["prompt_tokens"], want["prompt_tokens"], "{}", want["id"]);
+        assert_eq!(answer["finish"], "length", "{}", want["id"]);
+        let tokens = |line: &Value| line["tokens"].as_array().unwrap().clone();
+        let (got, expected) = (tokens(answer), tokens(want));
+        assert_eq!(got.len(), expected.len(), "{}", want["id"]);
+        if let Some(step) = (0..got.len()).find(|&step| got[step] != expected[step]) {
+            let margin = want["margins"][step].as_f64().unwrap();
+            assert!(
+                margin < MARGIN,
+                "{name} {} step {step}: {} instead of {}, which led by {margin}",
+                want["id"],
+                got[step],
+                expected[step]
+            );
+            eprintln!("{name} {} step {step}: excused, margin {margin:.1e}", want["id"]);
+        }
+    }
+}
