@@ -46,16 +46,16 @@ pub struct Args {
 #[derive(clap::Args)]
 struct SamplingArgs {
     /// With --prompt: 0 is greedy [default: 1]
-    #[arg(long, value_name = "T", requires = "prompt")]
+    #[arg(long, value_name = "T", conflicts_with = "input")]
     temperature: Option<f32>,
     /// With --prompt: keep the most likely tokens up to this probability [default: 1]
-    #[arg(long, value_name = "P", requires = "prompt")]
+    #[arg(long, value_name = "P", conflicts_with = "input")]
     top_p: Option<f32>,
     /// With --prompt [default: 0]
-    #[arg(long, value_name = "N", requires = "prompt")]
+    #[arg(long, value_name = "N", conflicts_with = "input")]
     seed: Option<u64>,
     /// With --prompt: the most tokens generated [default: 100]
-    #[arg(long, value_name = "N", requires = "prompt")]
+    #[arg(long, value_name = "N", conflicts_with = "input")]
     max_tokens: Option<u32>,
 }
 

@@ -31,10 +31,10 @@ pub struct RequestArgs {
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
     /// With --prompt: the system message
-    #[arg(long, value_name = "TEXT", requires = "prompt")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "input")]
     pub system: Option<String>,
     /// With --prompt: FILE#NAME@LAYER*STRENGTH, over the whole sequence; may be repeated
-    #[arg(long, value_name = "INJECTION", requires = "prompt", value_parser = parse_injection)]
+    #[arg(long, value_name = "INJECTION", conflicts_with = "input", value_parser = parse_injection)]
     pub inject: Vec<Injection>,
 }
 
