@@ -1,6 +1,8 @@
 //! Seeds, trial ids and content hashes: SHA-256 over canonical JSON (fields in the order of the
 //! type, no spaces, shortest round-trip numbers).
 
+use std::fmt::Write;
+
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -101,7 +103,10 @@ fn first_u64(digest: &[u8; 32]) -> u64 {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // a String takes everything
+        text
+    })
 }
 
 #[cfg(test)]

@@ -171,10 +171,11 @@ fn mean<'a>(rows: impl ExactSizeIterator<Item = &'a Vec<f32>>, width: usize) -> 
     let count = rows.len() as f64;
     let mut sum = vec![0.0; width];
     for row in rows {
-        sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+        for (sum, value) in sum.iter_mut().zip(row) {
+            *sum += f64::from(*value);
+        }
     }
-    sum.iter_mut().for_each(|sum| *sum /= count);
-    sum
+    sum.into_iter().map(|sum| sum / count).collect()
 }
 
 fn cosine(a: &[f64], b: &[f64]) -> f64 {
