@@ -18,11 +18,6 @@ impl PagePool {
         self.free.len()
     }
 
-    /// All pages.
-    pub fn total(&self) -> usize {
-        self.references.len()
-    }
-
     /// Takes a free page, held once. The caller has checked `available`.
     pub fn take(&mut self) -> u32 {
         let page = self.free.pop().expect("the caller has checked that a page is free");

@@ -7,11 +7,12 @@ use super::{
     Float,
     math::{LANES, exp, max, sum_lanes},
     residual_norm::Rows,
+    tile::{Left, Right, WIDTH, tile, widen},
 };
 use crate::{
     device::{
         Buffer, Device,
-        cpu::{Kernel, Shared},
+        cpu::{Isa, Kernel, Shared},
     },
     error::Result,
 };
@@ -133,6 +134,7 @@ pub fn attention<T: Float>(
             for start in (first..first + group).step_by(GROUP) {
                 let count = GROUP.min(first + group - start);
                 let fold = Fold {
+                    isa: cpu.isa(),
                     q: &queries[start * head_dim..][..count * head_dim],
                     positions: at.position[row] as usize + 1,
                     slot: at.slot[row] as usize,
@@ -155,6 +157,7 @@ pub fn attention<T: Float>(
 
 /// Query heads of one row that share a key head.
 struct Fold<'a, T> {
+    isa: Isa,
     q: &'a [f32],
     positions: usize,
     slot: usize,
@@ -229,18 +232,14 @@ impl<T: Float> Fold<'_, T> {
     fn tile<const R: usize>(&self, start: usize, valid: usize, state: &mut State<R>) {
         let head_dim = self.cache.shape.head_dim;
         let scale = 1.0 / (head_dim as f32).sqrt();
+        let isa = self.isa;
         let mut weights = [[f32::NEG_INFINITY; TILE]; R];
+        let mut page = [0.0f32; (MAX_HEAD_DIM + 1) * PAGE];
         for block in 0..valid.div_ceil(PAGE) {
-            let keys = self.keys(start / PAGE + block);
+            widen(self.keys(start / PAGE + block), &mut page[..head_dim * PAGE]);
+            let q = Left { values: self.q, row_stride: head_dim, k_stride: 1 };
             let mut scores = [[0.0f32; PAGE]; R];
-            for (d, key) in keys.iter().enumerate() {
-                for r in 0..R {
-                    let q = self.q[r * head_dim + d];
-                    for lane in 0..PAGE {
-                        scores[r][lane] = q.mul_add(key[lane].to_f32(), scores[r][lane]);
-                    }
-                }
-            }
+            tile(isa, head_dim, q, Right { values: &page, stride: PAGE }, &mut scores);
             for r in 0..R {
                 for lane in 0..PAGE.min(valid - block * PAGE) {
                     weights[r][block * PAGE + lane] = scores[r][lane] * scale;
@@ -265,62 +264,32 @@ impl<T: Float> Fold<'_, T> {
             }
         }
         for block in 0..valid.div_ceil(PAGE) {
-            let values = self.values(start / PAGE + block);
             let count = PAGE.min(valid - block * PAGE);
-            for d in (0..head_dim).step_by(LANES) {
-                let width = LANES.min(head_dim - d);
-                if width == LANES {
-                    self.add_values::<R>(values, &weights, block, count, d, state);
-                } else {
-                    for r in 0..R {
-                        for lane in 0..count {
-                            let weight = weights[r][block * PAGE + lane];
-                            for d in d..d + width {
-                                let v = values[lane * head_dim + d].to_f32();
-                                state.out[r][d] = weight.mul_add(v, state.out[r][d]);
-                            }
-                        }
-                    }
+            let values = &self.values(start / PAGE + block)[..count * head_dim];
+            widen(values, &mut page[..count * head_dim]);
+            let weights = &weights.as_flattened()[block * PAGE..];
+            let x = Left { values: weights, row_stride: TILE, k_stride: 1 };
+            for d in (0..head_dim).step_by(WIDTH) {
+                // A ragged last column block reads on into the next row, and drops it.
+                let w = Right { values: &page[d..], stride: head_dim };
+                let mut sums = [[0.0f32; WIDTH]; R];
+                let width = WIDTH.min(head_dim - d);
+                for r in 0..R {
+                    sums[r][..width].copy_from_slice(&state.out[r][d..d + width]);
+                }
+                tile(isa, count, x, w, &mut sums);
+                for r in 0..R {
+                    state.out[r][d..d + width].copy_from_slice(&sums[r][..width]);
                 }
             }
         }
     }
 
-    /// `out[r][d..d + 16] += Σ weight[r][lane] · value[lane][d..d + 16]` over a page's positions.
     #[inline(always)]
-    fn add_values<const R: usize>(
-        &self,
-        values: &[T],
-        weights: &[[f32; TILE]; R],
-        block: usize,
-        count: usize,
-        d: usize,
-        state: &mut State<R>,
-    ) {
-        let head_dim = self.cache.shape.head_dim;
-        let mut sums = [[0.0f32; LANES]; R];
-        for r in 0..R {
-            sums[r].copy_from_slice(&state.out[r][d..d + LANES]);
-        }
-        for lane in 0..count {
-            let (v, _) = values[lane * head_dim + d..][..LANES].as_chunks::<LANES>();
-            for r in 0..R {
-                let weight = weights[r][block * PAGE + lane];
-                for i in 0..LANES {
-                    sums[r][i] = weight.mul_add(v[0][i].to_f32(), sums[r][i]);
-                }
-            }
-        }
-        for r in 0..R {
-            state.out[r][d..d + LANES].copy_from_slice(&sums[r]);
-        }
-    }
-
-    #[inline(always)]
-    fn keys(&self, block: usize) -> &[[T; PAGE]] {
+    fn keys(&self, block: usize) -> &[T] {
         let page = self.cache.tables.page(self.slot, self.layer, block);
         let start = self.cache.shape.key(page, self.kv_head, 0);
-        self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE].as_chunks().0
+        &self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE]
     }
 
     #[inline(always)]

@@ -8,7 +8,11 @@ use std::sync::PoisonError;
 
 use half::bf16;
 
-use super::{Float, math::exp};
+use super::{
+    Float,
+    math::exp,
+    tile::{Left, Right, WIDTH, tile, widen},
+};
 use crate::{
     device::{
         Buffer, Device,
@@ -18,7 +22,7 @@ use crate::{
 };
 
 /// Columns of a weight panel: output features side by side in the lanes.
-pub const PANEL: usize = 16;
+pub const PANEL: usize = WIDTH;
 /// Rows of a register tile: 6 × 16 f32 fill 12 of AVX2's 16 registers.
 const ROWS: usize = 6;
 /// Length of one accumulation in registers; a panel's block of f32 is 16 KiB, half of an L1.
@@ -189,7 +193,9 @@ pub fn gated_matmul<T: Float>(
             let start = (first_row + row) * n + panel / 2 * PANEL;
             // SAFETY: each task writes the columns of its own panels.
             let out = unsafe { shared.range(start, PANEL) };
-            cpu.isa().run(Gate { gate: &gate[row], up: &up[row], out });
+            if let Some(out) = out.first_chunk_mut() {
+                cpu.isa().run(Gate { gate: &gate[row], up: &up[row], out });
+            }
         }
     });
 }
@@ -204,7 +210,7 @@ pub fn interleave(row: usize) -> (bool, usize) {
 struct Gate<'a, T> {
     gate: &'a [f32; PANEL],
     up: &'a [f32; PANEL],
-    out: &'a mut [T],
+    out: &'a mut [T; PANEL],
 }
 
 impl<T: Float> Kernel for Gate<'_, T> {
@@ -306,6 +312,7 @@ fn group_tiles<W: Float>(
                     weight: &panel[start * PANEL..][..len * PANEL],
                     unpacked: &mut unpacked[..len],
                     rows: &packed[first_row * k..][..blocks * ROWS * k],
+                    count: (rows - first_row).min(ROW_GROUP),
                     offset: start,
                     k,
                     sums: &mut sums[member * ROWS..],
@@ -327,6 +334,7 @@ struct Block<'a, W> {
     weight: &'a [W],
     unpacked: &'a mut [[f32; PANEL]],
     rows: &'a [f32],
+    count: usize,
     offset: usize,
     k: usize,
     sums: &'a mut [[f32; PANEL]],
@@ -337,69 +345,30 @@ impl<W: Float> Kernel for Block<'_, W> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        let (chunks, _) = self.weight.as_chunks::<PANEL>();
-        for (values, chunk) in self.unpacked.iter_mut().zip(chunks) {
-            for lane in 0..PANEL {
-                values[lane] = chunk[lane].to_f32();
-            }
-        }
+        widen(self.weight, self.unpacked.as_flattened_mut());
+        let w = Right { values: self.unpacked.as_flattened(), stride: PANEL };
         let len = self.unpacked.len();
         for (block, rows) in self.rows.chunks_exact(ROWS * self.k).enumerate() {
-            let (x, _) = rows[self.offset * ROWS..][..len * ROWS].as_chunks::<ROWS>();
-            let sums = self.sums[block * self.stride..].first_chunk_mut::<ROWS>();
-            let sums = sums.expect("a tile a block");
-            match self.isa {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: `Isa::Avx2` says that the processor has AVX2 and FMA.
-                Isa::Avx2 => unsafe { tile_avx2(x, self.unpacked, sums) },
-                _ => tile(x, self.unpacked, sums),
+            let values = &rows[self.offset * ROWS..][..len * ROWS];
+            let x = Left { values, row_stride: 1, k_stride: ROWS };
+            let sums = &mut self.sums[block * self.stride..];
+            // Rows beyond the last are zero and nobody reads their sums.
+            match self.count - block * ROWS {
+                1 => add_tile::<1>(self.isa, len, x, w, sums),
+                2 => add_tile::<2>(self.isa, len, x, w, sums),
+                3 | 4 => add_tile::<4>(self.isa, len, x, w, sums),
+                _ => add_tile::<ROWS>(self.isa, len, x, w, sums),
             }
         }
     }
 }
 
-/// `sums[r] += Σ x[k][r] · w[k]`, each element one chain of fused multiply-adds over k.
-fn tile(x: &[[f32; ROWS]], w: &[[f32; PANEL]], sums: &mut [[f32; PANEL]; ROWS]) {
-    let mut tile = [[0.0f32; PANEL]; ROWS];
-    for (x, w) in x.iter().zip(w) {
-        for row in 0..ROWS {
-            for lane in 0..PANEL {
-                tile[row][lane] = x[row].mul_add(w[lane], tile[row][lane]);
-            }
-        }
-    }
-    for row in 0..ROWS {
-        for lane in 0..PANEL {
-            sums[row][lane] += tile[row][lane];
-        }
-    }
-}
-
-/// [`tile`] in AVX2: the 12 accumulators stay in registers, which compilers do not see by
-/// themselves.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn tile_avx2(x: &[[f32; ROWS]], w: &[[f32; PANEL]], sums: &mut [[f32; PANEL]; ROWS]) {
-    use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_storeu_ps,
-    };
-    let mut tile = [[_mm256_setzero_ps(); 2]; ROWS];
-    for (x, w) in x.iter().zip(w) {
-        // SAFETY: both halves lie inside the 16 weights.
-        let (low, high) =
-            unsafe { (_mm256_loadu_ps(w.as_ptr()), _mm256_loadu_ps(w.as_ptr().add(PANEL / 2))) };
-        for row in 0..ROWS {
-            let x = _mm256_set1_ps(x[row]);
-            tile[row][0] = _mm256_fmadd_ps(x, low, tile[row][0]);
-            tile[row][1] = _mm256_fmadd_ps(x, high, tile[row][1]);
-        }
-    }
-    for row in 0..ROWS {
-        for half in 0..2 {
-            let at = sums[row][half * PANEL / 2..].as_mut_ptr();
-            // SAFETY: each half of a row has 8 sums.
-            unsafe { _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), tile[row][half])) };
-        }
+/// Adds the sum of one block of k, made from zero.
+#[inline(always)]
+fn add_tile<const R: usize>(isa: Isa, k: usize, x: Left, w: Right, sums: &mut [[f32; PANEL]]) {
+    let mut block = [[0.0; PANEL]; R];
+    tile(isa, k, x, w, &mut block);
+    for (sum, value) in sums[..R].as_flattened_mut().iter_mut().zip(block.as_flattened()) {
+        *sum += value;
     }
 }

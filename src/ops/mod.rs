@@ -14,6 +14,7 @@ pub mod rope_append;
 pub mod sample;
 pub mod select_rows;
 pub mod summarize;
+mod tile;
 
 use half::bf16;
 

@@ -13,9 +13,13 @@ use crate::{
 
 /// Bytes; a cache line, and the widest vector.
 const ALIGNMENT: usize = 64;
+/// What every allocator aligns to. Asking for more would make it write the zeros itself, and
+/// touch gigabytes that are never used.
+const NATURAL: usize = 16;
 
 /// A boxed slice aligned to a cache line.
 pub(crate) struct Memory<T> {
+    allocation: NonNull<u8>,
     start: NonNull<T>,
     len: usize,
 }
@@ -25,8 +29,10 @@ unsafe impl<T: Element> Send for Memory<T> {}
 // SAFETY: likewise; shared access only reads.
 unsafe impl<T: Element> Sync for Memory<T> {}
 
+/// Room for `len` elements behind any start that is aligned to [`NATURAL`].
 fn layout<T>(len: usize) -> Option<Layout> {
-    Layout::from_size_align(len.checked_mul(size_of::<T>())?, ALIGNMENT).ok()
+    let bytes = len.checked_mul(size_of::<T>())?.checked_add(ALIGNMENT)?;
+    Layout::from_size_align(bytes, NATURAL).ok()
 }
 
 impl<T: Element> Memory<T> {
@@ -35,20 +41,20 @@ impl<T: Element> Memory<T> {
         let bytes = || len.saturating_mul(size_of::<T>()).to_string() + " bytes";
         let too_much = || Error::new("not enough memory").expected(bytes());
         let layout = layout::<T>(len).ok_or_else(too_much)?;
-        if layout.size() == 0 {
-            return Ok(Self { start: NonNull::dangling(), len });
-        }
         // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(layout) }.cast::<T>();
-        Ok(Self { start: NonNull::new(start).ok_or_else(too_much)?, len })
+        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_much)?;
+        let offset = allocation.as_ptr().align_offset(ALIGNMENT);
+        // SAFETY: fewer than `ALIGNMENT` bytes are skipped, which the layout has to spare.
+        let start = unsafe { allocation.add(offset) }.cast();
+        Ok(Self { allocation, start, len })
     }
 }
 
 impl<T> Drop for Memory<T> {
     fn drop(&mut self) {
-        if let Some(layout) = layout::<T>(self.len).filter(|layout| layout.size() > 0) {
+        if let Some(layout) = layout::<T>(self.len) {
             // SAFETY: allocated in `zeroed` with this layout.
-            unsafe { dealloc(self.start.as_ptr().cast(), layout) };
+            unsafe { dealloc(self.allocation.as_ptr(), layout) };
         }
     }
 }
