@@ -1,6 +1,7 @@
 //! Files that appear whole or not at all.
 
 use std::{
+    fmt::Write as _,
     io::{self, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
@@ -86,6 +87,14 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Fails now if the file could not be written later: to be asked before long work.
 pub fn check_writable(path: &Path) -> Result<()> {
     AtomicFile::create(path).map(drop)
+}
+
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // a String takes everything
+        text
+    })
 }
 
 #[cfg(test)]

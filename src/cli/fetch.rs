@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::{output::note, progress::Bar};
 use crate::{
     error::{Error, Result},
-    files::AtomicFile,
+    files::{AtomicFile, hex},
 };
 
 /// A file inside a Python package.
@@ -170,7 +170,7 @@ fn copy_checked(from: &Path, mut to: AtomicFile, sha256: &str) -> Result<()> {
         done += n as u64;
         bar.show("checking", done, total, 0);
     }
-    let got: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let got = hex(&hash.finalize());
     if got != sha256 {
         return Err(Error::new("the downloaded model has the wrong SHA-256")
             .expected(sha256)

@@ -96,7 +96,7 @@ fn rows(run: &Run) -> Vec<Vec<String>> {
     let mut trials: Vec<&Trial> = run.trials.iter().collect();
     trials.sort_by(|a, b| {
         let key = |t: &Trial| (t.part.clone(), t.prompt.clone(), t.concept.clone(), t.condition);
-        let place = |t: &Trial| (t.layer, t.dose.map_or(0, |dose| order(dose)), t.repeat);
+        let place = |t: &Trial| (t.layer, t.dose.map_or(0, order), t.repeat);
         (key(a), place(a), &a.id).cmp(&(key(b), place(b), &b.id))
     });
     let mut rows = vec![head];

@@ -1,10 +1,10 @@
 //! Seeds, trial ids and content hashes: SHA-256 over canonical JSON (fields in the order of the
 //! type, no spaces, shortest round-trip numbers).
 
-use std::fmt::Write;
-
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+
+use crate::files::hex;
 
 use crate::{
     experiment::results::Condition,
@@ -100,13 +100,6 @@ fn digest(value: &impl Serialize) -> [u8; 32] {
 fn first_u64(digest: &[u8; 32]) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = *digest;
     u64::from_be_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // a String takes everything
-        text
-    })
 }
 
 #[cfg(test)]

@@ -160,16 +160,17 @@ impl Checkpoint {
         Ok(Tensor { data: self.bytes(stored), format, rows, cols, interleaved })
     }
 
-    /// Checks that every tensor was taken.
+    /// Checks that every tensor was taken; the checkpoint can then be read again.
     ///
     /// # Errors
     ///
     /// Names those that were not.
     pub fn finish(&self) -> Result<()> {
-        let taken = self.taken();
+        let mut taken = self.taken();
         let left: Vec<&str> =
             self.tensors.keys().map(String::as_str).filter(|name| !taken.contains(*name)).collect();
         if left.is_empty() {
+            taken.clear();
             return Ok(());
         }
         let shown = left.iter().take(8).copied().collect::<Vec<_>>().join(", ");

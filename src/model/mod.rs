@@ -16,7 +16,6 @@ mod tokenizer;
 pub mod weights;
 
 use std::{
-    fmt::Write,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -36,6 +35,7 @@ use self::{gguf::Gguf, text::TextSide};
 use crate::{
     device::MappedFile,
     error::{Context, Error, Result},
+    files::hex,
 };
 
 /// A model's metadata; its weights stay in the memory-mapped files.
@@ -151,11 +151,7 @@ impl Model {
                 hash_file(&mut sha, file.path(), file.bytes());
             }
         }
-        let mut hash = String::new();
-        for byte in sha.finalize() {
-            // Writing to a text cannot fail.
-            let _ = write!(hash, "{byte:02x}");
-        }
+        let hash = hex(&sha.finalize());
         Ok(self.hash.get_or_init(|| hash).clone())
     }
 }

@@ -173,7 +173,7 @@ pub fn matmul<T: Float>(
     });
 }
 
-/// SwiGLU: `out = silu(x · Gᵀ) * (x · Uᵀ)`, rounded to the matmul type. `weight` holds the rows of
+/// Gated linear unit (Shazeer 2020, eq. 6): `out = silu(x · Gᵀ) * (x · Uᵀ)`, rounded to the matmul type. `weight` holds the rows of
 /// G and U in turns of [`PANEL`] (see [`interleave`]); x: (≥ rows, k), out: (≥ rows, n / 2).
 pub fn gated_matmul<T: Float>(
     device: &Device,
@@ -194,7 +194,7 @@ pub fn gated_matmul<T: Float>(
             // SAFETY: each task writes the columns of its own panels.
             let out = unsafe { shared.range(start, PANEL) };
             if let Some(out) = out.first_chunk_mut() {
-                cpu.isa().run(Gate { gate: &gate[row], up: &up[row], out });
+                cpu.isa().run(Gate { linear: &gate[row], up: &up[row], out });
             }
         }
     });
@@ -208,7 +208,7 @@ pub fn interleave(row: usize) -> (bool, usize) {
 }
 
 struct Gate<'a, T> {
-    gate: &'a [f32; PANEL],
+    linear: &'a [f32; PANEL],
     up: &'a [f32; PANEL],
     out: &'a mut [T; PANEL],
 }
@@ -218,7 +218,7 @@ impl<T: Float> Kernel for Gate<'_, T> {
     #[inline(always)]
     fn run(self) {
         for lane in 0..PANEL {
-            let g = self.gate[lane];
+            let g = self.linear[lane];
             self.out[lane] = T::from_f32(g / (1.0 + exp(-g)) * self.up[lane]);
         }
     }

@@ -58,7 +58,7 @@ pub fn normal(seed: u64, index: u32) -> f64 {
     let unit = |word: u32| (f64::from(word) + 0.5) * 2.0f64.powi(-32);
     let (radius, angle) = (unit(words[0]), unit(words[1]) * std::f64::consts::TAU);
     let radius = (-2.0 * radius.ln()).sqrt();
-    if index % 2 == 0 { radius * angle.cos() } else { radius * angle.sin() }
+    if index.is_multiple_of(2) { radius * angle.cos() } else { radius * angle.sin() }
 }
 
 #[cfg(test)]

@@ -81,10 +81,9 @@ pub fn residual_norm<T: Float>(device: &Device, p: ResidualNorm<'_, T>) {
     let branch = &p.branch.host()[..p.branch_rows * dim];
     let (streams, branches) = (p.captures.tap(2 * p.site), p.captures.tap(2 * p.site + 1));
     let normed = if p.is_final { p.captures.tap(2 * p.site + 2) } else { &[] };
-    // SAFETY: destinations are distinct (the planner gives each captured row its own), and so
-    // are the rows of the tasks.
     let capture = |entries, row, values: &[f32]| {
         for to in destinations(entries, row) {
+            // SAFETY: the planner gives each captured row its own destination.
             unsafe { captured.range(to * dim, dim) }.copy_from_slice(values);
         }
     };
@@ -162,7 +161,7 @@ impl Kernel for Inject<'_> {
     }
 }
 
-/// RMSNorm (Zhang and Sennrich 2019, eq. 4); gives ‖h‖.
+/// Root-mean-square norm (Zhang and Sennrich 2019, eq. 4); gives ‖h‖.
 struct Norm<'a, T> {
     h: &'a [f32],
     gain: &'a [f32],

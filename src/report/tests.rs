@@ -7,8 +7,8 @@ use crate::{
     engine::{Finish, Receipt},
     experiment::{
         results::{
-            Condition, Fingerprint, FirstAnswer, ModelRecord, PromptRecord, Readout, Reply,
-            Verdict, WordRecord,
+            Condition, Fingerprint, FirstAnswer, Grade, Manifest, ModelRecord, PromptRecord,
+            Readout, Reply, Trial, Verdict, WordRecord,
         },
         stats::{Count, Method},
     },

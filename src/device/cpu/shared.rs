@@ -24,7 +24,6 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Safety
     /// No other range that overlaps this one is alive.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that ranges are disjoint")]
     #[inline(always)]
     pub(crate) unsafe fn range(&self, start: usize, len: usize) -> &'a mut [T] {
         assert!(start <= self.len && len <= self.len - start, "range outside the array");

@@ -1,0 +1,203 @@
+//! What the engine promises: a job's result never depends on its neighbours, on what is shared,
+//! on threads or instruction sets; and no injection is silently lost.
+
+use std::path::{Path, PathBuf};
+
+use inkling::{
+    device::cpu::Isa,
+    engine::{
+        Dtype, Engine,
+        Event::{Done, Failed},
+        Finished, Job, Options,
+        resolve::resolve,
+        vectors::VectorFiles,
+    },
+    model::Model,
+    request::{Request, Sampling},
+};
+
+const MODELS: [&str; 3] = ["plain", "mqa", "sharded"];
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn requests(name: &str, model: &Model) -> Vec<Job> {
+    let text = std::fs::read_to_string(folder(name).join("requests.jsonl")).unwrap();
+    let mut files = VectorFiles::new(folder(name));
+    let job = |line| {
+        let mut request: Request = serde_json::from_str(line).unwrap();
+        request.sampling = Sampling { max_tokens: 0, ..Sampling::default() };
+        resolve(&request, model, &mut files).unwrap().1
+    };
+    text.lines().map(job).collect()
+}
+
+/// Captures only, samples at several temperatures, several samples, scores, log-probabilities.
+fn variety(name: &str, model: &Model) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    for (at, job) in requests(name, model).into_iter().enumerate() {
+        let room = model.config.context - job.tokens.len();
+        let sampling = Sampling {
+            max_tokens: room.min(3 + at % 11) as u32,
+            seed: 77 + at as u64,
+            ignore_eos: true,
+            ..Sampling::default()
+        };
+        let sampled = Job { capture: Vec::new(), sampling, n: 1, ..job.clone() };
+        jobs.push(match at % 4 {
+            0 => Job { n: 3, logprobs: Some(2), ..sampled },
+            1 => Job { score: vec![vec![3, 1, 4, 1, 5], vec![9]], watch: vec![2, 7], ..sampled },
+            2 => Job { sampling: Sampling { temperature: 0.0, ..sampling }, ..sampled },
+            _ => {
+                let sampling = Sampling { top_p: 0.8, top_k: 20, min_p: 0.01, ..sampling };
+                Job { sampling, ..sampled }
+            }
+        });
+        jobs.push(job);
+    }
+    jobs
+}
+
+fn options() -> Options {
+    Options { dtype: Dtype::Bf16, threads: Some(2), ..Options::default() }
+}
+
+fn run_on(engine: &Engine, jobs: &[Job]) -> Vec<Finished> {
+    let mut results = vec![None; jobs.len()];
+    let store = |at: usize, result: inkling::error::Result<Finished>| {
+        results[at] = Some(result?);
+        Ok(())
+    };
+    engine.run_all(jobs.to_vec(), store).unwrap();
+    results.into_iter().map(Option::unwrap).collect()
+}
+
+fn run(model: &Model, options: &Options, jobs: &[Job]) -> Vec<Finished> {
+    run_on(&Engine::start(model, options).unwrap(), jobs)
+}
+
+/// Receipts aside, whose reference norm is known only where there was a clean run.
+fn numbers(mut results: Vec<Finished>) -> Vec<Finished> {
+    results.iter_mut().for_each(|result| result.outcome.receipts.clear());
+    results
+}
+
+fn assert_same(what: &str, got: &[Finished], want: &[Finished]) {
+    assert_eq!(got.len(), want.len());
+    for (at, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(got.outcome, want.outcome, "{what}: job {at}");
+        assert!(got.captures == want.captures, "{what}: captures of job {at}");
+    }
+}
+
+#[test]
+fn a_result_does_not_depend_on_batch_order_threads_or_instruction_set() {
+    for name in MODELS {
+        let model = Model::open(&folder(name)).unwrap();
+        let jobs = variety(name, &model);
+        let want = run(&model, &options(), &jobs);
+        for max_batch in [1, 3, 17] {
+            let got = run(&model, &Options { max_batch, ..options() }, &jobs);
+            assert_same(&format!("{name}, batch {max_batch}"), &got, &want);
+        }
+        let backwards: Vec<Job> = jobs.iter().rev().cloned().collect();
+        let mut got = run(&model, &options(), &backwards);
+        got.reverse();
+        assert_same(&format!("{name}, backwards"), &got, &want);
+        let alone = |job| run(&model, &options(), std::slice::from_ref(job)).remove(0);
+        let alone: Vec<Finished> = jobs.iter().map(alone).collect();
+        assert_same(&format!("{name}, alone"), &alone, &want);
+        let portable = Options { threads: Some(1), isa: Some(Isa::Portable), ..options() };
+        assert_same(&format!("{name}, portable"), &run(&model, &portable, &jobs), &want);
+    }
+}
+
+#[test]
+fn sharing_changes_no_bit() {
+    for name in MODELS {
+        let model = Model::open(&folder(name)).unwrap();
+        let jobs = variety(name, &model);
+        for dtype in [Dtype::Bf16, Dtype::F32] {
+            let shared = run(&model, &Options { dtype, ..options() }, &jobs);
+            let alone = run(&model, &Options { dtype, share: false, ..options() }, &jobs);
+            assert_same(name, &numbers(alone), &numbers(shared));
+        }
+    }
+}
+
+#[test]
+fn a_small_cache_only_makes_jobs_wait() {
+    let model = Model::open(&folder("plain")).unwrap();
+    let jobs = variety("plain", &model);
+    let want = run(&model, &options(), &jobs);
+    let longest = jobs.iter().map(|job| job.tokens.len() + 20).max().unwrap();
+    let c = &model.config;
+    let page_bytes = 2 * 16 * c.kv_heads * c.head_dim * 2;
+    let kv_bytes = Some((3 * longest.div_ceil(16) * c.layers * page_bytes) as u64);
+    let got = run(&model, &Options { kv_bytes, ..options() }, &jobs);
+    assert_same("small cache", &got, &want);
+}
+
+#[test]
+fn zero_strength_equals_no_injection() {
+    let model = Model::open(&folder("mqa")).unwrap();
+    let jobs: Vec<Job> = variety("mqa", &model);
+    let injected: Vec<Job> = jobs.into_iter().filter(|job| !job.inject.is_empty()).collect();
+    let mut zero = injected.clone();
+    for injection in zero.iter_mut().flat_map(|job| &mut job.inject) {
+        injection.strength = 0.0;
+    }
+    let none: Vec<Job> =
+        injected.iter().map(|job| Job { inject: Vec::new(), ..job.clone() }).collect();
+    let (zero, none) = (run(&model, &options(), &zero), run(&model, &options(), &none));
+    for (result, job) in zero.iter().zip(&injected) {
+        let receipts = &result.outcome.receipts;
+        assert_eq!(receipts.len(), job.inject.len());
+        assert!(receipts.iter().all(|r| r.rows_touched == 0 && r.planned == Some(0.0)));
+    }
+    assert_same("zero strength", &numbers(zero), &numbers(none.clone()));
+    let changed = run(&model, &options(), &injected);
+    let same = numbers(changed).iter().zip(&none).filter(|(a, b)| *a == *b).count();
+    assert_eq!(same, 0, "every real injection changes its result");
+}
+
+#[test]
+fn receipts_prove_every_injection() {
+    for name in MODELS {
+        let model = Model::open(&folder(name)).unwrap();
+        let jobs = variety(name, &model);
+        let results = run(&model, &Options { dtype: Dtype::F32, ..options() }, &jobs);
+        for (job, result) in jobs.iter().zip(&results) {
+            assert_eq!(job.inject.len(), result.outcome.receipts.len());
+            for receipt in &result.outcome.receipts {
+                assert!(receipt.rows_expected > 0, "{name}: {receipt:?}");
+                assert_eq!(receipt.rows_expected, receipt.rows_touched, "{name}: {receipt:?}");
+                let (planned, measured) = (receipt.planned.unwrap(), receipt.measured.unwrap());
+                // h + change is rounded to f32 relative to h: 2^-24 · ‖h‖ / ‖change‖.
+                let error = (planned - measured).abs() / planned;
+                assert!(error < 1e-3, "{name}: planned {planned}, measured {measured}");
+            }
+        }
+    }
+}
+
+#[test]
+fn cancelled_jobs_leave_nothing_behind() {
+    let model = Model::open(&folder("plain")).unwrap();
+    let jobs = variety("plain", &model);
+    let want = run(&model, &options(), &jobs);
+    let engine = Engine::start(&model, &Options { max_batch: 4, ..options() }).unwrap();
+    for round in 0..3 {
+        let (sender, events) = std::sync::mpsc::channel();
+        for (tag, job) in jobs.iter().enumerate() {
+            engine.submit(job.clone(), tag as u64, &sender).unwrap();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(3 * round));
+        (0..jobs.len() as u64).filter(|tag| tag % 3 == 0).for_each(|tag| engine.cancel(tag));
+        drop(sender);
+        let ended = events.iter().filter(|(_, event)| matches!(event, Done(_) | Failed(_)));
+        assert_eq!(ended.count(), jobs.len());
+    }
+    assert_same("after cancelling", &run_on(&engine, &jobs), &want);
+}
