@@ -1,0 +1,334 @@
+//! The residual stream: `enter`, `residual_norm` and `select_rows`.
+
+use half::bf16;
+use inkling::{
+    device::{Buffer, Device},
+    ops::{
+        enter::{Source, enter},
+        hooks::{CapturePlan, HookOp, Hooks, tap_count},
+        matmul::Weight,
+        residual_norm::{Receipt, ResidualNorm, Rows, residual_norm},
+        select_rows::select_rows,
+    },
+};
+
+use crate::{
+    reference::ops::{Change, Mode, add, norm, rms_norm},
+    tools::{Numbers, Stored, U, all_nan, close, first_difference, nans, on_every_isa},
+    tools::{read, sizes, upload, widen},
+};
+
+#[test]
+fn enter_copies_embeddings_and_cached_rows() {
+    check_enter::<f32>();
+    check_enter::<bf16>();
+}
+
+fn check_enter<T: Stored>() {
+    let (vocab, dim, first) = (37, 19, 2);
+    let mut numbers = Numbers::new(1);
+    let embedding = numbers.with_outliers(vocab * dim, 1000.0);
+    let cached = numbers.with_outliers(4 * dim, 1000.0);
+    // More than one task of 16 rows.
+    let sources: Vec<Source> = (0..20)
+        .map(|i| if i % 3 == 2 { Source::Cached(i % 4) } else { Source::Token(i * 7 % 37) })
+        .collect();
+    let rows = first + sources.len();
+    let outputs = on_every_isa(0, |device| {
+        let read_row = |row: usize, out: &mut [f32]| {
+            out.copy_from_slice(&embedding[row * dim..][..dim]);
+        };
+        let weight = Weight::pack(device, T::DTYPE, (vocab, dim), read_row).unwrap();
+        let cached = upload::<f32>(device, &cached, 0);
+        let mut resid = nans(device, (rows + 1) * dim);
+        enter(device, first, &sources, &weight, &cached, &mut resid);
+        vec![read(&resid)]
+    });
+    let resid: Vec<&[f32]> = outputs[0].chunks_exact(dim).collect();
+    assert!(all_nan(resid[0]) && all_nan(resid[1]) && all_nan(resid[rows]));
+    for (row, source) in resid[first..rows].iter().zip(&sources) {
+        let want: Vec<f64> = match *source {
+            Source::Token(id) => {
+                embedding[id as usize * dim..][..dim].iter().map(|&v| T::nearest(v)).collect()
+            }
+            Source::Cached(from) => widen(&cached[from as usize * dim..][..dim]),
+        };
+        assert_eq!(widen(row), want, "{source:?}");
+    }
+}
+
+#[test]
+fn select_rows_copies_rows() {
+    let dim = 19;
+    let x = Numbers::new(2).with_outliers(7 * dim, 1000.0);
+    let rows = [6, 0, 3, 3];
+    let outputs = on_every_isa(0, |device| {
+        let mut out = nans::<bf16>(device, 5 * dim);
+        select_rows(device, dim, &rows, &upload::<bf16>(device, &x, 0), &mut out);
+        vec![read(&out)]
+    });
+    for (row, from) in outputs[0].chunks_exact(dim).zip(rows) {
+        let from = &x[from as usize * dim..][..dim];
+        let want: Vec<f64> = from.iter().map(|&v| bf16::nearest(v)).collect();
+        assert_eq!(widen(row), want);
+    }
+    assert!(all_nan(&outputs[0][4 * dim..]));
+}
+
+/// Two blocks: sites 0..=4, of which 3 is in the middle of block 1 and 4 after it.
+const LAYERS: usize = 2;
+const ROWS: usize = 7;
+const EPS: f32 = 1e-5;
+const SLOT: [u32; ROWS] = [0, 0, 0, 0, 1, 1, 2];
+const POSITION: [u32; ROWS] = [3, 4, 5, 9, 0, 7, 2];
+/// Slot 0 has five operations, slot 1 two, slot 2 none.
+const RECEIPT: [i32; ROWS] = [0, 5, 10, 15, 20, 22, -1];
+const RECEIPTS: usize = 24;
+/// Rows of the captures' destination.
+const CAPTURED: usize = 9;
+
+/// The operations of a slot: overlapping windows, two and three at a site, an unbounded one, one of
+/// a single position, and one at a site that is not run.
+fn ops(slot: u32) -> Vec<(usize, HookOp)> {
+    let add = |vector, from, to, scale| HookOp { vector, from, to, scale, relative: false };
+    let relative =
+        |vector, from, scale| HookOp { relative: true, ..add(vector, from, u32::MAX, scale) };
+    match slot {
+        0 => vec![
+            (0, add(0, 0, 100, 1.0)),
+            (3, add(0, 3, 5, 2.0)),
+            (3, add(1, 4, 10, -0.5)),
+            (3, relative(2, 5, 0.25)),
+            (4, add(1, 4, 5, 3.0)),
+        ],
+        1 => vec![(3, relative(2, 0, 0.5)), (4, add(0, 7, 8, 1.0))],
+        _ => Vec::new(),
+    }
+}
+
+/// (tap, row, destination): at each site rows 0, 2 (twice) and 6 of the stream and rows 1 and 2 of
+/// the branch, and after the last site rows 3 and 6 of the final norm. Row 8 is another site's.
+fn captures(site: usize) -> Vec<(u32, u32, u32)> {
+    let tap = 2 * site as u32;
+    let mut wanted = vec![(0, 1, 8), (tap + 1, 1, 4), (tap, 2, 1), (tap, 0, 0)];
+    wanted.extend([(tap, 2, 2), (tap, 6, 3), (tap + 1, 2, 5)]);
+    wanted.extend([(tap + 2, 3, 6), (tap + 2, 6, 7)]);
+    wanted
+}
+
+/// One call.
+struct Case {
+    dim: usize,
+    site: usize,
+    branch_rows: usize,
+    resid: Vec<f32>,
+    branch: Vec<f32>,
+    /// (3, dim)
+    vectors: Vec<f32>,
+    gain: Vec<f32>,
+}
+
+/// A row by its definition, and how far f32 may be from it.
+struct Want {
+    h: Vec<f64>,
+    /// Of each element of h.
+    error: Vec<f64>,
+    /// Of each operation that acts: its ordinal, ‖h‖ before and its tolerance, ‖change‖ and its.
+    receipts: Vec<(usize, [f64; 4])>,
+}
+
+impl Case {
+    fn new(dim: usize, site: usize, branch_rows: usize) -> Self {
+        let mut numbers = Numbers::new((dim * 100 + site * 10 + branch_rows) as u64);
+        Self {
+            dim,
+            site,
+            branch_rows,
+            resid: numbers.with_outliers(ROWS * dim, 1000.0),
+            branch: numbers.with_outliers(ROWS * dim, 1000.0),
+            vectors: numbers.with_outliers(3 * dim, 1000.0),
+            gain: numbers.with_outliers(dim, 1000.0),
+        }
+    }
+
+    fn is_final(&self) -> bool {
+        self.site == 2 * LAYERS
+    }
+
+    /// resid, x, captured rows, norms, receipts.
+    fn run<T: Stored>(&self, device: &Device) -> Vec<Vec<f32>> {
+        let dim = self.dim;
+        let mut hooks = Hooks::new(device, (LAYERS, dim), 3, 5, 3).unwrap();
+        hooks.vectors.write(0, &self.vectors);
+        (0..3).for_each(|slot| hooks.set(slot as usize, &ops(slot)));
+        let mut plan = CapturePlan::default();
+        plan.build(tap_count(LAYERS), captures(self.site));
+        let at =
+            Rows { slot: SLOT.to_vec(), position: POSITION.to_vec(), receipt: RECEIPT.to_vec() };
+        let mut branch = self.branch.clone();
+        branch[self.branch_rows * dim..].fill(f32::NAN);
+        let branch = upload::<f32>(device, &branch, 0);
+        let gain = upload::<f32>(device, &self.gain, 0);
+        let mut resid = upload::<f32>(device, &self.resid, dim);
+        let mut captured: Buffer<f32> = nans(device, CAPTURED * dim);
+        let mut norms = vec![f32::NAN; ROWS + 1];
+        let mut receipts: Vec<Receipt> = vec![[f32::NAN; 2]; RECEIPTS];
+        let mut x = nans::<T>(device, (ROWS + 1) * dim);
+        let operands = ResidualNorm {
+            rows: ROWS,
+            branch_rows: self.branch_rows,
+            resid: &mut resid,
+            branch: &branch,
+            hooks: &hooks,
+            at: &at,
+            site: self.site,
+            captures: &plan,
+            captured: &mut captured,
+            norms: &mut norms,
+            receipts: &mut receipts,
+            gain: &gain,
+            eps: EPS,
+            is_final: self.is_final(),
+            x: &mut x,
+        };
+        residual_norm(device, operands);
+        vec![read(&resid), read(&x), read(&captured), norms, receipts.concat()]
+    }
+
+    fn want(&self, row: usize) -> Want {
+        let part = |values: &[f32], row: usize| widen(&values[row * self.dim..][..self.dim]);
+        // Norms: a sum of `dim` squares, a root, and their use.
+        let norm_error = (self.dim + 8) as f64 * U;
+        let mut h = part(&self.resid, row);
+        let mut size = sizes(&h);
+        let mut error = vec![0.0; self.dim];
+        let mut grow = |change: &[f64], relative: f64| {
+            for ((error, size), change) in error.iter_mut().zip(&mut size).zip(change) {
+                *size += change.abs();
+                *error += U * *size + relative * change.abs();
+            }
+            error.clone()
+        };
+        let mut errors = grow(&vec![0.0; self.dim], 0.0);
+        if row < self.branch_rows {
+            let branch = part(&self.branch, row);
+            add(&mut h, &branch);
+            errors = grow(&branch, 0.0);
+        }
+        let mut receipts = Vec::new();
+        for (ordinal, (site, op)) in ops(SLOT[row]).into_iter().enumerate() {
+            if site != self.site || !(op.from..op.to).contains(&POSITION[row]) {
+                continue;
+            }
+            let vector = part(&self.vectors, op.vector as usize);
+            let scale = f64::from(op.scale);
+            let (strength, mode, relative) = if op.relative {
+                let inherited = norm(&errors) / norm(&h);
+                (scale * norm(&vector), Mode::Row, norm_error + inherited)
+            } else {
+                (scale, Mode::Raw, 0.0)
+            };
+            let before = h.clone();
+            Change { vector, strength, mode }.apply(&mut h);
+            let change: Vec<f64> = h.iter().zip(&before).map(|(h, before)| h - before).collect();
+            let before_error = norm(&errors) + norm_error * norm(&before);
+            errors = grow(&change, relative);
+            let change_error = norm(&errors) + 4.0 * U * norm(&change);
+            receipts.push((ordinal, [norm(&before), before_error, norm(&change), change_error]));
+        }
+        Want { h, error: errors, receipts }
+    }
+
+    fn check<T: Stored>(&self) {
+        let dim = self.dim;
+        let outputs = on_every_isa(0, |device| self.run::<T>(device));
+        let [resid, x, captured, norms, receipts] = &outputs[..] else { panic!("five outputs") };
+        let case = format!("dim {dim} site {} branches {}", self.site, self.branch_rows);
+        let captured: Vec<&[f32]> = captured.chunks_exact(dim).collect();
+        let mut seen = vec![false; RECEIPTS];
+        for (row, &got) in norms[..ROWS].iter().enumerate() {
+            let what = format!("{case} row {row}");
+            let want = self.want(row);
+            let h = &resid[row * dim..][..dim];
+            for ((&h, &want), error) in h.iter().zip(&want.h).zip(&want.error) {
+                close(&what, h, want, 1.01 * error);
+            }
+            let length = norm(&want.h);
+            let inherited = norm(&want.error);
+            let norm_error = inherited + (dim + 8) as f64 * U * length;
+            close(&what, got, length, 1.01 * norm_error);
+            self.check_norm(&what, &want, &x[row * dim..][..dim], T::ROUNDOFF);
+            for (ordinal, [before, before_error, change, change_error]) in &want.receipts {
+                let at = RECEIPT[row] as usize + ordinal;
+                close(&what, receipts[2 * at], *before, 1.01 * before_error);
+                close(&what, receipts[2 * at + 1], *change, 1.01 * change_error);
+                seen[at] = true;
+            }
+        }
+        for (receipt, seen) in receipts.chunks_exact(2).zip(&seen) {
+            assert!(*seen || all_nan(receipt), "{case}: an operation that does not act here");
+        }
+        assert!(all_nan(&resid[ROWS * dim..]) && all_nan(&x[ROWS * dim..]), "{case}: beyond");
+        assert!(norms[ROWS].is_nan(), "{case}: beyond");
+        self.check_captures(&case, resid, &captured);
+    }
+
+    /// x = h / √(mean h² + eps) · gain.
+    fn check_norm(&self, what: &str, want: &Want, x: &[f32], roundoff: f64) {
+        let (dim, length) = (self.dim as f64, norm(&want.h));
+        let inverse = 1.0 / (length * length / dim + f64::from(EPS)).sqrt();
+        let relative = norm(&want.error) / length + (dim + 8.0) * U + roundoff;
+        let gain = widen(&self.gain);
+        let normed = rms_norm(&want.h, &gain, f64::from(EPS));
+        for (((&x, &normed), gain), error) in x.iter().zip(&normed).zip(&gain).zip(&want.error) {
+            let tolerance = inverse * gain.abs() * error + relative * normed.abs();
+            close(&what, x, normed, 1.01 * tolerance);
+        }
+    }
+
+    /// What is copied out is what is there, bit for bit; the final norm is not rounded.
+    fn check_captures(&self, case: &str, resid: &[f32], captured: &[&[f32]]) {
+        let dim = self.dim;
+        for (to, row) in [(0, 0), (1, 2), (2, 2), (3, 6)] {
+            let stream = &resid[row * dim..][..dim];
+            assert_eq!(first_difference(captured[to], stream), None, "{case}: stream row {row}");
+        }
+        for (to, row) in [(4, 1), (5, 2)] {
+            let branch = &self.branch[row * dim..][..dim];
+            assert_eq!(first_difference(captured[to], branch), None, "{case}: branch row {row}");
+        }
+        for (to, row) in [(6, 3), (7, 6)] {
+            if self.is_final() {
+                let what = format!("{case} final norm of row {row}");
+                self.check_norm(&what, &self.want(row), captured[to], 0.0);
+            } else {
+                assert!(all_nan(captured[to]), "{case}: another site's capture");
+            }
+        }
+        assert!(all_nan(captured[8]), "{case}: another site's capture");
+    }
+}
+
+#[test]
+fn residual_norm_adds_injects_copies_and_normalises() {
+    for dim in [1, 15, 16, 17, 80, 100, 576] {
+        // Site 1 has no operations; rows without a branch are those that enter here.
+        for (site, branch_rows) in [(1, ROWS), (3, ROWS), (3, 5), (4, ROWS), (4, 3)] {
+            let case = Case::new(dim, site, branch_rows);
+            case.check::<f32>();
+            case.check::<bf16>();
+        }
+    }
+}
+
+/// An injection of strength s moves a row by exactly fl(h + s·v), whatever else is in the batch.
+#[test]
+fn a_row_of_residual_norm_is_one_rounding_from_exact() {
+    let case = Case::new(80, 4, 0);
+    let outputs = on_every_isa(0, |device| case.run::<f32>(device));
+    // Row 1 is at position 4, where vector 1 acts with scale 3; row 0 is left alone.
+    let (h, v) = (&case.resid[80..160], &case.vectors[80..160]);
+    let want: Vec<f32> = h.iter().zip(v).map(|(h, v)| 3.0f32.mul_add(*v, *h)).collect();
+    assert_eq!(first_difference(&outputs[0][80..160], &want), None);
+    assert_eq!(first_difference(&outputs[0][..80], &case.resid[..80]), None);
+}
