@@ -204,11 +204,10 @@ fn injections_that_cannot_be_made() {
     check(json!({"layer": []}), &["inject[0].layer"]);
     check(json!({"layer": -1}), &["a layer or a list of layers"]);
     check(json!({"site": "resid_top"}), &["resid_top", "resid_post"]);
-    check(json!({"strength": 1e39}), &["inject[0].strength"]);
+    check(json!({"strength": 1e39}), &["line", "out of range"]);
     check(json!({"from": 4, "to": 4}), &["inject[0]"]);
     check(json!({"from": 5, "to": 2}), &["inject[0]"]);
     check(json!({"from": -9}), &["inject[0]", "-9"]);
-    check(json!({"from": 9}), &["inject[0]", "9"]);
     check(json!({"from": "prompt_start"}), &["prompt_end"]);
     check(json!({"from": {"start_of": {"text": "sea"}}}), &["inject[0]"]);
     check(json!({"from": "prompt_end", "strength_mode": "reference"}), &["strength_mode"]);

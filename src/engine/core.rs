@@ -74,6 +74,8 @@ pub struct Core<T> {
     /// Pages that running prompts' first continuations will need.
     reserved: usize,
     pub(super) stats: Stats,
+    /// Jobs whose logits are not numbers.
+    pub(super) broken: Vec<usize>,
 }
 
 impl<T: Float> Core<T> {
@@ -116,6 +118,7 @@ impl<T: Float> Core<T> {
             children: VecDeque::new(),
             reserved: 0,
             stats: Stats::default(),
+            broken: Vec::new(),
             device,
             config,
             tokenizer,
@@ -187,7 +190,13 @@ impl<T: Float> Core<T> {
             pending.tag != tag
         });
         let running = |job: &&usize| self.jobs[job].pending.tag == tag;
-        let Some(job) = self.jobs.keys().find(running).copied() else { return };
+        if let Some(job) = self.jobs.keys().find(running).copied() {
+            self.drop_job(job, error());
+        }
+    }
+
+    /// Ends a running job with an error.
+    pub(super) fn drop_job(&mut self, job: usize, error: Error) {
         self.children.retain(|child| child.job != job);
         for slot in 0..self.slots.len() {
             let belongs = self.slots[slot].as_ref().is_some_and(|s| match &s.role {
@@ -202,7 +211,7 @@ impl<T: Float> Core<T> {
                 sequence.pages.release(&mut self.pool);
             }
         }
-        self.end(job, |_| Event::Failed(error()));
+        self.end(job, |_| Event::Failed(error));
     }
 
     fn free_slot(&self) -> Option<usize> {

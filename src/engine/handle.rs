@@ -40,7 +40,8 @@ pub struct Options {
     /// Bytes for keys and values; `None`: 2 GiB, or what [`Options::max_batch`] sequences of the
     /// model's context need where that is less.
     pub kv_bytes: Option<u64>,
-    /// Whether jobs share what is clean. Results are the same, bit for bit.
+    /// Whether jobs share what is clean. Tokens, logits and captures are the same, bit for bit;
+    /// only a receipt's reference norm is unknown where no clean run was needed.
     pub share: bool,
     /// `None`: the best this machine has. Results are the same, bit for bit.
     pub isa: Option<Isa>,
@@ -284,7 +285,8 @@ impl Engine {
     }
 
     /// Streams jobs through, a bounded number in flight, and calls `done` with each one's index
-    /// as it finishes, in any order.
+    /// as it finishes, in any order. `jobs` is asked for more after each call of `done`, even
+    /// where it had none before.
     ///
     /// # Errors
     /// What `done` returns, at once; a job's own failure goes to `done`.
@@ -295,11 +297,15 @@ impl Engine {
     ) -> Result<()> {
         let in_flight = 4 * self.limits.slots + 8;
         let (sender, events) = mpsc::channel();
-        let mut jobs = jobs.into_iter().enumerate().fuse();
+        let mut jobs = jobs.into_iter();
+        let mut next = 0;
         let mut running: HashMap<u64, Vec<Vec<f32>>> = HashMap::new();
         let result = loop {
             let room = in_flight.saturating_sub(running.len());
-            let refused = jobs.by_ref().take(room).find_map(|(index, job)| {
+            // Asked again after its end: what `done` learns may make new jobs.
+            let refused = jobs.by_ref().take(room).find_map(|job| {
+                let index = next;
+                next += 1;
                 let captures = vec![Vec::new(); job.capture.len()];
                 match self.submit(job, index as u64, &sender) {
                     Ok(()) => {

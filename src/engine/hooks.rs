@@ -105,6 +105,14 @@ pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
     if job.score.iter().any(Vec::is_empty) {
         return Err(Error::new("empty continuation").at("score"));
     }
+    let s = &job.sampling;
+    let temperature_fits = s.temperature.is_finite() && s.temperature >= 0.0;
+    let top_p_fits = s.top_p > 0.0 && s.top_p <= 1.0;
+    if !(temperature_fits && top_p_fits && (0.0..1.0).contains(&s.min_p)) {
+        return Err(Error::new("sampling values out of range")
+            .expected("temperature 0 or more, 0 < top_p <= 1, 0 <= min_p < 1")
+            .got(format!("{} / {} / {}", s.temperature, s.top_p, s.min_p)));
+    }
     for (at, injection) in job.inject.iter().enumerate() {
         check_injection(injection, config, rows).map_err(|e| e.at(format!("inject[{at}]")))?;
     }

@@ -8,12 +8,13 @@ use super::{
     types::{Event, Finish, FirstToken, Sample, Score, TokenLogprob},
 };
 use crate::{
+    error::Error,
     model::forward::{HEAD_ROWS, forward, head},
     ops::{
         Float,
         enter::Source,
         hooks::{site_count, tap_count},
-        sample::{Draw, sample},
+        sample::{Draw, NO_TOKEN, sample},
         summarize::{Summary, Wanted, summarize},
     },
     request::{CaptureSite, Sampling},
@@ -61,6 +62,11 @@ impl<T: Float> Core<T> {
             let places: Vec<u32> = heads.iter().map(|&row| place[row as usize]).collect();
             head(&self.device, &self.config, &self.weights, &places, &mut self.state);
             self.collect_logits(&plan.rows, heads);
+        }
+        for job in std::mem::take(&mut self.broken) {
+            let error = Error::new("the model's logits are not numbers")
+                .hint("an injection may be far too strong for the model's arithmetic");
+            self.drop_job(job, error);
         }
         self.finish_sequences();
         true
@@ -257,7 +263,9 @@ impl<T: Float> Core<T> {
             let row = &rows[row as usize];
             let Some(sequence) = &self.slots[row.slot as usize] else { continue };
             let drawn = draws.iter().zip(tokens).filter(|(draw, _)| draw.row as usize == at);
-            let drawn: Vec<u32> = drawn.map(|(_, &token)| token).collect();
+            // Where nothing could be drawn, any id will do: the job ends with an error.
+            let last = self.config.vocab as u32 - 1;
+            let drawn: Vec<u32> = drawn.map(|(_, &token)| token.min(last)).collect();
             match &sequence.role {
                 Role::Clean(..) => {}
                 Role::Trunk(job) => {
@@ -376,6 +384,9 @@ impl<T: Float> Core<T> {
 
     fn report_token(&mut self, child: &Child, token: u32) {
         self.stats.tokens += 1;
+        if token == NO_TOKEN {
+            self.broken.push(child.job);
+        }
         let pending = &self.jobs[&child.job].pending;
         let event = Event::Token { sample: child.index as u32, token };
         drop(pending.events.send((pending.tag, event)));

@@ -19,12 +19,11 @@ use crate::{
     },
 };
 
-/// Trials of a part are measured until a round of them took this long ...
-const ROUND_SECONDS: f64 = 1.5;
-/// ... or had this many trials.
-const ROUND_TRIALS: usize = 64;
-/// The first round's size.
-const FIRST_ROUND: usize = 4;
+/// Sizes of the rounds in which a part is measured: a few trials, then as many as fill a batch,
+/// since trials are many times cheaper together than alone.
+const ROUNDS: [usize; 2] = [4, 64];
+/// No further round after one that took this long.
+const SLOW_SECONDS: f64 = 15.0;
 
 /// What is left of a part after cutting.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,30 +46,40 @@ pub struct Cut {
 pub struct Measurement {
     /// Seconds a trial, for each part.
     pub seconds: Vec<f64>,
-    /// Seconds spent measuring.
-    pub spent: f64,
     /// The measured trials: those still in the plan after cutting are kept.
     pub trials: Vec<Trial>,
 }
 
-/// Runs a few trials of each part, evenly spread over it, in rounds that grow until one takes long
-/// enough to be believed.
+/// Runs a few trials of each part, evenly spread over it. A part too small for a full round takes
+/// the rate of the slowest measured part of its kind.
 pub fn measure(
     plan: &Plan,
-    parts: usize,
+    protocol: &Protocol,
     engine: &dyn Jobs,
     progress: &mut dyn Progress,
 ) -> Result<Measurement> {
-    let start = Instant::now();
-    let mut measurement = Measurement { seconds: Vec::new(), spent: 0.0, trials: Vec::new() };
-    for part in 0..parts {
+    let parts = &protocol.parts;
+    let mut measurement = Measurement { seconds: vec![0.0; parts.len()], trials: Vec::new() };
+    let trials_of = |part: usize| -> Vec<usize> {
         let trials = plan.trials().iter().enumerate();
-        let mut left: Vec<usize> =
-            trials.filter(|(_, trial)| trial.cell.part == part).map(|(index, _)| index).collect();
-        let mut size = FIRST_ROUND;
-        let mut seconds = 0.0;
-        while !left.is_empty() {
+        trials.filter(|(_, trial)| trial.cell.part == part).map(|(index, _)| index).collect()
+    };
+    let mut order: Vec<usize> = (0..parts.len()).collect();
+    order.sort_by_key(|part| std::cmp::Reverse(trials_of(*part).len()));
+    let is_reply = |part: usize| matches!(parts[part].kind, Kind::Sample(_));
+    for (at, &part) in order.iter().enumerate() {
+        let mut left = trials_of(part);
+        let measured = order[..at].iter().filter(|other| is_reply(**other) == is_reply(part));
+        let slowest = measured.map(|other| measurement.seconds[*other]).max_by(f64::total_cmp);
+        if let Some(slowest) = slowest.filter(|_| left.len() < ROUNDS[1]) {
+            measurement.seconds[part] = slowest;
+            continue;
+        }
+        for size in ROUNDS {
             let round = take_spread(&mut left, size);
+            if round.is_empty() {
+                break;
+            }
             let clock = Instant::now();
             let before = measurement.trials.len() as u64;
             let mut save = |trial| {
@@ -80,15 +89,12 @@ pub fn measure(
             progress.advance("measuring", before, 0, 0);
             runner::execute(plan, &round, engine, &mut save, &mut ())?;
             let took = clock.elapsed().as_secs_f64();
-            seconds = took / round.len() as f64;
-            if took >= ROUND_SECONDS || size >= ROUND_TRIALS {
+            measurement.seconds[part] = took / round.len() as f64;
+            if took >= SLOW_SECONDS {
                 break;
             }
-            size *= 2;
         }
-        measurement.seconds.push(seconds);
     }
-    measurement.spent = start.elapsed().as_secs_f64();
     Ok(measurement)
 }
 
@@ -291,7 +297,7 @@ mod tests {
         let prepared = fake::prepared(&protocol, 30);
         let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
         let engine = fake::FakeEngine::default();
-        let measurement = measure(&plan, 3, &engine, &mut ()).unwrap();
+        let measurement = measure(&plan, &protocol, &engine, &mut ()).unwrap();
         assert_eq!(measurement.seconds.len(), 3);
         assert!(measurement.seconds.iter().all(|seconds| *seconds > 0.0));
         let ids: Vec<&str> = plan.trials().iter().map(|trial| trial.id.as_str()).collect();

@@ -124,9 +124,9 @@ impl Run<'_> {
         if !resumes {
             if let Some(budget) = protocol.budget_seconds {
                 let plan = Plan::new(&protocol, self.prepared, &vectors)?;
-                let measurement = measure(&plan, protocol.parts.len(), self.engine, progress)?;
-                let left = (budget - measurement.spent).max(0.0);
-                protocol.cuts = demo::fit(&protocol, self.prepared, &measurement.seconds, left);
+                let measurement = measure(&plan, &protocol, self.engine, progress)?;
+                // Measured trials count: they are kept.
+                protocol.cuts = demo::fit(&protocol, self.prepared, &measurement.seconds, budget);
                 measured = measurement.trials;
             }
             folder.write_manifest(&self.manifest(&protocol, Some(&vectors))?)?;

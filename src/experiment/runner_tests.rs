@@ -98,8 +98,9 @@ fn injected(change: impl Fn(&mut Receipt)) -> Option<String> {
 
 #[test]
 fn receipts_are_checked() {
+    type Damage<'a> = &'a dyn Fn(&mut Receipt);
     assert_eq!(injected(|_| ()), None);
-    let cases: [(&dyn Fn(&mut Receipt), &str); 6] = [
+    let cases: [(Damage, &str); 6] = [
         (&|r| r.rows_touched = 6, "6 rows were touched, 7 were expected"),
         (&|r| (r.rows_touched, r.rows_expected) = (0, 0), "0 rows"),
         (&|r| r.measured = Some(50.6), "50 was planned, 50.6 was measured"),

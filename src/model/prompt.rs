@@ -48,7 +48,7 @@ impl Prompt {
         Self { tokens, pieces, ..Self::default() }
     }
 
-    /// The token index of a position, 0..=`tokens.len()`.
+    /// The token index of a position; from `tokens.len()` on it is a generated token's.
     ///
     /// # Errors
     ///
@@ -58,9 +58,9 @@ impl Prompt {
         let n = self.tokens.len();
         match position {
             Position::Named(NamedPosition::PromptEnd) => Ok(n),
-            Position::Index(index) => from_end(*index, n + 1, n).ok_or_else(|| {
-                Error::new("position outside the prompt")
-                    .expected(format!("-{n}..={n} (the prompt has {n} tokens)"))
+            Position::Index(index) => from_end(*index, usize::MAX, n).ok_or_else(|| {
+                Error::new("position before the prompt")
+                    .expected(format!("-{n} or more (the prompt has {n} tokens)"))
                     .got(index)
             }),
             Position::Marker(Marker::StartOf(span)) => Ok(self.tokens_of(span)?.start),
@@ -237,7 +237,8 @@ mod tests {
         for (json, want) in cases {
             assert_eq!(position(json).unwrap(), want, "{json}");
         }
-        for json in ["7", "-7", "-9223372036854775808"] {
+        assert_eq!(position("7").unwrap(), 7, "a generated token");
+        for json in ["-7", "-9223372036854775808"] {
             let error = position(json).unwrap_err().to_string();
             assert!(error.contains("the prompt has 6 tokens"), "{error}");
         }
@@ -296,12 +297,13 @@ mod tests {
         assert_eq!(prompt.window(None, None).unwrap(), (0, None));
         assert_eq!(prompt.window(Some(&at(2)), Some(&at(-1))).unwrap(), (2, Some(5)));
         assert_eq!(prompt.window(Some(&end), None).unwrap(), (6, None));
+        assert_eq!(prompt.window(Some(&at(7)), Some(&at(9))).unwrap(), (7, Some(9)));
         let cases = [
             (Some(&end), Some(&end), "an empty window"),
             (Some(&at(3)), Some(&at(2)), "a reversed window"),
             (None, Some(&at(0)), "an empty window"),
-            (Some(&at(7)), None, "from"),
-            (None, Some(&at(7)), "to"),
+            (Some(&at(-7)), None, "from"),
+            (None, Some(&at(-7)), "to"),
         ];
         for (from, to, cause) in cases {
             let error = prompt.window(from, to).unwrap_err().to_string();

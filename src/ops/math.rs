@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn exp_is_within_two_ulps() {
-        for step in -87_299..=88_000 {
+        for step in -87_299..88_000 {
             let x = step as f32 * 1e-3;
             assert!(ulps(exp(x), (x as f64).exp()) <= 2.0, "exp({x}) = {}", exp(x));
         }

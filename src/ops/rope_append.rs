@@ -39,8 +39,8 @@ impl RopeTable {
     }
 }
 
-/// For rows `0..rows` of qkv, (rows, (heads + 2 · `kv_heads`) · `head_dim`): rotates q in place and
-/// writes rotated k, and v, to the row's place in the cache of `layer`.
+/// For rows `0..rows` of qkv, (rows, (heads + 2 · `kv_heads`) · `head_dim`): rotates q and k in place
+/// and writes rotated k, and v, to the row's place in the cache of `layer`.
 #[expect(clippy::too_many_arguments, reason = "operands, in the formula's order")]
 pub fn rope_append<T: Float>(
     device: &Device,

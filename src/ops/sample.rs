@@ -31,7 +31,10 @@ pub struct Draw {
     pub min_p: f32,
 }
 
-/// `tokens[i]` = the token of draw i. logits: (rows, vocab).
+/// What is drawn from logits none of which is a number.
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// `tokens[i]` = the token of draw i, or [`NO_TOKEN`]. logits: (rows, vocab).
 pub fn sample(
     device: &Device,
     vocab: usize,
@@ -65,7 +68,10 @@ impl Kernel for Argmax<'_> {
     #[inline(always)]
     fn run(self) -> u32 {
         let best = max(self.0);
-        self.0.iter().position(|&v| v == best).unwrap_or(0) as u32
+        match best {
+            f32::NEG_INFINITY => NO_TOKEN,
+            _ => self.0.iter().position(|&v| v == best).unwrap_or(0) as u32,
+        }
     }
 }
 
@@ -112,14 +118,16 @@ impl Kernel for GumbelMax<'_> {
     fn run(self) -> u32 {
         let top = max(self.logits);
         let top_at = self.logits.iter().position(|&v| v == top).unwrap_or(0);
-        let mut best = (f32::NEG_INFINITY, u32::MAX);
+        let mut best = (f32::NEG_INFINITY, NO_TOKEN);
         best = self.visit(top_at / BLOCK, &self.words(top_at / BLOCK), best);
         for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
             // An entry beats `best` only if g > best − l, that is u < 1 − exp(−exp(l − best)),
             // which is below exp(l − best). Most blocks hold no such u, so no logarithm is taken.
-            // 1.001 covers the rounding of both sides.
+            // The slack covers the rounding of both sides, half a unit in the last place each.
             let words = self.words(block);
-            let bound = exp(max(logits) / self.draw.temperature - best.0) * 1.001;
+            let top = max(logits) / self.draw.temperature;
+            let slack = (top.abs() + best.0.abs()).mul_add(2.0 * f32::EPSILON, 1e-3);
+            let bound = exp(top - best.0 + slack);
             let mut smallest = u32::MAX;
             for word in words {
                 smallest = smallest.min(word);
@@ -175,6 +183,6 @@ fn among(ids: &[u32], logits: &[f32], draw: &Draw) -> u32 {
         let words = philox(draw.seed, [id / 4, draw.index, Purpose::Token as u32, 0]);
         logits[id as usize] / draw.temperature + gumbel(words[id as usize % 4])
     };
-    let none = (f32::NEG_INFINITY, u32::MAX);
+    let none = (f32::NEG_INFINITY, NO_TOKEN);
     ids.iter().fold(none, |best, &id| better(best, (score(id), id))).1
 }

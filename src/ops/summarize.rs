@@ -63,13 +63,14 @@ impl Kernel for Softmax<'_> {
                 let shifted = chunk[lane] - top;
                 let weight = f64::from(exp(shifted));
                 sums[lane] += weight;
-                products[lane] += weight * f64::from(shifted);
+                // 0 · −∞ is 0 here, as its limit is.
+                products[lane] += if weight > 0.0 { weight * f64::from(shifted) } else { 0.0 };
             }
         }
         for (lane, &v) in rest.iter().enumerate() {
             let weight = f64::from(exp(v - top));
             sums[lane] += weight;
-            products[lane] += weight * f64::from(v - top);
+            products[lane] += if weight > 0.0 { weight * f64::from(v - top) } else { 0.0 };
         }
         let (sum, product): (f64, f64) = (sums.iter().sum(), products.iter().sum());
         ((f64::from(top) + sum.ln()) as f32, (sum.ln() - product / sum) as f32)

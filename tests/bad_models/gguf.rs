@@ -281,7 +281,7 @@ fn unsupported_gguf_models_are_refused_by_name() {
         file.metadata.retain(|(key, _)| key != "llama.block_count");
     });
     refused_gguf("llama.attention.head_count", |file| {
-        file.set("llama.attention.head_count", entry_u32("", 0).1)
+        file.set("llama.attention.head_count", entry_u32("", 0).1);
     });
 }
 
@@ -299,7 +299,7 @@ fn missing_extra_and_misshapen_gguf_tensors_are_refused_by_name() {
         file.tensors.push(tensor("blk.1.attn_norm.weight", &[8]));
     });
     refused_gguf("[10, 8]", |file| {
-        *file.tensor("token_embd.weight") = tensor("token_embd.weight", &[8, 9])
+        *file.tensor("token_embd.weight") = tensor("token_embd.weight", &[8, 9]);
     });
     refused_gguf("a multiple of 4 rows", |file| {
         *file.tensor("blk.0.attn_q.weight") = tensor("blk.0.attn_q.weight", &[8, 7]);

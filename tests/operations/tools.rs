@@ -104,7 +104,7 @@ pub fn sizes(values: &[f64]) -> Vec<f64> {
     values.iter().map(|v| v.abs()).collect()
 }
 
-/// Numbers that look random (SplitMix64).
+/// Numbers that look random (`SplitMix64`).
 pub struct Numbers(u64);
 
 impl Numbers {

@@ -33,12 +33,20 @@ impl Isa {
         Self::Portable
     }
 
+    /// Refuses what this machine does not have.
+    pub fn check(self) -> Result<Self> {
+        if self == Self::Avx2 && Self::detect() != self {
+            return Err(Error::new("this processor has no AVX2 and FMA").hint("use portable"));
+        }
+        Ok(self)
+    }
+
     /// Runs `kernel` compiled for this instruction set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Avx2` is made only by `detect` and `from_str`, which ask the processor.
+            // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here.
             Self::Avx2 => unsafe { run_avx2(kernel) },
             _ => kernel.run(),
         }
@@ -66,10 +74,7 @@ impl FromStr for Isa {
                     .got(format!("{text:?}")));
             }
         };
-        if isa == Self::Avx2 && Self::detect() != isa {
-            return Err(Error::new("this processor has no AVX2 and FMA").hint("use portable"));
-        }
-        Ok(isa)
+        isa.check()
     }
 }
 
@@ -100,6 +105,7 @@ impl Cpu {
     /// A device for the current thread, which must be a worker of a pool of `threads` threads
     /// (see [`thread_pool`]), with room for `workspace` f32s of packed matmul input.
     pub fn new(isa: Isa, threads: usize, workspace: usize) -> Result<Self> {
+        let isa = isa.check()?;
         Ok(Self { isa, threads, workspace: Mutex::new(Memory::zeroed(workspace)?) })
     }
 
