@@ -133,11 +133,11 @@ fn greedy_ties_go_to_the_lowest_id() {
     last[49] = -1e30;
     let rows = [tied, vec![3.0; 50], vec![f32::NEG_INFINITY; 50], last];
     let draws: Vec<Draw> = (0..4).map(|row| Draw { row, ..GREEDY }).collect();
-    assert_eq!(tokens(&rows, &draws), [17, 0, NO_TOKEN, 49]);
+    assert_eq!(tokens(&rows, &draws), [17, 0, NO_TOKEN as f32 as usize, 49]);
     // Filters and seeds change nothing.
     let filtered: Vec<Draw> =
         draws.iter().map(|draw| Draw { seed: 9, top_k: 2, top_p: 0.1, ..*draw }).collect();
-    assert_eq!(tokens(&rows, &filtered), [17, 0, NO_TOKEN, 49]);
+    assert_eq!(tokens(&rows, &filtered), [17, 0, NO_TOKEN as f32 as usize, 49]);
     assert_eq!(tokens(&[vec![-0.0, 0.0]], &[GREEDY]), [0]);
 }
 
