@@ -12,7 +12,7 @@ use super::{
     run::{exit_code, run},
 };
 use crate::{
-    experiment::{folder, protocol::Protocol},
+    experiment::{Ways, folder, protocol::Protocol},
     report::{Headline, headline},
 };
 
@@ -40,7 +40,7 @@ struct Shown {
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let protocol = Protocol::builtin("demo")?;
     let model = args.model.open_or_demo()?;
-    let summary = run(&protocol, &model, &args.engine, &args.out, false)?;
+    let summary = run(&protocol, &model, &args.engine, &args.out, Ways::default())?;
     grade(&args.out)?;
     let stored = folder::load(&args.out)?;
     let page = report::write(&stored, &args.out)?;

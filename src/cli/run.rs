@@ -16,7 +16,7 @@ use super::{
 use crate::{
     error::{Context, Error, Result},
     experiment::{
-        self, Summary,
+        self, Shard, Summary, Ways,
         plan::{PartOutline, outline},
         prepare::prepare,
         protocol::Protocol,
@@ -54,6 +54,9 @@ pub struct Args {
     /// Finish a folder that was begun with another device, type or instruction set
     #[arg(long)]
     allow_other_numerics: bool,
+    /// Run only the i-th of n equal parts; the trials.jsonl of all parts together are the run's
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -78,7 +81,8 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let out = args.out.as_deref().ok_or_else(|| Error::new("no run folder").at("--out"))?;
     let model = args.model.open()?;
-    let summary = run(&protocol, &model, &args.engine, out, args.allow_other_numerics)?;
+    let ways = Ways { allow_other_numerics: args.allow_other_numerics, shard: args.shard };
+    let summary = run(&protocol, &model, &args.engine, out, ways)?;
     let mut output = Output::new();
     if args.json {
         output.json(&Shown {
@@ -102,12 +106,12 @@ pub fn run(
     model: &Model,
     engine: &EngineArgs,
     out: &Path,
-    allow_other_numerics: bool,
+    ways: Ways,
 ) -> Result<Summary> {
     check_folder(out).at(|| "--out".into())?;
     let engine = engine.start(model)?;
     let mut bar = Bar::default();
-    let summary = experiment::run(protocol, model, &engine, out, allow_other_numerics, &mut bar)?;
+    let summary = experiment::run(protocol, model, &engine, out, ways, &mut bar)?;
     drop(bar);
     if summary.resumed > 0 {
         note(format!("{} trials were finished before", summary.resumed));

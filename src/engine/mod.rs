@@ -6,6 +6,7 @@ mod core;
 mod handle;
 mod hooks;
 mod kv;
+mod logits;
 mod prompts;
 pub mod resolve;
 mod sequence;

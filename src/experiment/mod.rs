@@ -2,7 +2,7 @@
 //!
 //! [`run`] is the whole of it: a protocol, a model and a folder in, finished trials in the folder.
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, path::Path, str::FromStr};
 
 use crate::{
     engine::{Engine, Finished, Job},
@@ -78,6 +78,43 @@ pub struct Summary {
     pub failed: Vec<(String, String)>,
 }
 
+/// How a run is carried out.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ways {
+    /// Finish a folder that was begun with another device, type or instruction set.
+    pub allow_other_numerics: bool,
+    /// Run only this part of the trials.
+    pub shard: Option<Shard>,
+}
+
+/// One of several equal parts of a run's trials, for as many machines. Lines of all shards,
+/// in one file, are the lines of the whole run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// From 1.
+    index: usize,
+    count: usize,
+}
+
+impl Shard {
+    /// Whether the trial at this place of the plan belongs to it.
+    fn has(self, place: usize) -> bool {
+        place % self.count + 1 == self.index
+    }
+}
+
+impl FromStr for Shard {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        let numbers = text.split_once('/').and_then(|(index, count)| {
+            Some(Self { index: index.parse().ok()?, count: count.parse().ok()? })
+        });
+        numbers.filter(|shard| (1..=shard.count).contains(&shard.index)).ok_or_else(|| {
+            Error::new("not a shard").expected("i/n with 1 <= i <= n, as in 3/16").got(text)
+        })
+    }
+}
+
 /// Runs a protocol into a folder, or the rest of it where the folder has a part of this run. A
 /// protocol with a budget is measured and cut first (once: the folder keeps the cuts).
 pub fn run(
@@ -85,12 +122,17 @@ pub fn run(
     model: &Model,
     engine: &Engine,
     dir: &Path,
-    allow_other_numerics: bool,
+    ways: Ways,
     progress: &mut dyn Progress,
 ) -> Result<Summary> {
+    if ways.shard.is_some() && protocol.budget_seconds.is_some() {
+        return Err(Error::new("a protocol with a budget can't be run in shards")
+            .at("--shard")
+            .hint("each machine would cut it differently: take budget_seconds out"));
+    }
     let prepared = prepare(model, protocol)?;
     let run = Run { protocol, prepared: &prepared, engine, numerics: engine.fingerprint() };
-    run.into_folder(dir, allow_other_numerics, progress)
+    run.into_folder(dir, ways, progress)
 }
 
 /// A protocol, concrete, and what runs it.
@@ -102,18 +144,13 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn into_folder(
-        self,
-        dir: &Path,
-        allow_other_numerics: bool,
-        progress: &mut dyn Progress,
-    ) -> Result<Summary> {
+    fn into_folder(self, dir: &Path, ways: Ways, progress: &mut dyn Progress) -> Result<Summary> {
         let mut folder = Folder::open(dir)?;
         let mut protocol = self.protocol.uncut();
         let resumes = folder.stored().is_some();
         if let Some(stored) = folder.stored() {
             let new = self.manifest(&protocol, None)?;
-            let mixed = folder::check_same_run(stored, &new, allow_other_numerics)?;
+            let mixed = folder::check_same_run(stored, &new, ways.allow_other_numerics)?;
             protocol = folder::parse_protocol(&stored.protocol)?;
             if let Some(mixed) = mixed {
                 folder.write_manifest(&mixed)?;
@@ -132,7 +169,7 @@ impl Run<'_> {
             folder.write_manifest(&self.manifest(&protocol, Some(&vectors))?)?;
         }
         let plan = Plan::new(&protocol, self.prepared, &vectors)?;
-        self.execute(&plan, &folder, measured, progress)
+        self.execute(&plan, &folder, measured, ways.shard, progress)
     }
 
     /// The folder's own vectors when it has some, so that a run is finished with what it began
@@ -168,6 +205,7 @@ impl Run<'_> {
         plan: &Plan,
         folder: &Folder,
         measured: Vec<Trial>,
+        shard: Option<Shard>,
         progress: &mut dyn Progress,
     ) -> Result<Summary> {
         let (mut trials, mut lines) = folder.trials()?;
@@ -186,8 +224,12 @@ impl Run<'_> {
             trials.push(trial);
         }
         let finished: HashSet<&str> = trials.iter().map(|trial| trial.id.as_str()).collect();
-        let left = |index: &usize| !finished.contains(plan.trials()[*index].id.as_str());
+        let left = |index: &usize| {
+            let is_ours = shard.is_none_or(|shard| shard.has(*index));
+            is_ours && !finished.contains(plan.trials()[*index].id.as_str())
+        };
         let wanted: Vec<usize> = (0..plan.trials().len()).filter(left).collect();
+        let measured = trials.len() - resumed;
         let mut failed: Vec<(String, String)> = trials.iter().filter_map(failure).collect();
         let mut save = |trial: Trial| {
             failed.extend(failure(&trial));
@@ -199,7 +241,7 @@ impl Run<'_> {
         Ok(Summary {
             manifest: manifest.ok_or_else(|| Error::new("the run has no manifest"))?,
             resumed,
-            run: plan.trials().len() - resumed,
+            run: measured + wanted.len(),
             failed,
         })
     }

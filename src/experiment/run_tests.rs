@@ -42,7 +42,8 @@ fn go_with(
 ) -> Result<Summary> {
     let prepared = fake::prepared(protocol, 4);
     let run = Run { protocol, prepared: &prepared, engine, numerics };
-    run.into_folder(dir, allow, &mut ())
+    let ways = Ways { allow_other_numerics: allow, shard: None };
+    run.into_folder(dir, ways, &mut ())
 }
 
 fn go(protocol: &Protocol, engine: &FakeEngine, dir: &Path) -> Result<Summary> {
@@ -138,7 +139,7 @@ fn a_folder_holds_one_run() {
     let numerics = fake::numerics();
     let run =
         Run { protocol: &protocol, prepared: &prepared, engine: &engine, numerics: &numerics };
-    let error = run.into_folder(dir.path(), false, &mut ()).unwrap_err().to_string();
+    let error = run.into_folder(dir.path(), Ways::default(), &mut ()).unwrap_err().to_string();
     assert!(error.contains("another model"), "{error}");
     assert_eq!(sorted_lines(dir.path()), before, "nothing was touched");
 }
@@ -217,4 +218,29 @@ fn with_time_enough_nothing_is_cut_and_measured_trials_are_not_run_twice() {
     let plain = tempfile::tempdir().unwrap();
     go(&small(), &FakeEngine::default(), plain.path()).unwrap();
     assert_eq!(sorted_lines(dir.path()), sorted_lines(plain.path()));
+}
+
+#[test]
+fn the_lines_of_all_shards_are_the_lines_of_the_run() {
+    let lines_of = |shard: Option<&str>| -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        let protocol = small();
+        let prepared = fake::prepared(&protocol, 4);
+        let (engine, numerics) = (FakeEngine::default(), fake::numerics());
+        let run =
+            Run { protocol: &protocol, prepared: &prepared, engine: &engine, numerics: &numerics };
+        let ways = Ways { shard: shard.map(|s| s.parse().unwrap()), ..Ways::default() };
+        run.into_folder(dir.path(), ways, &mut ()).unwrap();
+        let text = fs_err::read_to_string(dir.path().join("trials.jsonl")).unwrap();
+        text.lines().map(str::to_owned).collect()
+    };
+    let mut whole = lines_of(None);
+    let mut parts: Vec<String> =
+        ["1/3", "2/3", "3/3"].into_iter().flat_map(|shard| lines_of(Some(shard))).collect();
+    whole.sort();
+    parts.sort();
+    assert_eq!(whole, parts);
+    for bad in ["0/3", "4/3", "1", "a/b", "1/0"] {
+        assert!(bad.parse::<Shard>().is_err(), "{bad}");
+    }
 }

@@ -191,7 +191,9 @@ pub fn run(protocol: &Protocol, max_batch: usize) -> Run {
     let model = Model::open(folder.path()).unwrap();
     let engine = start(&model, |options| options.max_batch = max_batch);
     let dir: &Path = &folder.path().join("run");
-    let summary = experiment::run(protocol, &model, &engine, dir, false, &mut ()).unwrap();
+    let summary =
+        experiment::run(protocol, &model, &engine, dir, experiment::Ways::default(), &mut ())
+            .unwrap();
     assert!(summary.failed.is_empty(), "{:?}", summary.failed);
     folder::load(dir).unwrap()
 }
