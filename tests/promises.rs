@@ -223,3 +223,62 @@ fn logits_that_are_not_numbers_end_the_job_alone() {
     let want = run(&model, &options(), &jobs);
     assert_same("after a broken job", &run_on(&engine, &jobs), &want);
 }
+
+/// A stream beyond f32, drawn from with every filter, only scored, or only watched.
+#[test]
+fn a_stream_beyond_f32_is_an_error_however_it_is_read() {
+    let model = Model::open(&folder("plain")).unwrap();
+    let engine = Engine::start(&model, &options()).unwrap();
+    let jobs = variety("plain", &model);
+    let injection = jobs.iter().flat_map(|job| &job.inject).next().unwrap();
+    let huge = inkling::engine::Injection {
+        vector: vec![1e30; model.config.dim].into(),
+        strength: 1.0,
+        mode: inkling::request::StrengthMode::Raw,
+        from: 0,
+        to: Some(1 << 40),
+        ..injection.clone()
+    };
+    let none = Sampling { max_tokens: 0, ..Sampling::default() };
+    let filtered =
+        Sampling { top_k: 5, min_p: 0.1, top_p: 0.5, max_tokens: 3, ..Sampling::default() };
+    let base = Job { tokens: vec![1, 2, 3], inject: vec![huge], n: 1, ..Job::default() };
+    for job in [
+        Job { sampling: filtered, ..base.clone() },
+        Job { sampling: none, score: vec![vec![4, 5]], ..base.clone() },
+        Job { sampling: none, watch: vec![7], ..base },
+    ] {
+        let error = engine.run(job).unwrap_err().to_string();
+        assert!(error.contains("not numbers"), "{error}");
+    }
+}
+
+/// Residual rows of a sweep over all layers do not fit at once, on prompts of which one is long.
+#[test]
+fn a_sweep_larger_than_the_residual_cache_finishes() {
+    let model = Model::open(&folder("plain")).unwrap();
+    let jobs = variety("plain", &model);
+    let injection = jobs.iter().flat_map(|job| &job.inject).next().unwrap();
+    let long: Vec<u32> = (0..480).map(|at| at % 131).collect();
+    let sweep: Vec<Job> = (0..40)
+        .map(|at| {
+            let mut injection = injection.clone();
+            injection.site = inkling::request::Site::ResidPost;
+            injection.layer = at % model.config.layers;
+            injection.mode = inkling::request::StrengthMode::Raw;
+            (injection.from, injection.to) = (at % 7, None);
+            Job {
+                tokens: long[..480 - at / 8 * 40].to_vec(),
+                inject: vec![injection],
+                sampling: Sampling { max_tokens: 2, seed: at as u64, ..Sampling::default() },
+                n: 1,
+                ..Job::default()
+            }
+        })
+        .collect();
+    let want = run(&model, &Options { share: false, ..options() }, &sweep);
+    for max_batch in [1, 5, 64] {
+        let got = run(&model, &Options { max_batch, ..options() }, &sweep);
+        assert_same("sweep", &numbers(got), &numbers(want.clone()));
+    }
+}

@@ -268,7 +268,8 @@ impl<T: Float> Core<T> {
         layers.dedup();
         // The first job's layer first: it must have room.
         layers.sort_by_key(|&layer| layer != own.cut);
-        if self.prompts.get(key).is_none() {
+        let is_new = self.prompts.get(key).is_none();
+        if is_new {
             let (depth, blocks) = (self.config.layers, key.len().div_ceil(PAGE));
             let wanted = depth * blocks + self.reserved;
             if !self.prompts.make_room(&mut self.pool, wanted, key) {
@@ -279,6 +280,9 @@ impl<T: Float> Core<T> {
         }
         let layers = self.prompts.reserve(key, &layers, from);
         if own.cut > 0 && !layers.contains(&own.cut) {
+            if is_new {
+                self.prompts.remove(&mut self.pool, key);
+            }
             return false;
         }
         let Some(entry) = self.prompts.touch(key) else { return false };

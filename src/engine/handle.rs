@@ -3,7 +3,11 @@
 use std::{
     collections::HashMap,
     num::NonZero,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -131,10 +135,11 @@ impl Limits {
         let page_bytes = 2 * PAGE * c.kv_heads * c.head_dim * element;
         let blocks = c.context.div_ceil(PAGE);
         // Every sequence's own pages and its prompt's clean ones, at full length.
-        let most = 2 * options.max_batch * c.layers * blocks;
+        let most = (2 * options.max_batch + 1) * c.layers * blocks;
         let bytes = options.kv_bytes.unwrap_or(DEFAULT_KV_BYTES);
         let pages = ((bytes / page_bytes as u64) as usize).min(most);
         let sites = 2 * c.layers + 1;
+        // Every site and branch of a row, the final norm among them.
         let taps = 2 * sites + 1;
         let ops = 4 * sites;
         Ok(Self {
@@ -142,7 +147,7 @@ impl Limits {
             rows: MAX_ROWS.max(options.max_batch),
             positions: c.context,
             pages,
-            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(taps),
+            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(2 * taps),
             residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
             ops,
             vectors: (4 * options.max_batch).max(ops),
@@ -162,6 +167,11 @@ impl Limits {
                 .expected(format!("at most {} pages of 16 positions at one layer", self.pages))
                 .got(format!("{pages} for {} positions", rows_of(job)))
                 .hint("give the cache more memory, or shorten the prompt or max_tokens"));
+        }
+        if job.capture.len() > self.capture_rows {
+            return Err(Error::new("too many captures in one request")
+                .expected(format!("at most {}", self.capture_rows))
+                .got(job.capture.len()));
         }
         if job.inject.len() > self.ops {
             return Err(Error::new("too many injections in one request")
@@ -188,6 +198,8 @@ pub struct Engine {
     config: Arc<ModelConfig>,
     fingerprint: Fingerprint,
     limits: Limits,
+    /// Tags of `run_all`, in the upper half: the caller's own are in the lower.
+    next_tag: AtomicU64,
 }
 
 impl Engine {
@@ -227,7 +239,8 @@ impl Engine {
             kernels: "1".into(),
         };
         let commands = Mutex::new(Some(sender));
-        Ok(Self { commands, thread: Some(thread), config, fingerprint, limits })
+        let next_tag = AtomicU64::new(1 << 63);
+        Ok(Self { commands, thread: Some(thread), config, fingerprint, limits, next_tag })
     }
 
     /// The model's sizes.
@@ -240,7 +253,8 @@ impl Engine {
         &self.fingerprint
     }
 
-    /// Submits a job; its events go to `events` with the tag.
+    /// Submits a job; its events go to `events` with the tag, below 2⁶³ and unique among the jobs
+    /// that are not done.
     ///
     /// # Errors
     /// The job does not fit the model, or would change nothing it promises to change.
@@ -299,7 +313,8 @@ impl Engine {
         let (sender, events) = mpsc::channel();
         let mut jobs = jobs.into_iter();
         let mut next = 0;
-        let mut running: HashMap<u64, Vec<Vec<f32>>> = HashMap::new();
+        // By tag: the job's index and its captures so far.
+        let mut running: HashMap<u64, (usize, Vec<Vec<f32>>)> = HashMap::new();
         let result = loop {
             let room = in_flight.saturating_sub(running.len());
             // Asked again after its end: what `done` learns may make new jobs.
@@ -307,9 +322,10 @@ impl Engine {
                 let index = next;
                 next += 1;
                 let captures = vec![Vec::new(); job.capture.len()];
-                match self.submit(job, index as u64, &sender) {
+                let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
+                match self.submit(job, tag, &sender) {
                     Ok(()) => {
-                        running.insert(index as u64, captures);
+                        running.insert(tag, (index, captures));
                         None
                     }
                     Err(error) => done(index, Err(error)).err(),
@@ -329,21 +345,16 @@ impl Engine {
             let result = match event {
                 Event::Token { .. } => continue,
                 Event::Capture { capture, data } => {
-                    if let Some(captures) = running.get_mut(&tag) {
+                    if let Some((_, captures)) = running.get_mut(&tag) {
                         captures[capture] = data;
                     }
                     continue;
                 }
-                Event::Done(outcome) => {
-                    let captures = running.remove(&tag).unwrap_or_default();
-                    Ok(Finished { outcome, captures })
-                }
-                Event::Failed(error) => {
-                    running.remove(&tag);
-                    Err(error)
-                }
+                Event::Done(outcome) => Ok(outcome),
+                Event::Failed(error) => Err(error),
             };
-            if let Err(error) = done(tag as usize, result) {
+            let Some((index, captures)) = running.remove(&tag) else { continue };
+            if let Err(error) = done(index, result.map(|outcome| Finished { outcome, captures })) {
                 break Err(error);
             }
         };

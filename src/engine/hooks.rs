@@ -81,6 +81,9 @@ pub fn own_part(job: &Job, layers: usize, share: bool) -> Own {
     own
 }
 
+/// Samples of one prompt; more are more requests.
+const MAX_SAMPLES: u32 = 65_536;
+
 /// Refuses a job that the model cannot run, or whose injections would touch nothing.
 pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
     let prompt = job.tokens.len();
@@ -101,6 +104,12 @@ pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
         return Err(Error::new("token id outside the vocabulary")
             .expected(format!("0..{}", config.vocab))
             .got(id));
+    }
+    if !(1..=MAX_SAMPLES).contains(&job.n) {
+        return Err(Error::new("too few or too many samples of one prompt")
+            .at("n")
+            .expected(format!("1..={MAX_SAMPLES}"))
+            .got(job.n));
     }
     if job.score.iter().any(Vec::is_empty) {
         return Err(Error::new("empty continuation").at("score"));
@@ -263,7 +272,7 @@ pub fn plan(
     for (at, injection) in job.inject.iter().enumerate().filter(|(_, i)| is_live(i)) {
         let (scale, relative) =
             scale(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
-        let to = injection.to.map_or(u32::MAX, |to| to as u32);
+        let to = injection.to.map_or(u32::MAX, |to| u32::try_from(to).unwrap_or(u32::MAX));
         let op = HookOp { vector: row(at), from: injection.from as u32, to, scale, relative };
         planned.push(Planned {
             site: site_index(injection.site, injection.layer),

@@ -25,6 +25,11 @@ impl PagePool {
         page
     }
 
+    /// Whether releasing it once would free it.
+    pub fn is_held_once(&self, page: u32) -> bool {
+        self.references[page as usize] == 1
+    }
+
     /// Holds a page once more.
     pub fn retain(&mut self, page: u32) {
         assert!(self.references[page as usize] > 0, "page {page} is free");

@@ -132,7 +132,11 @@ impl<T: Float> Core<T> {
                 sequence.tokens.push(token);
             }
             Role::Score(child) => {
-                child.logprobs.extend(summaries.next().map(|s| chosen(&s, s.logits[0])));
+                let summary = summaries.next();
+                if summary.as_ref().is_some_and(|s| !s.logsumexp.is_finite()) {
+                    self.broken.push(child.job);
+                }
+                child.logprobs.extend(summary.map(|s| chosen(&s, s.logits[0])));
             }
         }
         self.slots[row.slot as usize] = Some(sequence);
@@ -163,6 +167,9 @@ impl<T: Float> Core<T> {
         let uses =
             !job.watch.is_empty() || !job.score.is_empty() || job.logprobs.is_some() && count > 0;
         let summary = if uses { summaries.next().unwrap_or_default() } else { Summary::default() };
+        if uses && !summary.logsumexp.is_finite() {
+            self.broken.push(id);
+        }
         let (watch, rest) = summary.logits.split_at(job.watch.len().min(summary.logits.len()));
         if !job.watch.is_empty() {
             active.first = Some(FirstToken {

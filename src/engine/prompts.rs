@@ -97,21 +97,25 @@ impl Prompts {
     }
 
     /// Takes room for residual rows of positions `from..` at as many of `layers`, in order, as
-    /// there is room for; gives those layers.
+    /// there is room for; gives those layers. The first one is needed now: this prompt's rows at
+    /// all others make room for it. Nobody may be using this prompt's rows.
     pub fn reserve(&mut self, key: &Key, layers: &[usize], from: usize) -> Vec<usize> {
         let blocks = (key.len() - from).div_ceil(PAGE);
         let mut reserved = Vec::new();
-        for &layer in layers {
+        for (at, &layer) in layers.iter().enumerate() {
+            let old = self.entries.get_mut(key).and_then(|entry| entry.residuals.remove(&layer));
+            if let Some(old) = old {
+                old.pages.iter().for_each(|&page| self.rows.release(page));
+            }
+            let kept = if at == 0 { &layers[..1] } else { layers };
             while self.rows.available() < blocks {
-                if !self.evict_residuals(key, layers) {
+                if !self.evict_residuals(key, kept) {
                     return reserved;
                 }
             }
             let pages = (0..blocks).map(|_| self.rows.take()).collect();
             let Some(entry) = self.entries.get_mut(key) else { return reserved };
-            if let Some(old) = entry.residuals.insert(layer, Residual { from, pages }) {
-                old.pages.iter().for_each(|&page| self.rows.release(page));
-            }
+            entry.residuals.insert(layer, Residual { from, pages });
             reserved.push(layer);
         }
         reserved
@@ -144,22 +148,38 @@ impl Prompts {
         freed
     }
 
+    /// Forgets a prompt whose run could not be started.
+    pub fn remove(&mut self, pool: &mut PagePool, key: &Key) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        entry.pages.release(pool);
+        for residual in entry.residuals.into_values() {
+            residual.pages.iter().for_each(|&page| self.rows.release(page));
+        }
+    }
+
     /// Evicts clean runs, least recently used first, until `wanted` cache pages are free. `keep`
-    /// stays. Gives whether they are.
+    /// stays. Gives whether they are; where they could not be, nothing is evicted.
     pub fn make_room(&mut self, pool: &mut PagePool, wanted: usize, keep: &Key) -> bool {
+        if pool.available() >= wanted {
+            return true;
+        }
+        let idle = self
+            .entries
+            .iter()
+            .filter(|(key, entry)| *key != keep && entry.users == 0 && !entry.running);
+        let pages = idle.flat_map(|(_, entry)| entry.pages.layers.iter().flatten());
+        let reclaimable = pages.filter(|&&page| pool.is_held_once(page)).count();
+        if pool.available() + reclaimable < wanted {
+            return false;
+        }
         while pool.available() < wanted {
             let idle = self
                 .entries
                 .iter()
                 .filter(|(key, entry)| *key != keep && entry.users == 0 && !entry.running);
             let oldest = idle.min_by_key(|(_, entry)| entry.last_used).map(|(key, _)| key.clone());
-            let Some(entry) = oldest.and_then(|key| self.entries.remove(&key)) else {
-                return false;
-            };
-            entry.pages.release(pool);
-            for residual in entry.residuals.into_values() {
-                residual.pages.iter().for_each(|&page| self.rows.release(page));
-            }
+            let Some(oldest) = oldest else { return false };
+            self.remove(pool, &oldest);
         }
         true
     }

@@ -174,7 +174,9 @@ impl<T: Float> Kernel for Norm<'_, T> {
     #[inline(always)]
     fn run(self) -> f32 {
         let squares = sum_of_squares(self.h);
-        let inverse = 1.0 / (squares / self.h.len() as f32 + self.eps).sqrt();
+        // A stream too large for f32 must not pass for one of zeros.
+        let mean = if squares.is_finite() { squares / self.h.len() as f32 } else { f32::NAN };
+        let inverse = 1.0 / (mean + self.eps).sqrt();
         for ((x, &h), &gain) in self.x.iter_mut().zip(self.h).zip(self.gain) {
             *x = T::from_f32(h * inverse * gain);
         }

@@ -152,6 +152,9 @@ pub(crate) fn kept(logits: &[f32], draw: &Draw) -> Vec<u32> {
         let threshold = logits[kth as usize];
         ids.retain(|&id| logits[id as usize] >= threshold);
     }
+    if ids.is_empty() {
+        return ids; // no logit is a number
+    }
     ids.sort_unstable_by(by_logit);
     let weight = |id: u32| {
         f64::from((logits[id as usize] - logits[ids[0] as usize]) / draw.temperature).exp()
