@@ -201,7 +201,7 @@ fn part_line(part: &PartOutline) -> String {
 }
 
 /// The prompt with its window marked by ⟦ and ⟧.
-fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
+pub fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
     let end = prompt.to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
     let head = format!(
         "prompt {}: {} tokens, window {}..{end}",

@@ -50,7 +50,7 @@ pub struct Measurement {
     pub trials: Vec<Trial>,
 }
 
-/// Runs a few trials of each part, evenly spread over it. A part too small for a full round takes
+/// Runs a few trials of each part, evenly spread over its first repeat, which is never cut. A part too small for a full round takes
 /// the rate of the slowest measured part of its kind.
 pub fn measure(
     plan: &Plan,
@@ -68,10 +68,12 @@ pub fn measure(
     order.sort_by_key(|part| std::cmp::Reverse(trials_of(*part).len()));
     let is_reply = |part: usize| matches!(parts[part].kind, Kind::Sample(_));
     for (at, &part) in order.iter().enumerate() {
-        let mut left = trials_of(part);
+        let trials = trials_of(part);
+        let is_first = |index: &usize| plan.trials()[*index].cell.repeat == 0;
+        let mut left: Vec<usize> = trials.iter().copied().filter(is_first).collect();
         let measured = order[..at].iter().filter(|other| is_reply(**other) == is_reply(part));
         let slowest = measured.map(|other| measurement.seconds[*other]).max_by(f64::total_cmp);
-        if let Some(slowest) = slowest.filter(|_| left.len() < ROUNDS[1]) {
+        if let Some(slowest) = slowest.filter(|_| trials.len() < ROUNDS[1]) {
             measurement.seconds[part] = slowest;
             continue;
         }
