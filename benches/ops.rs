@@ -10,8 +10,10 @@ use inkling::{
         cpu::{Isa, thread_pool},
     },
     ops::{
+        activations::Activations,
         matmul::{Dtype, Weight, matmul},
-        sample::{Draw, sample},
+        rows::NONE,
+        sample::{Draw, Draws, sample},
     },
 };
 
@@ -46,9 +48,9 @@ fn matmuls(criterion: &mut Criterion) {
                     };
                     let weight = Weight::pack(device, Dtype::Bf16, (n, k), fill).unwrap();
                     let x: Vec<bf16> = (0..rows * k).map(|at| bf16::from_f32(filler(at))).collect();
-                    let x = Buffer::upload(device, &x).unwrap();
+                    let x = Activations::upload(device, k, &x).unwrap();
                     let mut out = Buffer::zeroed(device, rows * n).unwrap();
-                    bencher.iter(|| matmul(device, rows, &x, &weight, &mut out));
+                    bencher.iter(|| matmul(device, rows, &x, &weight, &mut out).unwrap());
                 });
             });
         }
@@ -66,6 +68,7 @@ fn samples(criterion: &mut Criterion) {
                 let logits = Buffer::upload(device, &logits).unwrap();
                 let draw = |row| Draw {
                     row,
+                    slot: NONE,
                     seed: u64::from(row),
                     index: 0,
                     temperature: 1.0,
@@ -73,9 +76,10 @@ fn samples(criterion: &mut Criterion) {
                     top_p: 1.0,
                     min_p: 0.0,
                 };
-                let draws: Vec<Draw> = (0..rows as u32).map(draw).collect();
-                let mut tokens = vec![0; rows];
-                bencher.iter(|| sample(device, VOCAB, &logits, &draws, &mut tokens));
+                let list: Vec<Draw> = (0..rows as u32).map(draw).collect();
+                let mut draws = Draws::new(device, rows, 1).unwrap();
+                draws.set(&list).unwrap();
+                bencher.iter(|| sample(device, VOCAB, &logits, &mut draws).unwrap());
             });
         });
     }

@@ -9,31 +9,72 @@ mod reference;
 #[allow(dead_code, reason = "shared by several test binaries")]
 mod tools;
 
-use inkling::ops::{
-    philox,
-    sample::{Draw, NO_TOKEN, sample},
+use half::bf16;
+use inkling::{
+    device::Device,
+    ops::{
+        philox,
+        rows::NONE,
+        sample::{Draw, Draws, NO_TOKEN, sample},
+    },
 };
 use reference::sampling::{Filter, probabilities, word};
-use tools::{Numbers, close, on_every_isa, upload, widen};
+use tools::{Numbers, close, kernel_devices, on_every_device, on_every_isa, read_u32, upload, widen};
 
 /// Drawn for each test of a distribution.
 const DRAWS: u32 = 20_000;
 /// Standard normal quantile of the largest χ² that passes: once in 30,000 tests by chance.
 const QUANTILE: f64 = 4.0;
-const GREEDY: Draw =
-    Draw { row: 0, seed: 1, index: 0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+const GREEDY: Draw = Draw {
+    row: 0,
+    slot: NONE,
+    seed: 1,
+    index: 0,
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+};
 const PLAIN: Draw = Draw { temperature: 1.0, ..GREEDY };
 
-/// The tokens of these draws, the same on every instruction set.
+/// The tokens of these draws, the same on every device. Of very many, kernels make some.
 fn tokens(rows: &[Vec<f32>], draws: &[Draw]) -> Vec<usize> {
     let vocab = rows[0].len();
-    let outputs = on_every_isa(0, |device| {
+    let sample = |device: &Device, draws: &[Draw]| {
         let logits = upload::<f32>(device, &rows.concat(), 0);
-        let mut tokens = vec![u32::MAX; draws.len()];
-        sample(device, vocab, &logits, draws, &mut tokens);
-        vec![tokens.iter().map(|&token| token as f32).collect()]
+        let mut all = Draws::new(device, draws.len(), 1).unwrap();
+        all.set(draws).unwrap();
+        sample(device, vocab, &logits, &mut all).unwrap();
+        read_u32(&all.tokens)
+    };
+    let outputs = on_every_isa(0, |device| {
+        vec![sample(device, draws).iter().map(|&token| token as f32).collect()]
     });
+    let every = draws.len().div_ceil(400);
+    let some: Vec<Draw> = draws.iter().step_by(every).copied().collect();
+    for (name, device) in kernel_devices() {
+        let got = sample(&device, &some);
+        for ((draw, got), want) in some.iter().zip(got).zip(outputs[0].iter().step_by(every)) {
+            assert_eq!(got as f32, *want, "{name}: another token than the processor's, {draw:?}");
+        }
+    }
     outputs[0].iter().map(|&token| token as usize).collect()
+}
+
+#[test]
+fn the_last_token_of_a_slot_is_kept_for_its_next_row() {
+    on_every_device::<bf16>(0, |device| {
+        let logits = upload::<f32>(device, &[1.0, 5.0, 2.0, 9.0, 0.0, 0.0], 0);
+        let mut draws = Draws::new(device, 4, 3).unwrap();
+        draws.last.write(0, &[40, 41, 42]).unwrap();
+        let dead = Draw { row: NONE, slot: 1, ..GREEDY };
+        let list = [(0, 2), (1, NONE), (1, 0)].map(|(row, slot)| Draw { row, slot, ..GREEDY });
+        draws.set(&[&list[..], &[dead]].concat()).unwrap();
+        sample(device, 3, &logits, &mut draws).unwrap();
+        assert_eq!(read_u32(&draws.last), [0, 41, 1]);
+        assert_eq!(read_u32(&draws.tokens), [1, 0, 0, 0]);
+        Vec::new()
+    });
 }
 
 /// 40 logits from 0 to 4.9, all different, in no order.

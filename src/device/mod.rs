@@ -2,11 +2,13 @@
 //! a fixed-length array in its memory, taken at start and never moved.
 
 pub mod cpu;
+pub mod cuda;
 mod file;
 
 use std::{fmt, str::FromStr};
 
 pub use cpu::Cpu;
+pub use cuda::Cuda;
 pub use file::MappedFile;
 
 use crate::error::{Error, Result};
@@ -17,85 +19,240 @@ pub enum DeviceKind {
     /// This machine's processor.
     #[default]
     Cpu,
+    /// An NVIDIA GPU, by ordinal.
+    Cuda(usize),
+    /// The GPU's kernels, run on the processor: slow, for tests.
+    HostKernels,
 }
 
 impl FromStr for DeviceKind {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "cpu" => Ok(Self::Cpu),
-            _ => Err(Error::new("unknown device").expected("cpu").got(format!("{text:?}"))),
+        let ordinal = text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+        match (text, ordinal) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            ("host-kernels", _) => Ok(Self::HostKernels),
+            (_, Some(ordinal)) => Ok(Self::Cuda(ordinal)),
+            _ => Err(Error::new("unknown device")
+                .expected("cpu, cuda, cuda:N or host-kernels")
+                .got(format!("{text:?}"))),
         }
     }
 }
 
 impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("cpu")
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(0) => f.write_str("cuda"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::HostKernels => f.write_str("host-kernels"),
+        }
     }
 }
 
 /// One place where operations run.
 pub enum Device {
-    /// This machine's processor.
+    /// This machine's processor, with the processor's own code.
     Cpu(Cpu),
+    /// The CUDA kernels, on a GPU or on the processor.
+    Cuda(Cuda),
+}
+
+impl Device {
+    /// Waits for everything that was queued.
+    ///
+    /// # Errors
+    /// What was queued has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    /// Whether a call returns before its work is done, so that a step can be queued behind another.
+    pub fn is_asynchronous(&self) -> bool {
+        matches!(self, Self::Cuda(cuda) if cuda.is_gpu())
+    }
 }
 
 /// A fixed-length array in a device's memory, zero at first.
 pub struct Buffer<T> {
-    memory: cpu::Memory<T>,
+    memory: Memory<T>,
+}
+
+enum Memory<T> {
+    /// The processor's memory, which host kernels use too.
+    Host(cpu::Memory<T>),
+    Gpu(cuda::Memory<T>),
 }
 
 impl<T: Element> Buffer<T> {
     /// `len` zeros.
+    ///
+    /// # Errors
+    /// There is not enough memory.
     pub fn zeroed(device: &Device, len: usize) -> Result<Self> {
-        match device {
-            Device::Cpu(_) => Ok(Self { memory: cpu::Memory::zeroed(len)? }),
-        }
+        let memory = match device {
+            Device::Cuda(cuda) => match cuda.zeroed(len)? {
+                Some(memory) => Memory::Gpu(memory),
+                None => Memory::Host(cpu::Memory::zeroed(len)?),
+            },
+            Device::Cpu(_) => Memory::Host(cpu::Memory::zeroed(len)?),
+        };
+        Ok(Self { memory })
     }
 
     /// A copy of `data`.
+    ///
+    /// # Errors
+    /// There is not enough memory, or the device has failed.
     pub fn upload(device: &Device, data: &[T]) -> Result<Self> {
         let mut buffer = Self::zeroed(device, data.len())?;
-        buffer.memory.copy_from_slice(data);
+        buffer.write(0, data)?;
         Ok(buffer)
     }
 
     /// The number of elements.
     pub fn len(&self) -> usize {
-        self.memory.len()
+        match &self.memory {
+            Memory::Host(memory) => memory.len(),
+            Memory::Gpu(memory) => memory.len(),
+        }
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.memory.is_empty()
+        self.len() == 0
     }
 
-    /// Overwrites `data.len()` elements from `start` on.
-    pub fn write(&mut self, start: usize, data: &[T]) {
-        self.memory[start..start + data.len()].copy_from_slice(data);
+    /// Overwrites `data.len()` elements from `start` on, after what was queued before.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn write(&mut self, start: usize, data: &[T]) -> Result<()> {
+        assert!(start + data.len() <= self.len(), "write beyond a buffer's end");
+        match &mut self.memory {
+            Memory::Host(memory) => {
+                memory[start..start + data.len()].copy_from_slice(data);
+                Ok(())
+            }
+            Memory::Gpu(memory) => memory.write(start, data),
+        }
     }
 
-    /// Reads `out.len()` elements from `start` on.
-    pub fn read(&self, start: usize, out: &mut [T]) {
-        out.copy_from_slice(&self.memory[start..start + out.len()]);
+    /// Reads `out.len()` elements from `start` on, when everything queued before is done.
+    ///
+    /// # Errors
+    /// The device, or something queued before, has failed.
+    pub fn read(&self, start: usize, out: &mut [T]) -> Result<()> {
+        assert!(start + out.len() <= self.len(), "read beyond a buffer's end");
+        match &self.memory {
+            Memory::Host(memory) => {
+                out.copy_from_slice(&memory[start..start + out.len()]);
+                Ok(())
+            }
+            Memory::Gpu(memory) => memory.read(start, out),
+        }
+    }
+
+    /// Queues a copy of `len` elements from `start` on into host memory, at its `at`.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn fetch(&self, start: usize, len: usize, to: &mut Staging<T>, at: usize) -> Result<()> {
+        assert!(start + len <= self.len() && at + len <= to.len(), "fetch beyond an end");
+        match (&self.memory, &mut to.memory) {
+            (Memory::Host(memory), StagingMemory::Host(to)) => {
+                to[at..at + len].copy_from_slice(&memory[start..start + len]);
+                Ok(())
+            }
+            (Memory::Gpu(memory), StagingMemory::Pinned(to)) => memory.fetch(start, len, to, at),
+            _ => unreachable!("a buffer and its staging memory belong to one device"),
+        }
+    }
+
+    /// Where it is, for a kernel that reads it.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.memory {
+            Memory::Host(memory) => memory.as_ptr() as u64,
+            Memory::Gpu(memory) => memory.address(),
+        }
+    }
+
+    /// Where it is, for a kernel that writes it.
+    pub(crate) fn address_mut(&mut self) -> u64 {
+        match &mut self.memory {
+            Memory::Host(memory) => memory.as_mut_ptr() as u64,
+            Memory::Gpu(memory) => memory.address(),
+        }
     }
 
     /// The elements, for operations that run on the processor.
     pub(crate) fn host(&self) -> &[T] {
-        &self.memory
+        match &self.memory {
+            Memory::Host(memory) => memory,
+            Memory::Gpu(_) => unreachable!("the processor's code has the processor's buffers"),
+        }
     }
 
     /// Likewise, to be written.
     pub(crate) fn host_mut(&mut self) -> &mut [T] {
-        &mut self.memory
+        match &mut self.memory {
+            Memory::Host(memory) => memory,
+            Memory::Gpu(_) => unreachable!("the processor's code has the processor's buffers"),
+        }
+    }
+}
+
+/// Host memory that a device copies results into; on a GPU pinned, so that the copy is queued.
+pub struct Staging<T> {
+    memory: StagingMemory<T>,
+}
+
+enum StagingMemory<T> {
+    Host(cpu::Memory<T>),
+    Pinned(cuda::Pinned<T>),
+}
+
+impl<T: Element> Staging<T> {
+    /// Room for `len` elements.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(device: &Device, len: usize) -> Result<Self> {
+        let memory = match device {
+            Device::Cuda(cuda) => match cuda.pinned(len)? {
+                Some(memory) => StagingMemory::Pinned(memory),
+                None => StagingMemory::Host(cpu::Memory::zeroed(len)?),
+            },
+            Device::Cpu(_) => StagingMemory::Host(cpu::Memory::zeroed(len)?),
+        };
+        Ok(Self { memory })
+    }
+
+    fn len(&self) -> usize {
+        match &self.memory {
+            StagingMemory::Host(memory) => memory.len(),
+            StagingMemory::Pinned(memory) => memory.len(),
+        }
+    }
+
+    /// What was copied here. The caller has waited for the copies.
+    pub fn get(&self) -> &[T] {
+        match &self.memory {
+            StagingMemory::Host(memory) => memory,
+            StagingMemory::Pinned(memory) => memory.get(),
+        }
     }
 }
 
 /// Plain numbers for which all bits zero is a value.
 ///
 /// # Safety
-/// Any bit pattern is a value, zero included, and `T` needs no drop.
+/// Any bit pattern is a value, zero included, there is no padding, and `T` needs no drop.
 pub unsafe trait Element: Copy + Send + Sync + 'static {}
 // SAFETY: plain numbers.
 unsafe impl Element for f32 {}
@@ -105,3 +262,7 @@ unsafe impl Element for half::bf16 {}
 unsafe impl Element for u32 {}
 // SAFETY: likewise.
 unsafe impl Element for i32 {}
+// SAFETY: likewise.
+unsafe impl Element for [u32; 2] {}
+// SAFETY: likewise.
+unsafe impl Element for [f32; 2] {}

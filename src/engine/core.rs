@@ -11,8 +11,10 @@ use super::{
     bank::Bank,
     hooks::{self, Tally},
     kv::{PagePool, PageTable},
+    outputs::Outputs,
     prompts::{Key, Prompts},
     sequence::{Active, Child, Events, Pending, Role, Sequence, continuations, rows_of, samples},
+    step::InFlight,
     types::{Event, Job, Outcome},
 };
 use crate::{
@@ -21,9 +23,11 @@ use crate::{
     model::{ModelConfig, Tokenizer, forward::State, weights::Weights},
     ops::{
         Float,
-        attention::{Cache, CacheShape, PAGE},
+        attention::{Cache, CacheShape, PAGE, SharedPrefix, TILE},
         copy_pages::copy_pages,
         hooks::{Hooks, site_count},
+        sample::Draws,
+        summarize::Summaries,
     },
     request::StrengthMode,
 };
@@ -63,12 +67,18 @@ pub struct Core<T> {
     pub(super) hooks: Hooks,
     pub(super) cache: Cache<T>,
     pub(super) state: State<T>,
+    pub(super) draws: Draws,
+    pub(super) summaries: Summaries,
+    pub(super) outputs: [Outputs; 2],
+    /// The step whose results are not collected yet.
+    pub(super) in_flight: Option<InFlight>,
     pub(super) pool: PagePool,
     bank: Bank,
     pub(super) prompts: Prompts,
     pub(super) slots: Vec<Option<Sequence>>,
     pub(super) jobs: HashMap<usize, Active>,
     next_job: usize,
+    next_sequence: u64,
     queue: VecDeque<Pending>,
     pub(super) children: VecDeque<Child>,
     /// Pages that running prompts' first continuations will need.
@@ -76,6 +86,8 @@ pub struct Core<T> {
     pub(super) stats: Stats,
     /// Jobs whose logits are not numbers.
     pub(super) broken: Vec<usize>,
+    /// Why the device cannot be used any more.
+    failed: Option<Error>,
 }
 
 impl<T: Float> Core<T> {
@@ -96,29 +108,31 @@ impl<T: Float> Core<T> {
             blocks: limits.positions.div_ceil(PAGE),
         };
         let sizes = (config.layers, config.dim);
-        let captured = limits.capture_rows + limits.residual_pages * PAGE;
+        let outputs = || {
+            let norms = site_count(config.layers) * limits.rows;
+            Outputs::new(&device, norms, limits.receipts, limits.capture_rows * config.dim)
+        };
         Ok(Self {
             hooks: Hooks::new(&device, sizes, limits.slots, limits.ops, limits.vectors)?,
             cache: Cache::new(&device, shape)?,
-            state: State::new(
-                &device,
-                &config,
-                limits.rows,
-                limits.positions,
-                captured,
-                limits.receipts,
-            )?,
+            state: State::new(&device, &config, limits.sizes(config.layers))?,
+            draws: Draws::new(&device, limits.draws, limits.slots)?,
+            summaries: Summaries::new(&device, limits.head_rows, limits.ids, limits.top)?,
+            outputs: [outputs()?, outputs()?],
+            in_flight: None,
             pool: PagePool::new(limits.pages),
             bank: Bank::new(limits.vectors),
             prompts: Prompts::new(limits.residual_pages),
             slots: (0..limits.slots).map(|_| None).collect(),
             jobs: HashMap::new(),
             next_job: 0,
+            next_sequence: 0,
             queue: VecDeque::new(),
             children: VecDeque::new(),
             reserved: 0,
             stats: Stats::default(),
             broken: Vec::new(),
+            failed: None,
             device,
             config,
             tokenizer,
@@ -145,12 +159,26 @@ impl<T: Float> Core<T> {
                 }
             }
             let start = Instant::now();
-            self.admit();
-            if !self.step() && self.slots.iter().all(Option::is_none) {
-                self.refuse_first();
+            match self.admit().and_then(|()| self.step()) {
+                Ok(true) => {}
+                Ok(false) if self.slots.iter().all(Option::is_none) => self.refuse_first(),
+                Ok(false) => {}
+                Err(error) => self.fail(&error),
             }
             self.stats.seconds += start.elapsed().as_secs_f64();
         }
+    }
+
+    /// The device has failed: every job fails, now and from now on.
+    fn fail(&mut self, error: &Error) {
+        self.failed = Some(error.clone());
+        self.in_flight = None;
+        self.children.clear();
+        let running = self.jobs.drain().map(|(_, active)| active.pending);
+        for pending in running.chain(self.queue.drain(..)) {
+            drop(pending.events.send((pending.tag, Event::Failed(error.clone()))));
+        }
+        self.slots.iter_mut().for_each(|slot| *slot = None);
     }
 
     /// Nothing runs and the first waiting job cannot start: it never could.
@@ -166,6 +194,10 @@ impl<T: Float> Core<T> {
         match command {
             Command::Submit(submission) => {
                 let Submission { tag, job, events } = *submission;
+                if let Some(error) = &self.failed {
+                    drop(events.send((tag, Event::Failed(error.clone()))));
+                    return;
+                }
                 let own = hooks::own_part(&job, self.config.layers, self.limits.share);
                 let uses_norms = job.inject.iter().any(|injection| {
                     hooks::is_live(injection)
@@ -219,11 +251,11 @@ impl<T: Float> Core<T> {
     }
 
     /// Starts what can start: continuations first, then waiting jobs in order.
-    fn admit(&mut self) {
+    fn admit(&mut self) -> Result<()> {
         while let Some(child) = self.children.pop_front() {
-            if let Err(child) = self.start_child(child) {
+            if let Some(child) = self.start_child(child)? {
                 self.children.push_front(child);
-                return;
+                return Ok(());
             }
         }
         let mut at = 0;
@@ -239,27 +271,27 @@ impl<T: Float> Core<T> {
                         continue;
                     }
                     _ => {
-                        if !self.start_clean(&key, own) {
-                            return;
+                        if !self.start_clean(&key, own)? {
+                            return Ok(());
                         }
                         at += 1;
                         continue;
                     }
                 }
             }
-            match self.start_job(at) {
-                Some(true) => {}
-                Some(false) => return,
-                None => at += 1,
+            match self.start_job(at)? {
+                true => {}
+                false => return Ok(()),
             }
         }
+        Ok(())
     }
 
     /// Starts a prompt's clean run, keeping the residual rows that waiting jobs need.
-    fn start_clean(&mut self, key: &Key, own: super::hooks::Own) -> bool {
+    fn start_clean(&mut self, key: &Key, own: super::hooks::Own) -> Result<bool> {
         let runs = self.slots.iter().flatten().filter(|s| matches!(s.role, Role::Clean(..)));
         let Some(slot) = self.free_slot().filter(|_| runs.count() < CLEAN_RUNS) else {
-            return false;
+            return Ok(false);
         };
         let waiting = self.queue.iter().filter(|p| p.own.cut > 0 && p.key == *key);
         let mut layers: Vec<usize> = waiting.clone().map(|p| p.own.cut).collect();
@@ -273,7 +305,7 @@ impl<T: Float> Core<T> {
             let (depth, blocks) = (self.config.layers, key.len().div_ceil(PAGE));
             let wanted = depth * blocks + self.reserved;
             if !self.prompts.make_room(&mut self.pool, wanted, key) {
-                return false;
+                return Ok(false);
             }
             let pages = PageTable::take(&mut self.pool, depth, blocks);
             self.prompts.insert(key.clone(), pages, site_count(depth));
@@ -283,20 +315,21 @@ impl<T: Float> Core<T> {
             if is_new {
                 self.prompts.remove(&mut self.pool, key);
             }
-            return false;
+            return Ok(false);
         }
-        let Some(entry) = self.prompts.touch(key) else { return false };
+        let Some(entry) = self.prompts.touch(key) else { return Ok(false) };
         entry.running = true;
         let pages = entry.pages.clone();
         let role = Role::Clean(key.clone(), layers);
-        self.occupy(slot, role, key.to_vec(), 0, pages, Vec::new());
-        true
+        let tokens = key.to_vec();
+        self.occupy(slot, Sequence::new(role, tokens, 0, pages, Vec::new()))?;
+        Ok(true)
     }
 
-    /// Starts the waiting job at `at`: `Some(true)` it is out of the queue, `Some(false)` there is
-    /// no room now.
-    fn start_job(&mut self, at: usize) -> Option<bool> {
-        let Some(slot) = self.free_slot() else { return Some(false) };
+    /// Starts the waiting job at `at`: `true` it is out of the queue, `false` there is no room
+    /// now.
+    fn start_job(&mut self, at: usize) -> Result<bool> {
+        let Some(slot) = self.free_slot() else { return Ok(false) };
         let pending = &self.queue[at];
         let (job, own) = (Arc::clone(&pending.job), pending.own);
         let (prompt, layers) = (job.tokens.len(), self.config.layers);
@@ -321,18 +354,18 @@ impl<T: Float> Core<T> {
         if self.bank.available() < job.inject.len()
             || !self.prompts.make_room(&mut self.pool, wanted, &key)
         {
-            return Some(false);
+            return Ok(false);
         }
-        let planned = match self.plan(&key, &job) {
+        let planned = match self.plan(&key, &job)? {
             Ok(planned) => planned,
             Err(error) => {
                 if let Some(pending) = self.queue.remove(at) {
                     drop(pending.events.send((pending.tag, Event::Failed(error))));
                 }
-                return Some(true);
+                return Ok(true);
             }
         };
-        let pending = self.queue.remove(at)?;
+        let Some(pending) = self.queue.remove(at) else { return Ok(false) };
         let clean = self.prompts.get(&key).filter(|_| pending.needs_clean);
         let reference = |i| clean.and_then(|clean| clean.norms(prompt).reference(i));
         let references = job.inject.iter().map(reference).collect();
@@ -340,7 +373,17 @@ impl<T: Float> Core<T> {
             Some(clean) => PageTable::fork(&clean.pages, &mut self.pool, blocks, shared),
             None => (PageTable::take(&mut self.pool, layers, blocks), Vec::new()),
         };
-        copy_pages(&self.device, &copies, &mut self.cache);
+        copy_pages(&self.device, &copies, &mut self.cache)?;
+        let tiles = |positions: usize| (positions / TILE) as u32;
+        let shared_prefix = match self.prompts.get(&key).filter(|_| forks) {
+            Some(clean) => SharedPrefix {
+                group: clean.id << 1,
+                tiles_below: tiles(prompt),
+                tiles_above: tiles(own.start),
+                cut: own.cut as u32,
+            },
+            None => SharedPrefix::default(),
+        };
         if let Some(clean) = self.prompts.touch(&key).filter(|_| pending.needs_clean) {
             clean.users += 1;
         }
@@ -350,8 +393,10 @@ impl<T: Float> Core<T> {
         let id = self.next_job;
         self.next_job += 1;
         let tally = vec![Tally::default(); planned.len()];
-        self.occupy(slot, Role::Trunk(id), job.tokens.clone(), own.start, pages, tally.clone());
-        self.write_ops(slot, &planned);
+        let tokens = job.tokens.clone();
+        let trunk = Sequence::new(Role::Trunk(id), tokens, own.start, pages, tally.clone());
+        self.occupy(slot, Sequence { shared: shared_prefix, ..trunk })?;
+        self.write_ops(slot, &planned)?;
         let width = |capture: &super::types::Capture| match capture.site {
             crate::request::CaptureSite::Logits => self.config.vocab,
             _ => self.config.dim,
@@ -369,56 +414,58 @@ impl<T: Float> Core<T> {
             samples: vec![None; samples(&job)],
             scores: vec![None; job.score.len()],
             trunk: None,
+            shared: if children == 1 {
+                shared_prefix
+            } else {
+                let (group, tiles) = ((id as u64) << 1 | 1, tiles(prompt));
+                SharedPrefix { group, tiles_below: tiles, tiles_above: tiles, cut: 0 }
+            },
             waiting: children,
             unfinished: children,
             child_pages,
         };
         self.jobs.insert(id, active);
-        Some(true)
+        Ok(true)
     }
 
     /// Resolves a job's operations and puts their vectors into the bank.
-    fn plan(&mut self, key: &Key, job: &Job) -> Result<Vec<hooks::Planned>> {
+    /// The inner error is the job's, the outer one the device's.
+    fn plan(&mut self, key: &Key, job: &Job) -> Result<Result<Vec<hooks::Planned>>> {
         let clean = self.prompts.get(key).filter(|clean| !clean.running);
         let clean = clean.map(|clean| clean.norms(key.len()));
         // Refusals come before the bank is touched.
-        let mut planned = hooks::plan(job, clean, |_| 0)?;
+        let mut planned = match hooks::plan(job, clean, |_| 0) {
+            Ok(planned) => planned,
+            Err(error) => return Ok(Err(error)),
+        };
         let dim = self.config.dim;
         for op in &mut planned {
             let vector = &job.inject[op.injection].vector;
             let (row, new) = self.bank.take(vector);
             if new {
-                self.hooks.vectors.write(row as usize * dim, vector);
+                self.hooks.vectors.write(row as usize * dim, vector)?;
             }
             op.op.vector = row;
         }
-        Ok(planned)
+        Ok(Ok(planned))
     }
 
-    fn write_ops(&mut self, slot: usize, planned: &[hooks::Planned]) {
+    fn write_ops(&mut self, slot: usize, planned: &[hooks::Planned]) -> Result<()> {
         let ops: Vec<_> = planned.iter().map(|p| (p.site, p.op)).collect();
-        self.hooks.set(slot, &ops);
+        self.hooks.set(slot, &ops)
     }
 
-    fn occupy(
-        &mut self,
-        slot: usize,
-        role: Role,
-        tokens: Vec<u32>,
-        next: usize,
-        pages: PageTable,
-        tally: Vec<Tally>,
-    ) {
-        for (layer, list) in pages.layers.iter().enumerate() {
-            self.cache.set_table(slot, layer, list);
-        }
-        self.slots[slot] = Some(Sequence { role, tokens, next, pages, tally });
+    fn occupy(&mut self, slot: usize, sequence: Sequence) -> Result<()> {
+        self.cache.set_tables(slot, &sequence.pages.layers)?;
+        self.next_sequence += 1;
+        self.slots[slot] = Some(Sequence { id: self.next_sequence, ..sequence });
+        Ok(())
     }
 
     /// Starts a continuation; gives it back where there is no room.
-    fn start_child(&mut self, child: Child) -> std::result::Result<(), Child> {
-        let Some(slot) = self.free_slot() else { return Err(child) };
-        let Some(active) = self.jobs.get_mut(&child.job) else { return Ok(()) };
+    fn start_child(&mut self, child: Child) -> Result<Option<Child>> {
+        let Some(slot) = self.free_slot() else { return Ok(Some(child)) };
+        let Some(active) = self.jobs.get_mut(&child.job) else { return Ok(None) };
         let job = Arc::clone(&active.pending.job);
         let prompt = job.tokens.len();
         let sole = active.is_sole();
@@ -426,17 +473,17 @@ impl<T: Float> Core<T> {
             active.trunk.take().expect("a prompt's pages stay until its continuations start")
         } else {
             if !self.prompts.make_room(&mut self.pool, active.child_pages, &active.pending.key) {
-                return Err(child);
+                return Ok(Some(child));
             }
             let trunk = active.trunk.as_ref().expect("likewise");
             let blocks = rows_of(&job).div_ceil(PAGE);
             let shared = |_| (prompt / PAGE, prompt % PAGE > 0);
             let (pages, copies) = PageTable::fork(trunk, &mut self.pool, blocks, shared);
-            copy_pages(&self.device, &copies, &mut self.cache);
+            copy_pages(&self.device, &copies, &mut self.cache)?;
             pages
         };
         active.waiting -= 1;
-        let planned = active.planned.clone();
+        let (planned, shared) = (active.planned.clone(), active.shared);
         self.settle_trunk(child.job);
         let tally = vec![Tally::default(); planned.len()];
         let mut tokens = job.tokens.clone();
@@ -445,9 +492,10 @@ impl<T: Float> Core<T> {
         let fed = if is_score { child.tokens.len() - 1 } else { child.tokens.len() };
         tokens.extend(&child.tokens[..fed]);
         let role = if is_score { Role::Score(child) } else { Role::Sample(child) };
-        self.occupy(slot, role, tokens, prompt, pages, tally);
-        self.write_ops(slot, &planned);
-        Ok(())
+        let sequence = Sequence::new(role, tokens, prompt, pages, tally);
+        self.occupy(slot, Sequence { shared, ..sequence })?;
+        self.write_ops(slot, &planned)?;
+        Ok(None)
     }
 
     /// Once every continuation has started, nobody needs the prompt's own pages.

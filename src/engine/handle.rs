@@ -15,6 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    batch::bucket,
     core::{Command, Core, Submission},
     hooks,
     sequence::{continuations, rows_of},
@@ -22,11 +23,16 @@ use super::{
 };
 use crate::{
     device::{
-        Cpu, Device, DeviceKind,
+        Cpu, Cuda, Device, DeviceKind,
         cpu::{Isa, thread_pool},
+        cuda::MatrixPath,
     },
     error::{Error, Result},
-    model::{Model, ModelConfig, forward::workspace, weights::Weights},
+    model::{
+        Model, ModelConfig,
+        forward::{Sizes, workspace},
+        weights::Weights,
+    },
     ops::{Float, attention::PAGE, matmul::Dtype},
 };
 
@@ -49,6 +55,11 @@ pub struct Options {
     pub share: bool,
     /// `None`: the best this machine has. Results are the same, bit for bit.
     pub isa: Option<Isa>,
+    /// Which matrix kernels the CUDA devices use; `None`: the GPU's best.
+    pub matrix_path: Option<MatrixPath>,
+    /// Whether a step is queued before the results of the one before are read also where that
+    /// gains nothing. Results are the same, bit for bit.
+    pub behind: bool,
 }
 
 impl Default for Options {
@@ -61,6 +72,8 @@ impl Default for Options {
             kv_bytes: None,
             share: true,
             isa: None,
+            matrix_path: None,
+            behind: false,
         }
     }
 }
@@ -117,11 +130,26 @@ pub struct Limits {
     pub vectors: usize,
     /// Receipts a step.
     pub receipts: usize,
+    /// Rows of logits made at a time.
+    pub head_rows: usize,
+    /// Tokens drawn at a time.
+    pub draws: usize,
+    /// Ids at a time whose logits are wanted.
+    pub ids: usize,
+    /// Most likely tokens at a time that are wanted.
+    pub top: usize,
     /// Whether jobs share what is clean.
     pub share: bool,
+    /// See [`Options::behind`].
+    pub behind: bool,
 }
 
-const MAX_ROWS: usize = 512;
+/// Rows of a step, and of logits made at a time: enough to read weights seldom.
+const CPU_ROWS: (usize, usize) = (512, 64);
+/// Likewise; a GPU computes a hundred rows in the time it reads the weights.
+const GPU_ROWS: (usize, usize) = (4096, 1024);
+/// Likewise, for tests.
+const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
 const DEFAULT_KV_BYTES: u64 = 2 << 30;
 const CAPTURE_BYTES: usize = 64 << 20;
 
@@ -142,18 +170,42 @@ impl Limits {
         // Every site and branch of a row, the final norm among them.
         let taps = 2 * sites + 1;
         let ops = 4 * sites;
+        let (rows, head_rows) = match options.device {
+            DeviceKind::Cpu => CPU_ROWS,
+            DeviceKind::Cuda(_) => GPU_ROWS,
+            DeviceKind::HostKernels => HOST_KERNEL_ROWS,
+        };
+        let rows = rows.max(bucket(options.max_batch));
         Ok(Self {
             slots: options.max_batch,
-            rows: MAX_ROWS.max(options.max_batch),
+            rows,
             positions: c.context,
             pages,
             capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(2 * taps),
             residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
             ops,
             vectors: (4 * options.max_batch).max(ops),
-            receipts: 8 * MAX_ROWS.max(options.max_batch) + ops,
+            receipts: 8 * rows + ops,
+            head_rows,
+            draws: 1 << 16,
+            ids: 1 << 17,
+            top: 1 << 16,
             share: options.share,
+            behind: options.behind,
         })
+    }
+
+    /// The sizes of what a step reads and writes.
+    pub(super) fn sizes(&self, layers: usize) -> Sizes {
+        Sizes {
+            rows: self.rows,
+            slots: self.slots,
+            positions: self.positions,
+            captured: self.capture_rows + self.residual_pages * PAGE,
+            entries: self.capture_rows + self.rows * (layers + 1),
+            receipts: self.receipts,
+            head_rows: self.head_rows,
+        }
     }
 
     /// Refuses a job that could never get its memory.
@@ -172,6 +224,13 @@ impl Limits {
             return Err(Error::new("too many captures in one request")
                 .expected(format!("at most {}", self.capture_rows))
                 .got(job.capture.len()));
+        }
+        let ids = job.watch.len() + job.score.len() + job.n as usize;
+        let top = job.logprobs.unwrap_or(0) as usize;
+        if job.n as usize > self.draws || ids > self.ids || top > self.top {
+            return Err(Error::new("too many samples, scores or log-probabilities in one request")
+                .expected(format!("at most {} samples and {} ids in all", self.draws, self.ids))
+                .got(format!("{} samples and {ids} ids", job.n)));
         }
         if job.inject.len() > self.ops {
             return Err(Error::new("too many injections in one request")
@@ -215,7 +274,12 @@ impl Engine {
     }
 
     fn start_as<T: Float>(model: &Model, options: &Options) -> Result<Self> {
-        let DeviceKind::Cpu = options.device;
+        if options.device != DeviceKind::Cpu && options.dtype == Dtype::F32 {
+            return Err(Error::new("the CUDA kernels have no f32")
+                .at("--dtype")
+                .expected("bf16")
+                .hint("--device cpu has f32, for exact comparisons"));
+        }
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = options.threads.unwrap_or(cores);
         let isa = options.isa.unwrap_or_else(Isa::detect);
@@ -223,11 +287,28 @@ impl Engine {
         let config = Arc::new(model.config.clone());
         let pool = thread_pool(threads)?;
         let core = pool.install(|| -> Result<Core<T>> {
-            let device = Device::Cpu(Cpu::new(isa, threads, workspace(&config, limits.rows))?);
+            let device = match options.device {
+                DeviceKind::Cpu => {
+                    let workspace = workspace(&config, limits.sizes(config.layers));
+                    Device::Cpu(Cpu::new(isa, threads, workspace)?)
+                }
+                DeviceKind::Cuda(ordinal) => {
+                    let cuda = Cuda::gpu(ordinal)?;
+                    let path = options.matrix_path.unwrap_or(cuda.path());
+                    Device::Cuda(cuda.with_path(path)?)
+                }
+                DeviceKind::HostKernels => {
+                    Device::Cuda(Cuda::host(options.matrix_path.unwrap_or(MatrixPath::Wgmma))?)
+                }
+            };
             let weights = Weights::load(&device, options.dtype, &config, &model.checkpoint)?;
             let tokenizer = model.tokenizer.clone();
             Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
         })?;
+        let arithmetic = match &core.device {
+            Device::Cpu(_) => "fma".into(), // every instruction set gives the same bits
+            Device::Cuda(cuda) => cuda.arithmetic(),
+        };
         let (sender, receiver) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("inkling-engine".into())
@@ -235,7 +316,7 @@ impl Engine {
         let fingerprint = Fingerprint {
             device: options.device.to_string(),
             dtype: options.dtype.to_string(),
-            isa: "fma".into(), // every instruction set gives the same bits
+            isa: arithmetic,
             kernels: "1".into(),
         };
         let commands = Mutex::new(Some(sender));

@@ -273,6 +273,7 @@ pub fn plan(
         let (scale, relative) =
             scale(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
         let to = injection.to.map_or(u32::MAX, |to| u32::try_from(to).unwrap_or(u32::MAX));
+        let relative = u32::from(relative);
         let op = HookOp { vector: row(at), from: injection.from as u32, to, scale, relative };
         planned.push(Planned {
             site: site_index(injection.site, injection.layer),

@@ -69,7 +69,7 @@ impl PageTable {
         pool: &mut PagePool,
         blocks: usize,
         shared: impl Fn(usize) -> (usize, bool),
-    ) -> (Self, Vec<(u32, u32)>) {
+    ) -> (Self, Vec<[u32; 2]>) {
         let mut copies = Vec::new();
         let layers = from.layers.iter().enumerate().map(|(layer, pages)| {
             let (whole, partial) = shared(layer);
@@ -77,7 +77,7 @@ impl PageTable {
             list.iter().for_each(|&page| pool.retain(page));
             list.extend((whole..blocks).map(|_| pool.take()));
             if partial {
-                copies.push((pages[whole], list[whole]));
+                copies.push([pages[whole], list[whole]]);
             }
             list
         });
@@ -108,7 +108,7 @@ mod tests {
             );
         assert_eq!(fork.layers[0][..2], base.layers[0][..2]);
         assert_eq!(fork.layers[1][..1], base.layers[1][..1]);
-        assert_eq!(copies, vec![(base.layers[0][2], fork.layers[0][2])]);
+        assert_eq!(copies, vec![[base.layers[0][2], fork.layers[0][2]]]);
         assert_eq!(pool.available(), 20 - 6 - (2 + 3));
         base.release(&mut pool);
         assert_eq!(pool.available(), 20 - 8);

@@ -1,175 +1,201 @@
-//! What becomes of a step's logits: tokens drawn, continuations scored, rows captured.
+//! What becomes of a step's logits: tokens drawn, continuations scored, rows captured. Planned
+//! before the step runs, collected after it.
 
 use std::sync::Arc;
 
 use super::{
     batch::PlannedRow,
     core::Core,
-    sequence::{Child, Role, samples},
+    outputs::HeadRow,
+    sequence::{Child, Role, Sequence, samples},
     types::{FirstToken, TokenLogprob},
 };
 use crate::{
+    error::Result,
     ops::{
         Float,
         philox::{Purpose, philox},
-        sample::{Draw, sample},
-        summarize::{Summary, Wanted, summarize},
+        rows::NONE,
+        sample::Draw,
+        summarize::{Id, Summary, Wanted},
     },
     request::{CaptureSite, Sampling},
 };
 
+/// Rows of logits that are made together.
+#[derive(Default)]
+pub(super) struct HeadChunk {
+    pub rows: Vec<HeadRow>,
+    pub draws: Vec<Draw>,
+    pub wanted: Vec<Wanted>,
+}
+
 impl<T: Float> Core<T> {
-    /// Draws, scores and captures from the logits of up to [`HEAD_ROWS`] rows.
-    pub(super) fn collect_logits(&mut self, rows: &[PlannedRow], heads: &[u32]) {
-        let vocab = self.config.vocab;
-        let mut draws = Vec::new();
-        for (at, &row) in heads.iter().enumerate() {
-            let row = &rows[row as usize];
-            let Some(sequence) = &self.slots[row.slot as usize] else { continue };
-            match &sequence.role {
-                Role::Trunk(job) => {
-                    let job = &self.jobs[job].pending.job;
-                    if row.position as usize + 1 == job.tokens.len() {
-                        let count = samples(job) as u32;
-                        draws.extend((0..count).map(|i| draw(&job.sampling, at as u32, i, 0)));
+    /// The sequence of a row, unless it has ended since the row was planned.
+    pub(super) fn sequence_of(&self, row: &PlannedRow) -> Option<&Sequence> {
+        self.slots[row.slot as usize].as_ref().filter(|sequence| sequence.id == row.sequence)
+    }
+
+    /// Plans the logits of a step's rows, in chunks that fit the memory for them.
+    pub(super) fn plan_heads(&mut self, rows: &[PlannedRow], heads: &[u32]) -> Vec<HeadChunk> {
+        let mut chunks: Vec<HeadChunk> = Vec::new();
+        for &row in heads {
+            let row = rows[row as usize];
+            let draws = self.plan_draws(&row);
+            let wanted = self.plan_summary(&row, draws.len());
+            let fits = chunks.last().is_some_and(|chunk| {
+                let both: Vec<Wanted> = chunk.wanted.iter().chain(&wanted).cloned().collect();
+                chunk.rows.len() < self.limits.head_rows
+                    && chunk.draws.len() + draws.len() <= self.draws.capacity()
+                    && (wanted.is_none() || self.summaries.fits(&both, self.config.vocab))
+            });
+            if !fits {
+                chunks.push(HeadChunk::default());
+            }
+            let Some(chunk) = chunks.last_mut() else { continue };
+            let (at, first) = (chunk.rows.len(), chunk.draws.len());
+            let summary = wanted.is_some().then_some(chunk.wanted.len());
+            chunk.rows.push(HeadRow { row, draws: (first, draws.len()), summary });
+            chunk.draws.extend(draws.into_iter().map(|draw| Draw { row: at as u32, ..draw }));
+            chunk.wanted.extend(wanted.map(|mut wanted| {
+                wanted.row = at;
+                for id in &mut wanted.ids {
+                    if let Id::Drawn(draw) = id {
+                        *draw += first as u32;
                     }
                 }
-                Role::Sample(child) => {
-                    let sampling = &self.jobs[&child.job].pending.job.sampling;
-                    let (index, drawn) = (child.index as u32, child.tokens.len() as u32);
-                    draws.push(draw(sampling, at as u32, index, drawn));
-                }
-                Role::Clean(..) | Role::Score(_) => {}
-            }
+                wanted
+            }));
         }
-        let mut tokens = vec![0; draws.len()];
-        sample(&self.device, vocab, &self.state.logits, &draws, &mut tokens);
-        let wanted = self.wanted_summaries(rows, heads, &draws, &tokens);
-        let wanted: Vec<_> =
-            wanted.iter().map(|(row, ids, top)| Wanted { row: *row, ids, top: *top }).collect();
-        let mut summaries = summarize(&self.device, vocab, &self.state.logits, &wanted).into_iter();
-        let mut tokens = tokens.into_iter();
-        for (at, &row) in heads.iter().enumerate() {
-            let row = &rows[row as usize];
-            self.collect_row(row, at, &mut tokens, &mut summaries);
+        chunks
+    }
+
+    /// The draws of a row; their `row` is not known yet.
+    fn plan_draws(&mut self, row: &PlannedRow) -> Vec<Draw> {
+        let Some(sequence) = &mut self.slots[row.slot as usize] else { return Vec::new() };
+        match &sequence.role {
+            Role::Trunk(job) => {
+                let job = &self.jobs[job].pending.job;
+                if row.position as usize + 1 < job.tokens.len() {
+                    return Vec::new();
+                }
+                let count = samples(job) as u32;
+                (0..count).map(|i| draw(&job.sampling, NONE, i, 0)).collect()
+            }
+            Role::Sample(child) => {
+                let sampling = &self.jobs[&child.job].pending.job.sampling;
+                let drawn = child.tokens.len() + sequence.queued;
+                sequence.queued += 1;
+                vec![draw(sampling, row.slot, child.index as u32, drawn as u32)]
+            }
+            Role::Clean(..) | Role::Score(_) => Vec::new(),
         }
     }
 
-    /// (row of the logits, ids, top) for each summary, in the order `collect_row` takes them.
-    fn wanted_summaries(
-        &self,
-        rows: &[PlannedRow],
-        heads: &[u32],
-        draws: &[Draw],
-        tokens: &[u32],
-    ) -> Vec<(usize, Vec<u32>, usize)> {
-        let mut wanted = Vec::new();
-        for (at, &row) in heads.iter().enumerate() {
-            let row = &rows[row as usize];
-            let Some(sequence) = &self.slots[row.slot as usize] else { continue };
-            let drawn = draws.iter().zip(tokens).filter(|(draw, _)| draw.row as usize == at);
-            // Where nothing could be drawn, any id will do: the job ends with an error.
-            let last = self.config.vocab as u32 - 1;
-            let drawn: Vec<u32> = drawn.map(|(_, &token)| token.min(last)).collect();
-            match &sequence.role {
-                Role::Clean(..) => {}
-                Role::Trunk(job) => {
-                    let job = &self.jobs[job].pending.job;
-                    if row.position as usize + 1 < job.tokens.len() {
-                        continue;
-                    }
-                    let mut ids = job.watch.clone();
-                    ids.extend(job.score.iter().map(|tokens| tokens[0]));
-                    if job.logprobs.is_some() {
-                        ids.extend(drawn);
-                    }
-                    if !ids.is_empty() {
-                        wanted.push((at, ids, job.logprobs.unwrap_or(0) as usize));
-                    }
+    /// What is wanted of a row's logits, counting its draws from 0.
+    fn plan_summary(&self, row: &PlannedRow, draws: usize) -> Option<Wanted> {
+        let sequence = self.sequence_of(row)?;
+        let drawn = (0..draws as u32).map(Id::Drawn);
+        let (ids, top) = match &sequence.role {
+            Role::Clean(..) => return None,
+            Role::Trunk(job) => {
+                let job = &self.jobs[job].pending.job;
+                if row.position as usize + 1 < job.tokens.len() {
+                    return None;
                 }
-                Role::Sample(child) => {
-                    if let Some(top) = self.jobs[&child.job].pending.job.logprobs {
-                        wanted.push((at, drawn, top as usize));
-                    }
+                let given = job.score.iter().map(|tokens| tokens[0]);
+                let mut ids: Vec<Id> =
+                    job.watch.iter().copied().chain(given).map(Id::Token).collect();
+                if job.logprobs.is_some() {
+                    ids.extend(drawn);
                 }
-                Role::Score(child) => {
-                    let next = child.tokens[row.position as usize + 1 - self.prompt_of(child)];
-                    wanted.push((at, vec![next], 0));
+                if ids.is_empty() {
+                    return None;
                 }
+                (ids, job.logprobs.unwrap_or(0))
             }
-        }
-        wanted
+            Role::Sample(child) => {
+                let top = self.jobs[&child.job].pending.job.logprobs?;
+                (drawn.collect(), top)
+            }
+            Role::Score(child) => {
+                let next = child.tokens[row.position as usize + 1 - self.prompt_of(child)];
+                (vec![Id::Token(next)], 0)
+            }
+        };
+        Some(Wanted { row: 0, ids, top: top as usize })
     }
 
     fn prompt_of(&self, child: &Child) -> usize {
         self.jobs[&child.job].pending.job.tokens.len()
     }
 
-    fn collect_row(
-        &mut self,
-        row: &PlannedRow,
-        at: usize,
-        tokens: &mut impl Iterator<Item = u32>,
-        summaries: &mut impl Iterator<Item = Summary>,
-    ) {
+    /// Hands out what a row's logits gave.
+    pub(super) fn collect_head(&mut self, head: &HeadRow, tokens: &[u32], summaries: &[Summary]) {
+        let row = &head.row;
+        if self.sequence_of(row).is_none() {
+            return; // it ended while the row was under way
+        }
         let Some(mut sequence) = self.slots[row.slot as usize].take() else { return };
+        let tokens = &tokens[head.draws.0..][..head.draws.1];
+        let summary = head.summary.map(|at| &summaries[at]);
         match &mut sequence.role {
             Role::Clean(..) => {}
             Role::Trunk(job) => {
                 let job = *job;
-                self.collect_logits_capture(job, row.position as usize, at);
                 if row.position as usize + 1 == self.jobs[&job].pending.job.tokens.len() {
-                    self.first_tokens(job, tokens, summaries);
+                    self.first_tokens(job, tokens, summary);
                 }
             }
             Role::Sample(child) => {
-                let token = tokens.next().unwrap_or_default();
-                let wants = self.jobs[&child.job].pending.job.logprobs.is_some();
-                let summary = if wants { summaries.next() } else { None };
-                child.logprobs.extend(summary.map(|s| chosen(&s, s.logits[0])));
+                let token = tokens[0];
+                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0])));
                 child.tokens.push(token);
                 self.report_token(child, token);
                 sequence.tokens.push(token);
+                sequence.queued -= 1;
             }
             Role::Score(child) => {
-                let summary = summaries.next();
-                if summary.as_ref().is_some_and(|s| !s.logsumexp.is_finite()) {
+                if summary.is_some_and(|s| !s.logsumexp.is_finite()) {
                     self.broken.push(child.job);
                 }
-                child.logprobs.extend(summary.map(|s| chosen(&s, s.logits[0])));
+                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0])));
             }
         }
         self.slots[row.slot as usize] = Some(sequence);
     }
 
-    fn collect_logits_capture(&mut self, job: usize, position: usize, at: usize) {
+    /// Copies the logits of a chunk that jobs capture. Such steps wait for the device.
+    pub(super) fn capture_logits(&mut self, heads: &[HeadRow]) -> Result<()> {
         let vocab = self.config.vocab;
-        let Some(active) = self.jobs.get_mut(&job) else { return };
-        for (capture, out) in active.pending.job.capture.iter().zip(&mut active.captures) {
-            if capture.site == CaptureSite::Logits
-                && let Ok(index) = capture.positions.binary_search(&position)
-            {
-                self.state.logits.read(at * vocab, &mut out[index * vocab..][..vocab]);
+        for (at, head) in heads.iter().enumerate() {
+            let position = head.row.position as usize;
+            let job = match self.sequence_of(&head.row).map(|s| &s.role) {
+                Some(Role::Trunk(job)) => *job,
+                _ => continue,
+            };
+            let Some(active) = self.jobs.get_mut(&job) else { continue };
+            for (capture, out) in active.pending.job.capture.iter().zip(&mut active.captures) {
+                if capture.site == CaptureSite::Logits
+                    && let Ok(index) = capture.positions.binary_search(&position)
+                {
+                    let out = &mut out[index * vocab..][..vocab];
+                    self.state.logits.read(at * vocab, out)?;
+                }
             }
         }
+        Ok(())
     }
 
     /// The prompt's last row: the first token of every continuation.
-    fn first_tokens(
-        &mut self,
-        id: usize,
-        tokens: &mut impl Iterator<Item = u32>,
-        summaries: &mut impl Iterator<Item = Summary>,
-    ) {
+    fn first_tokens(&mut self, id: usize, tokens: &[u32], summary: Option<&Summary>) {
         let Some(active) = self.jobs.get_mut(&id) else { return };
         let job = Arc::clone(&active.pending.job);
         let count = samples(&job);
-        let uses =
-            !job.watch.is_empty() || !job.score.is_empty() || job.logprobs.is_some() && count > 0;
-        let summary = if uses { summaries.next().unwrap_or_default() } else { Summary::default() };
-        if uses && !summary.logsumexp.is_finite() {
+        if summary.is_some_and(|summary| !summary.logsumexp.is_finite()) {
             self.broken.push(id);
         }
+        let summary = summary.cloned().unwrap_or_default();
         let (watch, rest) = summary.logits.split_at(job.watch.len().min(summary.logits.len()));
         if !job.watch.is_empty() {
             active.first = Some(FirstToken {
@@ -179,8 +205,7 @@ impl<T: Float> Core<T> {
             });
         }
         let (scored, drawn) = rest.split_at(job.score.len().min(rest.len()));
-        for index in 0..count {
-            let token = tokens.next().unwrap_or_default();
+        for (index, &token) in tokens.iter().enumerate() {
             let logprobs = drawn.get(index).map(|&logit| chosen(&summary, logit));
             let logprobs = logprobs.into_iter().collect();
             let child = Child { job: id, index, tokens: vec![token], logprobs };
@@ -196,7 +221,7 @@ impl<T: Float> Core<T> {
 }
 
 /// Sample i of a job draws with its own seed; the first with the job's.
-fn draw(sampling: &Sampling, row: u32, sample: u32, index: u32) -> Draw {
+fn draw(sampling: &Sampling, slot: u32, sample: u32, index: u32) -> Draw {
     let seed = match sample {
         0 => sampling.seed,
         _ => {
@@ -205,7 +230,8 @@ fn draw(sampling: &Sampling, row: u32, sample: u32, index: u32) -> Draw {
         }
     };
     Draw {
-        row,
+        row: NONE,
+        slot,
         seed,
         index,
         temperature: sampling.temperature,

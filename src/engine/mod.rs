@@ -7,6 +7,7 @@ mod handle;
 mod hooks;
 mod kv;
 mod logits;
+mod outputs;
 mod prompts;
 pub mod resolve;
 mod sequence;

@@ -15,6 +15,8 @@ pub type Key = Arc<[u32]>;
 /// What is kept of a prompt's clean run.
 #[derive(Debug)]
 pub struct CleanPrompt {
+    /// Names its pages.
+    pub id: u64,
     /// Its keys and values, all layers, all positions.
     pub pages: PageTable,
     /// ‖h‖, (sites, positions).
@@ -85,7 +87,9 @@ impl Prompts {
 
     /// A new entry, about to be computed.
     pub fn insert(&mut self, key: Key, pages: PageTable, sites: usize) {
+        self.clock += 1;
         let entry = CleanPrompt {
+            id: self.clock,
             pages,
             norms: vec![0.0; sites * key.len()],
             residuals: HashMap::new(),

@@ -8,6 +8,7 @@ use super::{
     prompts::Key,
     types::{Event, FirstToken, Job, Sample, Score, TokenLogprob},
 };
+use crate::ops::attention::SharedPrefix;
 
 /// Where a job's events go.
 pub type Events = mpsc::Sender<(u64, Event)>;
@@ -50,6 +51,8 @@ pub struct Active {
     pub samples: Vec<Option<Sample>>,
     /// Finished scores.
     pub scores: Vec<Option<Score>>,
+    /// Which pages its continuations share with others.
+    pub shared: SharedPrefix,
     /// Pages of the prompt, from its end to the last continuation's start.
     pub trunk: Option<PageTable>,
     /// Continuations that have not started.
@@ -112,14 +115,34 @@ pub enum Role {
 /// A sequence in a slot.
 #[derive(Debug)]
 pub struct Sequence {
+    /// Its own, for as long as the engine runs.
+    pub id: u64,
     /// What it is for.
     pub role: Role,
     /// Tokens known so far, by position.
     pub tokens: Vec<u32>,
+    /// Tokens that are being drawn: 0 or 1.
+    pub queued: usize,
+    /// Which pages it shares with other sequences.
+    pub shared: SharedPrefix,
     /// The next position to compute.
     pub next: usize,
     /// Its pages.
     pub pages: PageTable,
     /// What it saw of its job's operations.
     pub tally: Vec<Tally>,
+}
+
+impl Sequence {
+    /// A sequence that shares nothing, to be put into a slot.
+    pub fn new(
+        role: Role,
+        tokens: Vec<u32>,
+        next: usize,
+        pages: PageTable,
+        tally: Vec<Tally>,
+    ) -> Self {
+        let shared = SharedPrefix::default();
+        Self { id: 0, role, tokens, queued: 0, shared, next, pages, tally }
+    }
 }

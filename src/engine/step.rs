@@ -1,20 +1,24 @@
 //! One step of the engine: plan the rows of all sequences, run them, hand out what they gave.
 
 use super::{
-    batch::{PlannedRow, build},
+    batch::{PlannedRow, bucket, build, fill_up},
     core::Core,
     hooks::tap_index,
+    logits::HeadChunk,
     sequence::{Child, Role, Sequence, samples},
     types::{Event, Finish, Sample, Score},
 };
 use crate::{
-    error::Error,
-    model::forward::{HEAD_ROWS, forward, head},
+    device::{Cuda, Device, cuda::Mark},
+    error::{Error, Result},
+    model::forward::{Step, forward, head},
     ops::{
         Float,
-        enter::Source,
-        hooks::{site_count, tap_count},
-        sample::NO_TOKEN,
+        attention::{Items, SharedPrefix},
+        hooks::site_count,
+        rows::{NONE, Source},
+        sample::{Draw, NO_TOKEN, sample},
+        summarize::summarize,
     },
     request::CaptureSite,
 };
@@ -41,34 +45,196 @@ struct Plan {
     heads: Vec<u32>,
 }
 
+/// A step that was queued, and what its results are for.
+pub(super) struct InFlight {
+    rows: Vec<PlannedRow>,
+    takes: Vec<Take>,
+    /// By place: the row's first receipt.
+    receipts: Vec<i32>,
+    /// Where each planned row stands.
+    place: Vec<u32>,
+    chunks: Vec<HeadChunk>,
+    /// Which of the two outputs it writes.
+    turn: usize,
+    /// Its end; `None` where nothing is queued.
+    end: Option<Mark>,
+}
+
 impl<T: Float> Core<T> {
-    /// Plans and runs one step; gives whether there was anything to do.
-    pub(super) fn step(&mut self) -> bool {
+    /// Plans and queues one step, and collects the results of the one before (of this one where the
+    /// device does not queue); gives whether there was anything to do.
+    pub(super) fn step(&mut self) -> Result<bool> {
         let plan = self.plan_rows();
-        if plan.rows.is_empty() {
-            return false;
+        let done = if plan.rows.is_empty() {
+            match self.in_flight.take() {
+                Some(last) => Some(last),
+                None => return Ok(false),
+            }
+        } else {
+            let queued = self.queue_step(plan)?;
+            if self.device.is_asynchronous() || self.limits.behind {
+                self.in_flight.replace(queued)
+            } else {
+                Some(queued)
+            }
+        };
+        if let Some(done) = done {
+            self.collect(done)?;
         }
+        Ok(true)
+    }
+
+    fn queue_step(&mut self, plan: Plan) -> Result<InFlight> {
         let layers = self.config.layers;
-        let (step, place) = build(layers, tap_count(layers), &plan.rows, &plan.captures);
-        let (cache, state) = (&mut self.cache, &mut self.state);
-        forward(&self.device, &self.config, &self.weights, &self.hooks, &step, cache, state);
+        let (mut step, place) = build(layers, &plan.rows, &plan.captures);
         self.stats.steps += 1;
         self.stats.rows += plan.rows.len() as u64;
         self.stats.layer_rows += step.active[..layers].iter().sum::<usize>() as u64;
-        self.collect_rows(&plan, &step.rows.receipt, &place);
-        self.collect_captures(&plan.takes);
-        for heads in plan.heads.chunks(HEAD_ROWS) {
-            let places: Vec<u32> = heads.iter().map(|&row| place[row as usize]).collect();
-            head(&self.device, &self.config, &self.weights, &places, &mut self.state);
-            self.collect_logits(&plan.rows, heads);
+        let turn = self.stats.steps as usize % 2;
+        let chunks = self.plan_heads(&plan.rows, &plan.heads);
+        let receipts = step.rows.receipt.clone();
+        let is_recorded = self.is_recorded(&plan, &chunks);
+        if is_recorded {
+            fill_up(&mut step, bucket(plan.rows.len()));
+        }
+        let group = self.config.heads / self.config.kv_heads;
+        let shared = |slot: u32| {
+            self.slots[slot as usize].as_ref().map_or(SharedPrefix::default(), |s| s.shared)
+        };
+        step.items = Items::build(&step.rows, group, self.limits.rows, shared);
+        if is_recorded {
+            step.items.fill_up(step.rows.slot.len(), group);
+        }
+        self.state.set(&step)?;
+        if is_recorded {
+            self.run_recorded(&step, &chunks[0], &place, turn)?;
+        } else {
+            let cache = &mut self.cache;
+            let (hooks, last) = (&self.hooks, &self.draws.last);
+            let (device, weights) = (&self.device, &self.weights);
+            forward(device, &self.config, weights, (hooks, last), &step.active, cache, &mut self.state)?;
+            for (at, chunk) in chunks.iter().enumerate() {
+                self.run_head(chunk, &place)?;
+                self.finish_head(at, chunk, turn)?;
+            }
+        }
+        let outputs = &mut self.outputs[turn];
+        let dim = self.config.dim;
+        let is_clean = |row: &PlannedRow| {
+            let sequence = self.slots[row.slot as usize].as_ref();
+            sequence.is_some_and(|s| matches!(s.role, Role::Clean(..)))
+        };
+        if plan.rows.iter().any(is_clean) {
+            let norms = &self.state.norms;
+            norms.fetch(0, norms.len(), &mut outputs.norms, 0)?;
+        }
+        self.state.receipts.fetch(0, step.receipts, &mut outputs.receipts, 0)?;
+        self.state.captured.fetch(0, plan.takes.len() * dim, &mut outputs.captured, 0)?;
+        let end = match &self.device {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.mark()?),
+        };
+        let (rows, takes) = (plan.rows, plan.takes);
+        Ok(InFlight { rows, takes, receipts, place, chunks, turn, end })
+    }
+
+    /// Whether a step is only drawn tokens' rows, so that its launches can be recorded.
+    fn is_recorded(&self, plan: &Plan, chunks: &[HeadChunk]) -> bool {
+        let is_sample = |row: &PlannedRow| {
+            let sequence = self.slots[row.slot as usize].as_ref();
+            sequence.is_some_and(|s| matches!(s.role, Role::Sample(_)))
+        };
+        let fits = bucket(plan.rows.len()) <= self.limits.rows.min(self.limits.head_rows);
+        matches!(self.device, Device::Cuda(_))
+            && chunks.len() == 1
+            && fits
+            && plan.rows.iter().all(is_sample)
+    }
+
+    /// A step of drawn tokens' rows: the same launches for every step of as many rows.
+    fn run_recorded(
+        &mut self,
+        step: &Step,
+        chunk: &HeadChunk,
+        place: &[u32],
+        turn: usize,
+    ) -> Result<()> {
+        let rows = step.rows.slot.len();
+        let mut chosen: Vec<u32> = self.places(chunk, place);
+        chosen.resize(rows, NONE);
+        self.state.choose(&chosen)?;
+        let mut draws = chunk.draws.clone();
+        let dead = Draw { row: NONE, slot: NONE, ..draws[0] };
+        draws.resize(rows, dead);
+        self.draws.set(&draws)?;
+        let key = (rows as u64) << 1 | u64::from(step.items.shares());
+        let vocab = self.config.vocab;
+        let (device, config, weights) = (&self.device, &self.config, &self.weights);
+        let (hooks, state) = (&self.hooks, &mut self.state);
+        let (cache, draws) = (&mut self.cache, &mut self.draws);
+        let mut work = || {
+            let inputs = (hooks, &draws.last);
+            forward(device, config, weights, inputs, &step.active, cache, state)?;
+            head(device, weights, rows, state)?;
+            sample(device, vocab, &state.logits, draws)
+        };
+        match device {
+            Device::Cuda(cuda) => Cuda::replay(cuda, key, work)?,
+            Device::Cpu(_) => work()?,
+        }
+        self.finish_head(0, chunk, turn)
+    }
+
+    fn places(&self, chunk: &HeadChunk, place: &[u32]) -> Vec<u32> {
+        chunk.rows.iter().map(|head| place[head.row.index as usize]).collect()
+    }
+
+    /// Logits and tokens of a chunk of rows.
+    fn run_head(&mut self, chunk: &HeadChunk, place: &[u32]) -> Result<()> {
+        let chosen = self.places(chunk, place);
+        self.state.choose(&chosen)?;
+        head(&self.device, &self.weights, chosen.len(), &mut self.state)?;
+        self.draws.set(&chunk.draws)?;
+        sample(&self.device, self.config.vocab, &self.state.logits, &mut self.draws)
+    }
+
+    /// Summaries of a chunk, and copies of all it gave.
+    fn finish_head(&mut self, at: usize, chunk: &HeadChunk, turn: usize) -> Result<()> {
+        let (logits, tokens) = (&self.state.logits, &self.draws.tokens);
+        let (vocab, summaries) = (self.config.vocab, &mut self.summaries);
+        let is_wanted = !chunk.wanted.is_empty();
+        if is_wanted {
+            summarize(&self.device, vocab, logits, tokens, &chunk.wanted, summaries)?;
+        }
+        let draws = (&self.draws, chunk.draws.len());
+        self.outputs[turn].fetch(&self.device, at, draws, &self.summaries, is_wanted)?;
+        self.capture_logits(&chunk.rows)
+    }
+
+    /// Waits for a step, and hands out what it gave.
+    fn collect(&mut self, step: InFlight) -> Result<()> {
+        if let Some(end) = &step.end {
+            end.wait()?;
+        }
+        self.collect_rows(&step);
+        self.collect_captures(&step);
+        for (at, chunk) in step.chunks.iter().enumerate() {
+            let tokens = self.outputs[step.turn].tokens(at).to_vec();
+            let summaries = match chunk.wanted.is_empty() {
+                true => Vec::new(),
+                false => self.outputs[step.turn].summaries(at),
+            };
+            for head in &chunk.rows {
+                self.collect_head(head, &tokens, &summaries);
+            }
         }
         for job in std::mem::take(&mut self.broken) {
             let error = Error::new("the model's logits are not numbers")
                 .hint("an injection may be far too strong for the model's arithmetic");
             self.drop_job(job, error);
         }
-        self.finish_sequences();
-        true
+        self.finish_sequences(&step.rows);
+        Ok(())
     }
 
     /// One row of every sample, then as many rows of the others as fit.
@@ -78,7 +244,7 @@ impl<T: Float> Core<T> {
             for slot in 0..self.slots.len() {
                 let Some(sequence) = &self.slots[slot] else { continue };
                 if matches!(sequence.role, Role::Sample(_)) == decode {
-                    let end = sequence.tokens.len();
+                    let end = self.plannable(sequence);
                     let mut position = sequence.next;
                     while position < end && self.plan_row(&mut plan, slot, position) {
                         position += 1;
@@ -92,6 +258,16 @@ impl<T: Float> Core<T> {
         plan
     }
 
+    /// The end of the rows of a sequence that can be computed now: those of known tokens, and of
+    /// a token that is being drawn unless it is the last one.
+    fn plannable(&self, sequence: &Sequence) -> usize {
+        let known = sequence.tokens.len();
+        let Role::Sample(child) = &sequence.role else { return known };
+        let most = self.jobs[&child.job].pending.job.sampling.max_tokens as usize;
+        let drawn = child.tokens.len() + sequence.queued;
+        known + if drawn < most { sequence.queued } else { 0 }
+    }
+
     /// Adds a row to the plan, unless the step is full.
     fn plan_row(&self, plan: &mut Plan, slot: usize, position: usize) -> bool {
         let Some(sequence) = &self.slots[slot] else { return false };
@@ -100,7 +276,9 @@ impl<T: Float> Core<T> {
             return false;
         }
         let row = plan.rows.len() as u32;
-        let (mut entry, mut source) = (0, Source::Token(sequence.tokens[position]));
+        let drawn = Source::Drawn(slot as u32);
+        let known = |token: &u32| Source::Token(*token);
+        let (mut entry, mut source) = (0, sequence.tokens.get(position).map_or(drawn, known));
         let mut wants_logits = !matches!(sequence.role, Role::Clean(..));
         match &sequence.role {
             Role::Clean(key, layers) => {
@@ -132,8 +310,15 @@ impl<T: Float> Core<T> {
         }
         plan.heads.extend(wants_logits.then_some(row));
         plan.receipts += ops;
-        let (slot, position) = (slot as u32, position as u32);
-        plan.rows.push(PlannedRow { slot, position, entry: entry as u32, source, ops: ops as u32 });
+        plan.rows.push(PlannedRow {
+            index: row,
+            slot: slot as u32,
+            sequence: sequence.id,
+            position: position as u32,
+            entry: entry as u32,
+            source,
+            ops: ops as u32,
+        });
         true
     }
 
@@ -171,17 +356,20 @@ impl<T: Float> Core<T> {
     }
 
     /// Norms of clean runs, and what operations did.
-    fn collect_rows(&mut self, plan: &Plan, receipts: &[i32], place: &[u32]) {
-        for (row, &place) in plan.rows.iter().zip(place) {
-            let Some(sequence) = &mut self.slots[row.slot as usize] else { continue };
+    fn collect_rows(&mut self, step: &InFlight) {
+        let (outputs, stride) = (&self.outputs[step.turn], self.state.rows());
+        for (row, &place) in step.rows.iter().zip(&step.place) {
+            let sequence = self.slots[row.slot as usize].as_mut();
+            let Some(sequence) = sequence.filter(|s| s.id == row.sequence) else { continue };
             let (place, position) = (place as usize, row.position as usize);
             if let Role::Clean(key, _) = &sequence.role {
                 let Some(clean) = self.prompts.touch(key) else { continue };
                 for site in 0..site_count(self.config.layers) {
-                    clean.norms[site * key.len() + position] = self.state.norm(site, place);
+                    clean.norms[site * key.len() + position] =
+                        outputs.norms.get()[site * stride + place];
                 }
             }
-            if receipts[place] < 0 {
+            if step.receipts[place] < 0 {
                 continue;
             }
             let job = match &sequence.role {
@@ -191,7 +379,7 @@ impl<T: Float> Core<T> {
             };
             let planned = &self.jobs[&job].planned;
             for (at, (tally, planned)) in sequence.tally.iter_mut().zip(planned).enumerate() {
-                let [before, change] = self.state.receipts[receipts[place] as usize + at];
+                let [before, change] = outputs.receipts.get()[step.receipts[place] as usize + at];
                 tally.expected +=
                     u64::from((planned.op.from..planned.op.to).contains(&row.position));
                 if !before.is_nan() {
@@ -203,12 +391,13 @@ impl<T: Float> Core<T> {
         }
     }
 
-    fn collect_captures(&mut self, takes: &[Take]) {
+    fn collect_captures(&mut self, step: &InFlight) {
         let dim = self.config.dim;
-        for take in takes {
+        let captured = self.outputs[step.turn].captured.get();
+        for take in &step.takes {
             if let Some(active) = self.jobs.get_mut(&take.job) {
                 let out = &mut active.captures[take.capture][take.index * dim..][..dim];
-                self.state.captured.read(take.from * dim, out);
+                out.copy_from_slice(&captured[take.from * dim..][..dim]);
             }
         }
     }
@@ -276,13 +465,14 @@ impl<T: Float> Core<T> {
         active.samples[child.index] = Some(Sample { tokens, text, finish, logprobs });
     }
 
-    /// Takes finished sequences out of their slots, and reports finished jobs.
-    fn finish_sequences(&mut self) {
-        for slot in 0..self.slots.len() {
-            let Some(sequence) = &self.slots[slot] else { continue };
+    /// Takes sequences that these rows finished out of their slots, and reports finished jobs.
+    fn finish_sequences(&mut self, rows: &[PlannedRow]) {
+        for row in rows {
+            let slot = row.slot as usize;
+            let Some(sequence) = self.sequence_of(row) else { continue };
             let done = match &sequence.role {
                 Role::Sample(child) => self.finish_of(child).is_some(),
-                _ => sequence.next == sequence.tokens.len(),
+                _ => row.position as usize + 1 == sequence.tokens.len(),
             };
             if !done {
                 continue;

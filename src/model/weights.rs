@@ -4,7 +4,7 @@ use super::{Checkpoint, ModelConfig};
 use crate::{
     device::{Buffer, Device},
     error::Result,
-    ops::matmul::{Dtype, PANEL, Weight, interleave},
+    ops::matmul::{Dtype, PANEL, Weight, gate_turn, interleave},
 };
 
 /// All weights of a model.
@@ -60,6 +60,36 @@ impl Weights {
         };
         checkpoint.finish()?;
         Ok(Self { embedding, layers, final_norm, head })
+    }
+
+    /// Weights that look random, for measurements: the stream stays of order one through all
+    /// layers, and logits too.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn random(device: &Device, dtype: Dtype, config: &ModelConfig) -> Result<Self> {
+        let c = config;
+        let mut seed = 0;
+        let mut weight = |n: usize, k: usize| {
+            seed += 1;
+            Weight::random(device, dtype, (n, k), seed, 1.0 / (k as f32).sqrt())
+        };
+        let (attn, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let ones = || Buffer::upload(device, &vec![1.0; c.dim]);
+        let mut layer = || -> Result<LayerWeights> {
+            Ok(LayerWeights {
+                attn_norm: ones()?,
+                qkv: weight(attn + 2 * kv, c.dim)?,
+                out: weight(c.dim, attn)?,
+                mlp_norm: ones()?,
+                gate_up: weight(2 * padded_ffn(c), c.dim)?,
+                down: weight(c.dim, padded_ffn(c))?,
+            })
+        };
+        let layers = (0..c.layers).map(|_| layer()).collect::<Result<_>>()?;
+        let embedding = weight(c.vocab, c.dim)?;
+        let head = if c.tied_embeddings { None } else { Some(weight(c.vocab, c.dim)?) };
+        Ok(Self { embedding, layers, final_norm: ones()?, head })
     }
 
     /// The output head, (vocab, dim).
@@ -132,9 +162,9 @@ impl Loader<'_> {
         let c = self.config;
         let gate = self.checkpoint.tensor(&name("mlp.gate_proj"), &[c.ffn_dim, c.dim])?;
         let up = self.checkpoint.tensor(&name("mlp.up_proj"), &[c.ffn_dim, c.dim])?;
-        let shape = (2 * padded_ffn(c), c.dim);
+        let (shape, turn) = ((2 * padded_ffn(c), c.dim), gate_turn(self.device));
         Weight::pack(self.device, self.dtype, shape, |row, out| {
-            let (is_up, row) = interleave(row);
+            let (is_up, row) = interleave(turn, row);
             if row < c.ffn_dim {
                 if is_up { up.read_row(row, out) } else { gate.read_row(row, out) }
             } else {

@@ -3,28 +3,29 @@
 //! chunk results merged in ascending order. Forks, chunked prefills and shared pages therefore
 //! cannot change a bit.
 
-use super::{
-    Float,
-    math::{LANES, exp, max, sum_lanes},
-    residual_norm::Rows,
-    tile::{Left, Right, WIDTH, tile, widen},
-};
+mod cpu;
+mod plan;
+
+pub use plan::{AttentionPlan, Items, SharedPrefix};
+
+use self::plan::Item;
+use super::{Float, activations::Activations, matmul::Dtype, rows::Rows};
 use crate::{
     device::{
-        Buffer, Device,
-        cpu::{Isa, Kernel, Shared},
+        Buffer, Cuda, Device,
+        cuda::{Launch, Params},
     },
     error::Result,
 };
 
 /// Positions of a page.
 pub const PAGE: usize = 16;
-const TILE: usize = 64;
-const CHUNK: usize = 1024;
+/// Positions that the fold takes at a time.
+pub const TILE: usize = 64;
+/// Positions after which the fold is restarted.
+pub const CHUNK: usize = 1024;
 /// The widest head.
 pub const MAX_HEAD_DIM: usize = 256;
-/// Query heads folded side by side.
-const GROUP: usize = 4;
 
 /// Sizes of the cache.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,8 @@ pub struct CacheShape {
 }
 
 impl CacheShape {
-    /// Elements of a page: keys `[kv_heads][head_dim][PAGE]`, then values `[kv_heads][PAGE][head_dim]`.
+    /// Elements of a page. On the processor keys `[kv_heads][head_dim][PAGE]`, then values
+    /// `[kv_heads][PAGE][head_dim]`; for the kernels both are `[kv_heads][PAGE][head_dim]`.
     pub fn page_len(&self) -> usize {
         2 * self.kv_heads * self.head_dim * PAGE
     }
@@ -65,18 +67,22 @@ impl CacheShape {
 pub struct Cache<T> {
     /// Sizes.
     pub shape: CacheShape,
-    tables: Tables,
+    /// (slots, layers, blocks): the page of each block of positions.
+    tables: Buffer<u32>,
     pages: Buffer<T>,
+    /// Pairs of pages on their way to [`super::copy_pages`].
+    pub(super) copies: Buffer<[u32; 2]>,
 }
 
-/// (slots, layers, blocks): the page of each block of positions.
-pub(super) struct Tables {
+/// The tables as the processor reads them.
+#[derive(Clone, Copy)]
+pub(super) struct Tables<'a> {
     layers: usize,
     blocks: usize,
-    pages: Vec<u32>,
+    pages: &'a [u32],
 }
 
-impl Tables {
+impl Tables<'_> {
     #[inline]
     pub(super) fn page(&self, slot: usize, layer: usize, block: usize) -> usize {
         assert!(layer < self.layers && block < self.blocks, "block {block} of layer {layer}");
@@ -86,216 +92,186 @@ impl Tables {
 
 impl<T: Float> Cache<T> {
     /// Takes the memory.
+    ///
+    /// # Errors
+    /// There is not enough.
     pub fn new(device: &Device, shape: CacheShape) -> Result<Self> {
-        let pages = Buffer::zeroed(device, shape.pages * shape.page_len())?;
-        let table = vec![0; shape.slots * shape.layers * shape.blocks];
-        let tables = Tables { layers: shape.layers, blocks: shape.blocks, pages: table };
-        Ok(Self { shape, tables, pages })
+        Ok(Self {
+            shape,
+            tables: Buffer::zeroed(device, shape.slots * shape.layers * shape.blocks)?,
+            pages: Buffer::zeroed(device, shape.pages * shape.page_len())?,
+            copies: Buffer::zeroed(device, 4096)?,
+        })
     }
 
-    /// Sets the pages of a slot at a layer.
-    pub fn set_table(&mut self, slot: usize, layer: usize, pages: &[u32]) {
-        let start = (slot * self.shape.layers + layer) * self.shape.blocks;
-        assert!(pages.len() <= self.shape.blocks, "{} pages", pages.len());
-        assert!(pages.iter().all(|&page| (page as usize) < self.shape.pages), "page");
-        self.tables.pages[start..start + pages.len()].copy_from_slice(pages);
+    /// Sets the pages of a slot, one list a layer.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn set_tables(&mut self, slot: usize, lists: &[Vec<u32>]) -> Result<()> {
+        let CacheShape { layers, blocks, .. } = self.shape;
+        assert!(lists.len() == layers && slot < self.shape.slots, "{} layers", lists.len());
+        let mut table = vec![0; layers * blocks];
+        for (list, to) in lists.iter().zip(table.chunks_exact_mut(blocks)) {
+            assert!(list.len() <= blocks, "{} pages", list.len());
+            assert!(list.iter().all(|&page| (page as usize) < self.shape.pages), "page");
+            to[..list.len()].copy_from_slice(list);
+        }
+        self.tables.write(slot * layers * blocks, &table)
     }
 
-    pub(super) fn split_mut(&mut self) -> (&Tables, &mut [T]) {
-        (&self.tables, self.pages.host_mut())
+    pub(super) fn tables(&self) -> Tables<'_> {
+        let CacheShape { layers, blocks, .. } = self.shape;
+        Tables { layers, blocks, pages: self.tables.host() }
+    }
+
+    pub(super) fn split_mut(&mut self) -> (Tables<'_>, &mut [T]) {
+        let CacheShape { layers, blocks, .. } = self.shape;
+        (Tables { layers, blocks, pages: self.tables.host() }, self.pages.host_mut())
+    }
+
+    pub(super) fn tables_address(&self) -> u64 {
+        self.tables.address()
+    }
+
+    pub(super) fn address_mut(&mut self) -> u64 {
+        self.pages.address_mut()
     }
 }
 
-/// For rows `0..rows` of rotated qkv, (rows, (heads + 2 · `kv_heads`) · `head_dim`): attention of each
-/// query over the positions of its sequence up to its own, to out, (rows, heads · `head_dim`).
-#[expect(clippy::too_many_arguments, reason = "operands, in the formula's order")]
-pub fn attention<T: Float>(
-    device: &Device,
-    rows: usize,
-    heads: usize,
-    qkv: &Buffer<f32>,
-    at: &Rows,
-    layer: usize,
-    cache: &Cache<T>,
-    out: &mut Buffer<T>,
-) {
-    let Device::Cpu(cpu) = device;
-    let shape = cache.shape;
+/// Operands of [`attention`].
+pub struct Attention<'a, T> {
+    /// Rows `0..rows` are active.
+    pub rows: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// (rows, (heads + 2 · `kv_heads`) · `head_dim`), rotated.
+    pub qkv: &'a Buffer<f32>,
+    /// Which rows these are.
+    pub at: &'a Rows,
+    /// How the kernels divide the step's rows; the processor does not read it.
+    pub plan: &'a mut AttentionPlan,
+    /// The block.
+    pub layer: usize,
+    /// Keys and values.
+    pub cache: &'a Cache<T>,
+    /// s = cap · tanh(s / cap) of every score (Gemma 2).
+    pub soft_cap: Option<f32>,
+    /// Only this many positions are seen, the row's own among them.
+    pub window: Option<usize>,
+    /// (rows, heads · `head_dim`).
+    pub out: &'a mut Activations<T>,
+}
+
+/// Attention of each row's queries over the positions of its sequence up to its own.
+///
+/// # Errors
+/// The device has failed.
+pub fn attention<T: Float>(device: &Device, p: Attention<'_, T>) -> Result<()> {
+    let shape = p.cache.shape;
     let (head_dim, kv_heads) = (shape.head_dim, shape.kv_heads);
-    let (width, group) = ((heads + 2 * kv_heads) * head_dim, heads / kv_heads);
-    assert!(qkv.len() >= rows * width && out.len() >= rows * heads * head_dim, "qkv, out");
-    assert!(head_dim <= MAX_HEAD_DIM && heads.is_multiple_of(kv_heads), "heads");
-    let out = Shared::new(out.host_mut());
-    let work = |row: usize| {
-        let queries = &qkv.host()[row * width..][..heads * head_dim];
-        // SAFETY: each task has its own rows.
-        let out = unsafe { out.range(row * heads * head_dim, heads * head_dim) };
-        for first in (0..heads).step_by(group) {
-            for start in (first..first + group).step_by(GROUP) {
-                let count = GROUP.min(first + group - start);
-                let fold = Fold {
-                    isa: cpu.isa(),
-                    q: &queries[start * head_dim..][..count * head_dim],
-                    positions: at.position[row] as usize + 1,
-                    slot: at.slot[row] as usize,
-                    layer,
-                    kv_head: first / group,
-                    cache,
-                    out: &mut out[start * head_dim..][..count * head_dim],
-                };
-                match count {
-                    1 => cpu.isa().run(Of::<1, T>(fold)),
-                    2 => cpu.isa().run(Of::<2, T>(fold)),
-                    3 => cpu.isa().run(Of::<3, T>(fold)),
-                    _ => cpu.isa().run(Of::<4, T>(fold)),
-                }
-            }
+    assert!(p.qkv.len() >= p.rows * (p.heads + 2 * kv_heads) * head_dim, "qkv");
+    assert!(p.out.rows() >= p.rows && p.out.dim() == p.heads * head_dim, "out");
+    assert!(head_dim <= MAX_HEAD_DIM && p.heads.is_multiple_of(kv_heads), "heads");
+    assert!(p.layer < shape.layers && p.at.len() >= p.rows, "layer, rows");
+    match device {
+        Device::Cpu(cpu) => cpu::attention(cpu, p),
+        Device::Cuda(cuda) => return launch(cuda, p),
+    }
+    Ok(())
+}
+
+/// Mirror of `AttentionParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AttentionParams {
+    qkv: u64,
+    position: u64,
+    pages: u64,
+    tables: u64,
+    list: u64,
+    items: u64,
+    out: u64,
+    total: u64,
+    open: u64,
+    rows: i32,
+    width: i32,
+    heads: i32,
+    kv_heads: i32,
+    head_dim: i32,
+    layer: i32,
+    layers: i32,
+    blocks: i32,
+    out_row_groups: i32,
+    window: i32,
+    scale: f32,
+    soft_cap: f32,
+}
+const _: () = assert!(size_of::<AttentionParams>() == 120, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/attention.cu.
+unsafe impl Params for AttentionParams {}
+
+/// The kernels of each width of heads: (widest head, one warp, four warps).
+const KERNELS: [(usize, &str, &str); 6] = [
+    (32, "attention_narrow_32", "attention_wide_32"),
+    (64, "attention_narrow_64", "attention_wide_64"),
+    (80, "attention_narrow_80", "attention_wide_80"),
+    (96, "attention_narrow_96", "attention_wide_96"),
+    (128, "attention_narrow_128", "attention_wide_128"),
+    (256, "attention_narrow_256", "attention_wide_256"),
+];
+
+/// The width of heads that the kernels compute with.
+pub fn kernel_head_dim(head_dim: usize) -> usize {
+    KERNELS.iter().map(|kernel| kernel.0).find(|&width| width >= head_dim).unwrap_or(MAX_HEAD_DIM)
+}
+
+fn launch<T: Float>(cuda: &Cuda, p: Attention<'_, T>) -> Result<()> {
+    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read and write bf16");
+    let shape = p.cache.shape;
+    let width = kernel_head_dim(shape.head_dim);
+    let (_, narrow, wide) = KERNELS.into_iter().find(|kernel| kernel.0 == width).expect("a width");
+    let group = p.heads / shape.kv_heads;
+    let params = |items: &Buffer<Item>, plan: &AttentionPlan, out: &mut Activations<T>| {
+        AttentionParams {
+            qkv: p.qkv.address(),
+            position: p.at.position.address(),
+            pages: p.cache.pages.address(),
+            tables: p.cache.tables.address(),
+            list: plan.list.address(),
+            items: items.address(),
+            out: out.address_mut(),
+            total: plan.total.address(),
+            open: plan.open.address(),
+            rows: p.rows as i32,
+            width: ((p.heads + 2 * shape.kv_heads) * shape.head_dim) as i32,
+            heads: p.heads as i32,
+            kv_heads: shape.kv_heads as i32,
+            head_dim: shape.head_dim as i32,
+            layer: p.layer as i32,
+            layers: shape.layers as i32,
+            blocks: shape.blocks as i32,
+            out_row_groups: out.row_groups() as i32,
+            window: p.window.map_or(0, |window| window as i32),
+            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+            soft_cap: p.soft_cap.unwrap_or(0.0),
         }
     };
-    cpu.parallel_chunks(rows, 4, |range| range.for_each(work));
-}
-
-/// Query heads of one row that share a key head.
-struct Fold<'a, T> {
-    isa: Isa,
-    q: &'a [f32],
-    positions: usize,
-    slot: usize,
-    layer: usize,
-    kv_head: usize,
-    cache: &'a Cache<T>,
-    out: &'a mut [T],
-}
-
-/// A fold of R query heads.
-struct Of<'a, const R: usize, T>(Fold<'a, T>);
-
-/// What the fold carries: max, sum and output of each head.
-struct State<const R: usize> {
-    max: [f32; R],
-    sum: [f32; R],
-    out: [[f32; MAX_HEAD_DIM]; R],
-}
-
-impl<const R: usize> State<R> {
-    #[inline(always)]
-    fn new() -> Self {
-        Self { max: [f32::NEG_INFINITY; R], sum: [0.0; R], out: [[0.0; MAX_HEAD_DIM]; R] }
+    let [narrow_items, wide_items] = p.plan.active(p.rows);
+    // The shared parts first: items of their rows go on from there.
+    for (kernel, warps, items, count) in [
+        (wide, 4, &p.plan.prefix, p.plan.prefixes),
+        (wide, 4, &p.plan.wide, wide_items),
+        (narrow, 1, &p.plan.narrow, narrow_items),
+    ] {
+        let launch = Launch {
+            grid: [count as u32, (shape.kv_heads * group.div_ceil(16)) as u32, 1],
+            block: 32 * warps,
+            shared: (128 + 16 * warps) * 2 * (width as u32 + 8),
+        };
+        // SAFETY: the lengths were checked; items name rows of the step, whose slots and
+        // positions lie inside the tables, and `Cache::set_tables` keeps pages inside the cache.
+        unsafe { cuda.launch(kernel, launch, &params(items, p.plan, p.out))? };
     }
-
-    /// Folds a later chunk into this one.
-    #[inline(always)]
-    fn merge(&mut self, later: &Self, head_dim: usize) {
-        for r in 0..R {
-            let max = self.max[r].max(later.max[r]);
-            let (mine, theirs) = (exp(self.max[r] - max), exp(later.max[r] - max));
-            self.max[r] = max;
-            self.sum[r] = self.sum[r] * mine + later.sum[r] * theirs;
-            for d in 0..head_dim {
-                self.out[r][d] = self.out[r][d] * mine + later.out[r][d] * theirs;
-            }
-        }
-    }
-}
-
-impl<const R: usize, T: Float> Kernel for Of<'_, R, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self) {
-        let fold = self.0;
-        let head_dim = fold.cache.shape.head_dim;
-        let mut total = State::<R>::new();
-        for start in (0..fold.positions).step_by(CHUNK) {
-            let mut state = State::<R>::new();
-            let end = fold.positions.min(start + CHUNK);
-            for tile in (start..end).step_by(TILE) {
-                fold.tile::<R>(tile, TILE.min(end - tile), &mut state);
-            }
-            if start == 0 {
-                total = state;
-            } else {
-                total.merge(&state, head_dim);
-            }
-        }
-        for r in 0..R {
-            let out = &mut fold.out[r * head_dim..][..head_dim];
-            for (out, &v) in out.iter_mut().zip(&total.out[r]) {
-                *out = T::from_f32(v / total.sum[r]);
-            }
-        }
-    }
-}
-
-impl<T: Float> Fold<'_, T> {
-    /// Folds `valid` positions from `start` on.
-    #[inline(always)]
-    fn tile<const R: usize>(&self, start: usize, valid: usize, state: &mut State<R>) {
-        let head_dim = self.cache.shape.head_dim;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let isa = self.isa;
-        let mut weights = [[f32::NEG_INFINITY; TILE]; R];
-        let mut page = [0.0f32; (MAX_HEAD_DIM + 1) * PAGE];
-        for block in 0..valid.div_ceil(PAGE) {
-            widen(self.keys(start / PAGE + block), &mut page[..head_dim * PAGE]);
-            let q = Left { values: self.q, row_stride: head_dim, k_stride: 1 };
-            let mut scores = [[0.0f32; PAGE]; R];
-            tile(isa, head_dim, q, Right { values: &page, stride: PAGE }, &mut scores);
-            for r in 0..R {
-                for lane in 0..PAGE.min(valid - block * PAGE) {
-                    weights[r][block * PAGE + lane] = scores[r][lane] * scale;
-                }
-            }
-        }
-        for r in 0..R {
-            let tile_max = max(&weights[r]);
-            let new_max = if tile_max > state.max[r] { tile_max } else { state.max[r] };
-            let keep = exp(state.max[r] - new_max);
-            let mut lanes = [0.0f32; LANES];
-            for chunk in weights[r].as_chunks_mut::<LANES>().0 {
-                for lane in 0..LANES {
-                    chunk[lane] = exp(chunk[lane] - new_max);
-                    lanes[lane] += chunk[lane];
-                }
-            }
-            state.max[r] = new_max;
-            state.sum[r] = state.sum[r] * keep + sum_lanes(lanes);
-            for out in &mut state.out[r][..head_dim] {
-                *out *= keep;
-            }
-        }
-        for block in 0..valid.div_ceil(PAGE) {
-            let count = PAGE.min(valid - block * PAGE);
-            let values = &self.values(start / PAGE + block)[..count * head_dim];
-            widen(values, &mut page[..count * head_dim]);
-            let weights = &weights.as_flattened()[block * PAGE..];
-            let x = Left { values: weights, row_stride: TILE, k_stride: 1 };
-            for d in (0..head_dim).step_by(WIDTH) {
-                // A ragged last column block reads on into the next row, and drops it.
-                let w = Right { values: &page[d..], stride: head_dim };
-                let mut sums = [[0.0f32; WIDTH]; R];
-                let width = WIDTH.min(head_dim - d);
-                for r in 0..R {
-                    sums[r][..width].copy_from_slice(&state.out[r][d..d + width]);
-                }
-                tile(isa, count, x, w, &mut sums);
-                for r in 0..R {
-                    state.out[r][d..d + width].copy_from_slice(&sums[r][..width]);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn keys(&self, block: usize) -> &[T] {
-        let page = self.cache.tables.page(self.slot, self.layer, block);
-        let start = self.cache.shape.key(page, self.kv_head, 0);
-        &self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE]
-    }
-
-    #[inline(always)]
-    fn values(&self, block: usize) -> &[T] {
-        let page = self.cache.tables.page(self.slot, self.layer, block);
-        let start = self.cache.shape.value(page, self.kv_head, 0);
-        &self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE]
-    }
+    Ok(())
 }

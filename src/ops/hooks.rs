@@ -2,7 +2,7 @@
 //! rows of this step are copied out where. Filled by `engine`, read by kernels.
 
 use crate::{
-    device::{Buffer, Device},
+    device::{Buffer, Device, Element},
     error::Result,
 };
 
@@ -18,8 +18,9 @@ pub fn tap_count(layers: usize) -> usize {
     2 * site_count(layers) + 1
 }
 
-/// One `add` of one sequence at one site.
+/// One `add` of one sequence at one site. The kernels read it as it stands.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
 pub struct HookOp {
     /// Row of the vector bank.
     pub vector: u32,
@@ -29,18 +30,20 @@ pub struct HookOp {
     pub to: u32,
     /// h += scale · v, or with `relative` h += scale · ‖h‖ · v.
     pub scale: f32,
-    /// Whether the row's own norm is a factor.
-    pub relative: bool,
+    /// 1: the row's own norm is a factor. Else 0.
+    pub relative: u32,
 }
+// SAFETY: plain numbers without padding.
+unsafe impl Element for HookOp {}
 
 /// What stays on the device while sequences run.
 pub struct Hooks {
-    sites: usize,
-    ops_per_slot: usize,
+    pub(super) sites: usize,
+    pub(super) ops_per_slot: usize,
     /// (slots, sites + 1): operations of slot s at site i are `first[s, i]..first[s, i + 1]`.
-    first: Vec<u32>,
+    pub(super) first: Buffer<u32>,
     /// (slots, `ops_per_slot`), by site.
-    ops: Vec<HookOp>,
+    pub(super) ops: Buffer<HookOp>,
     /// (vectors, dim), the bank.
     pub vectors: Buffer<f32>,
 }
@@ -48,6 +51,9 @@ pub struct Hooks {
 impl Hooks {
     /// Tables for `slots` sequences of at most `ops_per_slot` operations, and a bank of `vectors`
     /// vectors.
+    ///
+    /// # Errors
+    /// There is not enough memory.
     pub fn new(
         device: &Device,
         (layers, dim): (usize, usize),
@@ -56,12 +62,11 @@ impl Hooks {
         vectors: usize,
     ) -> Result<Self> {
         let sites = site_count(layers);
-        let none = HookOp { vector: 0, from: 0, to: 0, scale: 0.0, relative: false };
         Ok(Self {
             sites,
             ops_per_slot,
-            first: vec![0; slots * (sites + 1)],
-            ops: vec![none; slots * ops_per_slot],
+            first: Buffer::zeroed(device, slots * (sites + 1))?,
+            ops: Buffer::zeroed(device, slots * ops_per_slot)?,
             vectors: Buffer::zeroed(device, vectors * dim)?,
         })
     }
@@ -72,60 +77,81 @@ impl Hooks {
     }
 
     /// Writes the operations of a slot: (site, operation), sorted by site.
-    pub fn set(&mut self, slot: usize, ops: &[(usize, HookOp)]) {
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn set(&mut self, slot: usize, ops: &[(usize, HookOp)]) -> Result<()> {
         assert!(ops.len() <= self.ops_per_slot, "{} operations in a slot", ops.len());
         assert!(ops.is_sorted_by_key(|(site, _)| *site), "operations are sorted by site");
-        let first = &mut self.first[slot * (self.sites + 1)..][..=self.sites];
-        for (site, first) in first.iter_mut().enumerate() {
-            *first = ops.partition_point(|(at, _)| *at < site) as u32;
-        }
-        for (at, (_, op)) in ops.iter().enumerate() {
-            self.ops[slot * self.ops_per_slot + at] = *op;
-        }
+        let first = |site| ops.partition_point(|(at, _)| *at < site) as u32;
+        let first: Vec<u32> = (0..=self.sites).map(first).collect();
+        self.first.write(slot * (self.sites + 1), &first)?;
+        let ops: Vec<HookOp> = ops.iter().map(|(_, op)| *op).collect();
+        self.ops.write(slot * self.ops_per_slot, &ops)
     }
 
     /// Operations of a slot at a site, with the ordinal of the first among all of the slot's.
     #[inline]
     pub(super) fn at(&self, slot: usize, site: usize) -> (usize, &[HookOp]) {
-        let first = &self.first[slot * (self.sites + 1) + site..][..2];
-        let ops = &self.ops[slot * self.ops_per_slot..][..self.ops_per_slot];
+        let first = &self.first.host()[slot * (self.sites + 1) + site..][..2];
+        let ops = &self.ops.host()[slot * self.ops_per_slot..][..self.ops_per_slot];
         (first[0] as usize, &ops[first[0] as usize..first[1] as usize])
     }
 }
 
 /// Rows of a step that are copied out, by tap and row.
-#[derive(Clone, Debug, Default)]
 pub struct CapturePlan {
+    taps: usize,
+    /// Whether there is any.
+    pub(super) any: bool,
     /// (taps + 1): entries of tap t are `first[t]..first[t + 1]`.
-    first: Vec<u32>,
+    pub(super) first: Buffer<u32>,
     /// (row, row of the destination), by tap, then row.
-    entries: Vec<(u32, u32)>,
+    pub(super) entries: Buffer<[u32; 2]>,
 }
 
 impl CapturePlan {
-    /// From (tap, row, destination row) in any order.
-    pub fn build(&mut self, taps: usize, mut wanted: Vec<(u32, u32, u32)>) {
+    /// Room for `capacity` entries.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(device: &Device, taps: usize, capacity: usize) -> Result<Self> {
+        let first = Buffer::zeroed(device, taps + 1)?;
+        Ok(Self { taps, any: false, first, entries: Buffer::zeroed(device, capacity)? })
+    }
+
+    /// Writes a step's captures: (tap, row, destination row) in any order.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn set(&mut self, wanted: &[(u32, u32, u32)]) -> Result<()> {
+        self.any = !wanted.is_empty();
+        if !self.any {
+            return Ok(()); // nobody reads the tables then
+        }
+        let mut wanted = wanted.to_vec();
         wanted.sort_unstable();
-        self.first.clear();
-        let starts = (0..=taps).map(|tap| wanted.partition_point(|w| (w.0 as usize) < tap) as u32);
-        self.first.extend(starts);
-        self.entries.clear();
-        self.entries.extend(wanted.iter().map(|&(_, row, to)| (row, to)));
+        let first = |tap| wanted.partition_point(|w| (w.0 as usize) < tap) as u32;
+        let first: Vec<u32> = (0..=self.taps).map(first).collect();
+        self.first.write(0, &first)?;
+        let entries: Vec<[u32; 2]> = wanted.iter().map(|&(_, row, to)| [row, to]).collect();
+        self.entries.write(0, &entries)
     }
 
     /// The entries of a tap.
     #[inline]
-    pub(super) fn tap(&self, tap: usize) -> &[(u32, u32)] {
-        if self.entries.is_empty() {
+    pub(super) fn tap(&self, tap: usize) -> &[[u32; 2]] {
+        if !self.any {
             return &[];
         }
-        &self.entries[self.first[tap] as usize..self.first[tap + 1] as usize]
+        let first = &self.first.host()[tap..][..2];
+        &self.entries.host()[first[0] as usize..first[1] as usize]
     }
 }
 
 /// Destinations of a row among a tap's entries.
 #[inline]
-pub(super) fn destinations(entries: &[(u32, u32)], row: usize) -> impl Iterator<Item = usize> {
-    let start = entries.partition_point(|e| (e.0 as usize) < row);
-    entries[start..].iter().take_while(move |e| e.0 as usize == row).map(|e| e.1 as usize)
+pub(super) fn destinations(entries: &[[u32; 2]], row: usize) -> impl Iterator<Item = usize> {
+    let start = entries.partition_point(|e| (e[0] as usize) < row);
+    entries[start..].iter().take_while(move |e| e[0] as usize == row).map(|e| e[1] as usize)
 }

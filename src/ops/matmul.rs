@@ -1,24 +1,30 @@
-//! `out = x · Wᵀ`: weights packed once into panels for the micro-kernel.
+//! `out = x · Wᵀ`: weights packed once, on the processor into panels for the micro-kernel, for the
+//! CUDA kernels into tiles as tensor cores read them.
 //!
-//! Every output element is a chain of fused multiply-adds in the order of k, cut into blocks of
-//! [`K_BLOCK`] whose sums are added in order. Nothing depends on the number of rows, on the tile
-//! or on the threads, so a row's bits do not depend on its batch.
+//! On the processor every output element is a chain of fused multiply-adds in the order of k, cut
+//! into blocks of [`K_BLOCK`] whose sums are added in order; on a GPU it is one chain of 16-wide
+//! steps. Nothing depends on the number of rows, on the tile or on the threads, so a row's bits do
+//! not depend on its batch.
 
 use std::sync::PoisonError;
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::{
     Float,
+    activations::{ATOM, Activations, CHUNK},
     math::exp,
+    philox::{Purpose, philox, uniform},
     tile::{Left, Right, WIDTH, tile, widen},
 };
 use crate::{
     device::{
-        Buffer, Device,
+        Buffer, Cuda, Device,
         cpu::{Cpu, Isa, Kernel, Shared},
+        cuda::{Launch, MatrixPath, Params},
     },
-    error::Result,
+    error::{Error, Result},
 };
 
 /// Columns of a weight panel: output features side by side in the lanes.
@@ -28,18 +34,28 @@ const ROWS: usize = 6;
 /// Length of one accumulation in registers; a panel's block of f32 is 16 KiB, half of an L1.
 const K_BLOCK: usize = 256;
 
-/// A weight (n, k), packed: `[n / 16][k][16]`, zero-padded to whole panels.
+/// A weight (n, k), packed.
 pub struct Weight {
     n: usize,
     k: usize,
     storage: Storage,
+    /// (n,), added to every row of the product.
+    bias: Option<Buffer<f32>>,
 }
 
 /// The formats a weight is stored in; only this file knows them.
 enum Storage {
+    /// `[n / 16][k][16]`, zero-padded to whole panels.
     F32(Buffer<f32>),
+    /// Likewise.
     Bf16(Buffer<bf16>),
+    /// `[n / 64][k / 64]` tiles of 64 × 64, zero-padded: in a tile, row r keeps its 8 chunks of 8
+    /// elements at r · 64 + (chunk ^ (r % 8)) · 8.
+    Tiles(Buffer<bf16>),
 }
+
+/// Elements of a tile.
+const TILE: usize = ATOM * ATOM;
 
 /// How a weight is to be stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,21 +94,79 @@ impl Weight {
         (n, k): (usize, usize),
         read_row: impl Fn(usize, &mut [f32]) + Sync + Send,
     ) -> Result<Self> {
-        let Device::Cpu(cpu) = device;
         let len = n.div_ceil(PANEL) * PANEL * k;
-        let storage = match dtype {
-            Dtype::F32 => {
+        let storage = match (device, dtype) {
+            (Device::Cpu(cpu), Dtype::F32) => {
                 let mut packed = Buffer::zeroed(device, len)?;
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::F32(packed)
             }
-            Dtype::Bf16 => {
+            (Device::Cpu(cpu), Dtype::Bf16) => {
                 let mut packed = Buffer::zeroed(device, len)?;
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::Bf16(packed)
             }
+            (Device::Cuda(_), Dtype::Bf16) => {
+                Storage::Tiles(Buffer::upload(device, &pack_tiles((n, k), read_row))?)
+            }
+            (Device::Cuda(_), Dtype::F32) => {
+                return Err(Error::new("the CUDA kernels have no f32 weights")
+                    .hint("use --dtype bf16, or --device cpu"));
+            }
         };
-        Ok(Self { n, k, storage })
+        Ok(Self { n, k, storage, bias: None })
+    }
+
+    /// A weight of values that look random, with this standard deviation: for measurements. On a
+    /// GPU they are made there.
+    ///
+    /// # Errors
+    /// As [`Weight::pack`].
+    pub fn random(
+        device: &Device,
+        dtype: Dtype,
+        (n, k): (usize, usize),
+        seed: u64,
+        deviation: f32,
+    ) -> Result<Self> {
+        let Device::Cuda(cuda) = device else {
+            return Self::pack(device, dtype, (n, k), |row, out| {
+                for (at, out) in out.iter_mut().enumerate() {
+                    let index = (row * k + at) as u64;
+                    let counter = [index as u32, (index >> 32) as u32, Purpose::Vector as u32, 1];
+                    // The sum of four uniform draws, scaled to variance one.
+                    let sum: f32 = philox(seed, counter).iter().map(|&word| uniform(word)).sum();
+                    *out = (sum - 2.0) * 3.0f32.sqrt() * deviation;
+                }
+            });
+        };
+        assert_eq!(dtype, Dtype::Bf16, "the kernels have bf16 weights");
+        let (n_tiles, k_tiles) = (n.div_ceil(ATOM), k.div_ceil(ATOM));
+        let mut tiles = Buffer::zeroed(device, n_tiles * k_tiles * TILE)?;
+        let params = FillWeightParams {
+            weight: tiles.address_mut(),
+            seed,
+            n: n as i32,
+            k: k as i32,
+            k_tiles: k_tiles as i32,
+            n_tiles: n_tiles as i32,
+            scale: deviation,
+            padding: 0,
+        };
+        let blocks = (n_tiles * k_tiles * 2).min(8 * cuda.multiprocessors());
+        // SAFETY: the tiles were just made.
+        unsafe { cuda.launch("fill_weight", Launch::new(blocks, 256), &params)? };
+        Ok(Self { n, k, storage: Storage::Tiles(tiles), bias: None })
+    }
+
+    /// Adds this to every row of the product, (n,).
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn with_bias(mut self, device: &Device, bias: &[f32]) -> Result<Self> {
+        assert_eq!(bias.len(), self.n, "bias");
+        self.bias = Some(Buffer::upload(device, bias)?);
+        Ok(self)
     }
 
     /// Output features.
@@ -109,7 +183,15 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(packed) => packed.len() * 4,
-            Storage::Bf16(packed) => packed.len() * 2,
+            Storage::Bf16(packed) | Storage::Tiles(packed) => packed.len() * 2,
+        }
+    }
+
+    /// The tiles, for kernels.
+    pub(super) fn tiles(&self) -> &Buffer<bf16> {
+        match &self.storage {
+            Storage::Tiles(tiles) => tiles,
+            _ => unreachable!("a weight and its device"),
         }
     }
 
@@ -120,6 +202,7 @@ impl Weight {
         match &self.storage {
             Storage::F32(packed) => read_strided(packed.host(), start, out),
             Storage::Bf16(packed) => read_strided(packed.host(), start, out),
+            Storage::Tiles(_) => unreachable!("a weight and its device"),
         }
     }
 }
@@ -150,17 +233,44 @@ fn pack_panels<W: Float>(
     });
 }
 
-/// `out[i, :] = x[i, :] · Wᵀ` for rows `0..rows`; x: (≥ rows, k), out: (≥ rows, n).
+fn pack_tiles(
+    (n, k): (usize, usize),
+    read_row: impl Fn(usize, &mut [f32]) + Sync + Send,
+) -> Vec<bf16> {
+    let k_tiles = k.div_ceil(ATOM);
+    let mut packed = vec![bf16::ZERO; n.div_ceil(ATOM) * k_tiles * TILE];
+    packed.par_chunks_mut(k_tiles * TILE).enumerate().for_each(|(tile, out)| {
+        let mut row = vec![0.0; k];
+        for lane in 0..ATOM.min(n - tile * ATOM) {
+            read_row(tile * ATOM + lane, &mut row);
+            for (at, &v) in row.iter().enumerate() {
+                let chunk = at % ATOM / CHUNK ^ lane % 8;
+                let place = at / ATOM * TILE + lane * ATOM + chunk * CHUNK + at % CHUNK;
+                out[place] = <bf16 as Float>::from_f32(v);
+            }
+        }
+    });
+    packed
+}
+
+/// `out[i, :] = x[i, :] · Wᵀ + bias` for rows `0..rows`; out: (≥ rows, n).
+///
+/// # Errors
+/// The device has failed.
 pub fn matmul<T: Float>(
     device: &Device,
     rows: usize,
-    x: &Buffer<T>,
+    x: &Activations<T>,
     weight: &Weight,
     out: &mut Buffer<f32>,
-) {
-    let Device::Cpu(cpu) = device;
+) -> Result<()> {
     let n = weight.n;
-    assert!(x.len() >= rows * weight.k && out.len() >= rows * n, "matmul: buffers too short");
+    assert!(x.rows() >= rows && x.dim() == weight.k && out.len() >= rows * n, "matmul: buffers");
+    let cpu = match device {
+        Device::Cpu(cpu) => cpu,
+        Device::Cuda(cuda) => return launch_matmul(cuda, rows, x, weight, out),
+    };
+    let bias = weight.bias.as_ref().map(Buffer::host);
     let shared = Shared::new(&mut out.host_mut()[..rows * n]);
     run(cpu, rows, x, weight, 1, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let column = panel * PANEL;
@@ -169,23 +279,45 @@ pub fn matmul<T: Float>(
             // SAFETY: each task writes the columns of its own panels.
             let out = unsafe { shared.range((first_row + row) * n + column, width) };
             out.copy_from_slice(&values[..width]);
+            if let Some(bias) = bias {
+                out.iter_mut().zip(&bias[column..]).for_each(|(out, bias)| *out += bias);
+            }
         }
     });
+    Ok(())
 }
 
-/// Gated linear unit (Shazeer 2020, eq. 6): `out = silu(x · Gᵀ) * (x · Uᵀ)`, rounded to the matmul type. `weight` holds the rows of
-/// G and U in turns of [`PANEL`] (see [`interleave`]); x: (≥ rows, k), out: (≥ rows, n / 2).
+/// What a gate's sum goes through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// x / (1 + e⁻ˣ).
+    #[default]
+    Silu,
+    /// x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016).
+    GeluTanh,
+}
+
+/// Gated linear unit (Shazeer 2020, eq. 6): `out = act(x · Gᵀ) * (x · Uᵀ)`, rounded to the matmul
+/// type. `weight` holds the rows of G and U in turns (see [`interleave`]); out: (≥ rows, n / 2).
+///
+/// # Errors
+/// The device has failed.
 pub fn gated_matmul<T: Float>(
     device: &Device,
     rows: usize,
-    x: &Buffer<T>,
+    x: &Activations<T>,
     weight: &Weight,
-    out: &mut Buffer<T>,
-) {
-    let Device::Cpu(cpu) = device;
+    activation: Activation,
+    out: &mut Activations<T>,
+) -> Result<()> {
     let n = weight.n / 2;
     assert!(weight.n.is_multiple_of(2 * PANEL), "gate and up in whole panels");
-    assert!(x.len() >= rows * weight.k && out.len() >= rows * n, "gated: buffers too short");
+    assert!(x.rows() >= rows && x.dim() == weight.k, "gated: x");
+    assert!(out.rows() >= rows && out.dim() == n && weight.bias.is_none(), "gated: out");
+    let cpu = match device {
+        Device::Cpu(cpu) => cpu,
+        Device::Cuda(cuda) => return launch_gated(cuda, rows, x, weight, activation, out),
+    };
     let shared = Shared::new(&mut out.host_mut()[..rows * n]);
     run(cpu, rows, x, weight, 2, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let (gate, up) = tile.split_at(tile.len() / 2);
@@ -194,22 +326,30 @@ pub fn gated_matmul<T: Float>(
             // SAFETY: each task writes the columns of its own panels.
             let out = unsafe { shared.range(start, PANEL) };
             if let Some(out) = out.first_chunk_mut() {
-                cpu.isa().run(Gate { linear: &gate[row], up: &up[row], out });
+                cpu.isa().run(Gate { linear: &gate[row], up: &up[row], activation, out });
             }
         }
     });
+    Ok(())
 }
 
-/// Which row of the interleaved gate-and-up weight is row `row % PANEL` of which half: the row of
-/// gate (`false`) or up (`true`) that stands at `row`.
-pub fn interleave(row: usize) -> (bool, usize) {
-    let panel = row / PANEL;
-    (panel % 2 == 1, panel / 2 * PANEL + row % PANEL)
+/// Rows of gate, then as many of up, stand in turns of this many: a panel on the processor; for
+/// the CUDA kernels 8, so that one thread has both sums of a feature.
+pub fn gate_turn(device: &Device) -> usize {
+    if matches!(device, Device::Cpu(_)) { PANEL } else { 8 }
+}
+
+/// Which row of which half stands at `row` of the gate-and-up weight: of gate (`false`) or up
+/// (`true`), in turns of `turn` (see [`gate_turn`]).
+pub fn interleave(turn: usize, row: usize) -> (bool, usize) {
+    let panel = row / turn;
+    (panel % 2 == 1, panel / 2 * turn + row % turn)
 }
 
 struct Gate<'a, T> {
     linear: &'a [f32; PANEL],
     up: &'a [f32; PANEL],
+    activation: Activation,
     out: &'a mut [T; PANEL],
 }
 
@@ -219,9 +359,20 @@ impl<T: Float> Kernel for Gate<'_, T> {
     fn run(self) {
         for lane in 0..PANEL {
             let g = self.linear[lane];
-            self.out[lane] = T::from_f32(g / (1.0 + exp(-g)) * self.up[lane]);
+            let gate = match self.activation {
+                Activation::Silu => g / (1.0 + exp(-g)),
+                Activation::GeluTanh => gelu_tanh(g),
+            };
+            self.out[lane] = T::from_f32(gate * self.up[lane]);
         }
     }
+}
+
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    // 1 + tanh(y) = 2 / (1 + e⁻²ʸ).
+    let y = 0.797_884_6 * (0.044_715 * x * x).mul_add(x, x);
+    x / (1.0 + exp(-2.0 * y))
 }
 
 /// Receives finished tiles: (first row, rows, first panel, (group · ROWS) × PANEL values).
@@ -231,7 +382,7 @@ type Epilogue<'a> = dyn Fn(usize, usize, usize, &[[f32; PANEL]]) + Sync + 'a;
 fn run<T: Float>(
     cpu: &Cpu,
     rows: usize,
-    x: &Buffer<T>,
+    x: &Activations<T>,
     weight: &Weight,
     group: usize,
     epilogue: &Epilogue,
@@ -255,6 +406,7 @@ fn run<T: Float>(
         Storage::Bf16(w) => range.for_each(|at| {
             group_tiles(cpu, rows, k, packed, w.host(), at * group, group, epilogue);
         }),
+        Storage::Tiles(_) => unreachable!("a weight and its device"),
     });
 }
 
@@ -371,4 +523,147 @@ fn add_tile<const R: usize>(isa: Isa, k: usize, x: Left, w: Right, sums: &mut [[
     for (sum, value) in sums[..R].as_flattened_mut().iter_mut().zip(block.as_flattened()) {
         *sum += value;
     }
+}
+
+/// Mirror of `FillWeightParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct FillWeightParams {
+    weight: u64,
+    seed: u64,
+    n: i32,
+    k: i32,
+    k_tiles: i32,
+    n_tiles: i32,
+    scale: f32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<FillWeightParams>() == 40, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/fill_weight.cu.
+unsafe impl Params for FillWeightParams {}
+
+/// Mirror of `MatmulParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct MatmulParams {
+    weight: u64,
+    x: u64,
+    bias: u64,
+    out: u64,
+    rows: i32,
+    n: i32,
+    k_tiles: i32,
+    row_groups: i32,
+    out_row_groups: i32,
+    activation: i32,
+}
+const _: () = assert!(size_of::<MatmulParams>() == 56, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/matmul_epilogue.cuh.
+unsafe impl Params for MatmulParams {}
+
+/// A kernel of matmul: its tile of tokens and features, and what a block takes.
+struct Shape {
+    tokens: usize,
+    features: usize,
+    threads: u32,
+    shared: u32,
+    /// Blocks that a multiprocessor holds.
+    resident: usize,
+    matmul: &'static str,
+    gated: &'static str,
+}
+
+macro_rules! shape {
+    ($path:literal, $tokens:literal, $features:literal, $threads:literal, $shared:literal, $resident:literal) => {
+        Shape {
+            tokens: $tokens,
+            features: $features,
+            threads: $threads,
+            shared: $shared,
+            resident: $resident,
+            matmul: concat!("matmul_", $path, "_", $tokens),
+            gated: concat!("gated_", $path, "_", $tokens),
+        }
+    };
+}
+
+/// As in the table of kernels/matmul.cu.
+const WGMMA: [Shape; 6] = [
+    shape!("wgmma", 8, 64, 160, 111_296, 2),
+    shape!("wgmma", 16, 64, 160, 113_840, 2),
+    shape!("wgmma", 32, 64, 160, 112_784, 2),
+    shape!("wgmma", 64, 64, 160, 102_496, 2),
+    shape!("wgmma", 128, 128, 288, 213_088, 1),
+    shape!("wgmma", 256, 128, 288, 229_440, 1),
+];
+const MMA: [Shape; 3] = [
+    shape!("mma", 16, 64, 128, 81_920, 2),
+    shape!("mma", 64, 64, 128, 65_536, 2),
+    shape!("mma", 128, 128, 256, 98_304, 1),
+];
+
+/// The narrowest tile that holds all rows, else the widest: every weight is then read once for as
+/// many rows as possible. All give a row the same bits.
+fn shape(cuda: &Cuda, rows: usize) -> &'static Shape {
+    let shapes: &[Shape] = if cuda.path() == MatrixPath::Wgmma { &WGMMA } else { &MMA };
+    shapes.iter().find(|shape| shape.tokens >= rows).unwrap_or(&shapes[shapes.len() - 1])
+}
+
+impl Shape {
+    fn launch(&self, cuda: &Cuda, rows: usize, n: usize) -> Launch {
+        let tiles = rows.div_ceil(self.tokens) * n.div_ceil(self.features);
+        let blocks = tiles.min(self.resident * cuda.multiprocessors());
+        Launch { grid: [blocks as u32, 1, 1], block: self.threads, shared: self.shared }
+    }
+}
+
+fn launch_matmul<T: Float>(
+    cuda: &Cuda,
+    rows: usize,
+    x: &Activations<T>,
+    weight: &Weight,
+    out: &mut Buffer<f32>,
+) -> Result<()> {
+    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read bf16");
+    let params = MatmulParams {
+        weight: weight.tiles().address(),
+        x: x.address(),
+        bias: weight.bias.as_ref().map_or(0, Buffer::address),
+        out: out.address_mut(),
+        rows: rows as i32,
+        n: weight.n as i32,
+        k_tiles: weight.k.div_ceil(ATOM) as i32,
+        row_groups: x.row_groups() as i32,
+        out_row_groups: 0,
+        activation: 0,
+    };
+    let shape = shape(cuda, rows);
+    // SAFETY: rows and widths were checked; the tiles are as large as n and k say.
+    unsafe { cuda.launch(shape.matmul, shape.launch(cuda, rows, weight.n), &params) }
+}
+
+fn launch_gated<T: Float>(
+    cuda: &Cuda,
+    rows: usize,
+    x: &Activations<T>,
+    weight: &Weight,
+    activation: Activation,
+    out: &mut Activations<T>,
+) -> Result<()> {
+    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read and write bf16");
+    let params = MatmulParams {
+        weight: weight.tiles().address(),
+        x: x.address(),
+        bias: 0,
+        out: out.address_mut(),
+        rows: rows as i32,
+        n: weight.n as i32,
+        k_tiles: weight.k.div_ceil(ATOM) as i32,
+        row_groups: x.row_groups() as i32,
+        out_row_groups: out.row_groups() as i32,
+        activation: if activation == Activation::Silu { 0 } else { 1 },
+    };
+    let shape = shape(cuda, rows);
+    // SAFETY: likewise.
+    unsafe { cuda.launch(shape.gated, shape.launch(cuda, rows, weight.n), &params) }
 }

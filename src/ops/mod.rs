@@ -1,7 +1,8 @@
 //! The operations of the forward pass, one file each: parameters, checks, launch. Nothing above
 //! this layer writes `unsafe`. An operation checks every length, allocates nothing and waits for
-//! nothing.
+//! nothing. On a [`crate::device::Cuda`] it queues the kernel of the same name in `kernels/`.
 
+pub mod activations;
 pub mod attention;
 pub mod copy_pages;
 pub mod enter;
@@ -11,6 +12,7 @@ pub mod matmul;
 pub mod philox;
 pub mod residual_norm;
 pub mod rope_append;
+pub mod rows;
 pub mod sample;
 pub mod select_rows;
 pub mod summarize;
@@ -22,6 +24,8 @@ use crate::device::Element;
 
 /// The type of matmul inputs and of the KV cache.
 pub trait Float: Element + Default {
+    /// Its name among the types that a model can be run in.
+    const DTYPE: matmul::Dtype;
     /// Exact.
     fn to_f32(self) -> f32;
     /// Rounded to nearest, ties to even.
@@ -29,6 +33,7 @@ pub trait Float: Element + Default {
 }
 
 impl Float for f32 {
+    const DTYPE: matmul::Dtype = matmul::Dtype::F32;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -40,6 +45,7 @@ impl Float for f32 {
 }
 
 impl Float for bf16 {
+    const DTYPE: matmul::Dtype = matmul::Dtype::Bf16;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)

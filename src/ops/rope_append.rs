@@ -1,20 +1,35 @@
 //! Rotates queries and keys (Su et al. 2021, eq. 34, halves as Hugging Face lays them out) and
 //! appends keys and values to the cache.
 
-use super::{Float, attention::Cache, residual_norm::Rows};
-use crate::device::{Buffer, Device, cpu::Shared};
+use super::{
+    Float,
+    attention::Cache,
+    matmul::Dtype,
+    rows::{NONE, Rows},
+};
+use crate::{
+    device::{
+        Buffer, Cuda, Device,
+        cpu::{Cpu, Shared},
+        cuda::{Launch, Params},
+    },
+    error::Result,
+};
 
 /// Cosines and sines, (positions, `head_dim` / 2) each.
 pub struct RopeTable {
     half: usize,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
 }
 
 impl RopeTable {
     /// Frequency i is theta^(-2i / `head_dim`), angle = position · frequency, all rounded to f32 as
     /// transformers does.
-    pub fn new(positions: usize, head_dim: usize, theta: f32) -> Self {
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(device: &Device, positions: usize, head_dim: usize, theta: f32) -> Result<Self> {
         let half = head_dim / 2;
         let frequency = |i: usize| {
             let exponent = (2 * i) as f32 / head_dim as f32;
@@ -23,13 +38,14 @@ impl RopeTable {
         let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let angles = (0..positions)
             .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)));
-        let (cos, sin) = angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip();
-        Self { half, cos, sin }
+        let (cos, sin): (Vec<f32>, Vec<f32>) =
+            angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip();
+        Ok(Self { half, cos: Buffer::upload(device, &cos)?, sin: Buffer::upload(device, &sin)? })
     }
 
     fn rotate(&self, position: usize, head: &mut [f32]) {
         let at = position * self.half;
-        let (cos, sin) = (&self.cos[at..][..self.half], &self.sin[at..][..self.half]);
+        let (cos, sin) = (&self.cos.host()[at..][..self.half], &self.sin.host()[at..][..self.half]);
         let (low, high) = head.split_at_mut(self.half);
         for i in 0..self.half {
             let (a, b) = (low[i], high[i]);
@@ -39,38 +55,64 @@ impl RopeTable {
     }
 }
 
-/// For rows `0..rows` of qkv, (rows, (heads + 2 · `kv_heads`) · `head_dim`): rotates q and k in place
-/// and writes rotated k, and v, to the row's place in the cache of `layer`.
-#[expect(clippy::too_many_arguments, reason = "operands, in the formula's order")]
-pub fn rope_append<T: Float>(
-    device: &Device,
-    rows: usize,
-    heads: usize,
-    qkv: &mut Buffer<f32>,
-    at: &Rows,
-    rope: &RopeTable,
-    layer: usize,
-    cache: &mut Cache<T>,
-) {
-    let Device::Cpu(cpu) = device;
+/// Operands of [`rope_append`].
+pub struct RopeAppend<'a, T> {
+    /// Rows `0..rows` are active.
+    pub rows: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// (rows, (heads + 2 · `kv_heads`) · `head_dim`).
+    pub qkv: &'a mut Buffer<f32>,
+    /// Which rows these are.
+    pub at: &'a Rows,
+    /// The angles.
+    pub rope: &'a RopeTable,
+    /// The block whose keys and values they are.
+    pub layer: usize,
+    /// Where they go.
+    pub cache: &'a mut Cache<T>,
+}
+
+/// Rotates q and k in place and writes rotated k, and v, to the row's place in the cache of
+/// `layer`.
+///
+/// # Errors
+/// The device has failed.
+pub fn rope_append<T: Float>(device: &Device, p: RopeAppend<'_, T>) -> Result<()> {
+    let shape = p.cache.shape;
+    let width = (p.heads + 2 * shape.kv_heads) * shape.head_dim;
+    assert!(p.qkv.len() >= p.rows * width && 2 * p.rope.half == shape.head_dim, "qkv, rope");
+    assert!(p.at.len() >= p.rows && p.layer < shape.layers, "rows, layer");
+    match device {
+        Device::Cpu(cpu) => on_cpu(cpu, p),
+        Device::Cuda(cuda) => return launch(cuda, p),
+    }
+    Ok(())
+}
+
+fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
+    let RopeAppend { rows, heads, qkv, at, rope, layer, cache } = p;
     let shape = cache.shape;
     let (head_dim, kv_heads) = (shape.head_dim, shape.kv_heads);
     let width = (heads + 2 * kv_heads) * head_dim;
-    assert!(qkv.len() >= rows * width && 2 * rope.half == head_dim, "qkv, rope");
     let qkv = Shared::new(qkv.host_mut());
     let (tables, pages) = cache.split_mut();
     let pages = Shared::new(pages);
     cpu.parallel_chunks(rows, 8, |range| {
         for row in range {
+            let slot = at.slot.host()[row];
+            if slot == NONE {
+                continue;
+            }
             // SAFETY: each task has its own rows.
             let values = unsafe { qkv.range(row * width, width) };
-            let position = at.position[row] as usize;
+            let position = at.position.host()[row] as usize;
             let (q, kv) = values.split_at_mut(heads * head_dim);
             let (k, v) = kv.split_at_mut(kv_heads * head_dim);
             for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
                 rope.rotate(position, head);
             }
-            let page = tables.page(at.slot[row] as usize, layer, position / super::attention::PAGE);
+            let page = tables.page(slot as usize, layer, position / super::attention::PAGE);
             let lane = position % super::attention::PAGE;
             for head in 0..kv_heads {
                 let source = head * head_dim..(head + 1) * head_dim;
@@ -88,4 +130,61 @@ pub fn rope_append<T: Float>(
             }
         }
     });
+}
+
+/// Mirror of `RopeAppendParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct RopeAppendParams {
+    qkv: u64,
+    cos: u64,
+    sin: u64,
+    slot: u64,
+    position: u64,
+    tables: u64,
+    pages: u64,
+    q_norm: u64,
+    k_norm: u64,
+    rows: i32,
+    heads: i32,
+    kv_heads: i32,
+    head_dim: i32,
+    layer: i32,
+    layers: i32,
+    blocks: i32,
+    eps: f32,
+}
+const _: () = assert!(size_of::<RopeAppendParams>() == 104, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/rope_append.cu.
+unsafe impl Params for RopeAppendParams {}
+
+fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
+    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels write bf16");
+    let shape = p.cache.shape;
+    let params = RopeAppendParams {
+        qkv: p.qkv.address_mut(),
+        cos: p.rope.cos.address(),
+        sin: p.rope.sin.address(),
+        slot: p.at.slot.address(),
+        position: p.at.position.address(),
+        tables: p.cache.tables_address(),
+        pages: p.cache.address_mut(),
+        q_norm: 0,
+        k_norm: 0,
+        rows: p.rows as i32,
+        heads: p.heads as i32,
+        kv_heads: shape.kv_heads as i32,
+        head_dim: shape.head_dim as i32,
+        layer: p.layer as i32,
+        layers: shape.layers as i32,
+        blocks: shape.blocks as i32,
+        eps: 0.0,
+    };
+    let lanes = (shape.head_dim / 8).next_power_of_two();
+    let heads = p.heads + 2 * shape.kv_heads;
+    let grid = [p.rows as u32, (heads * lanes).div_ceil(128) as u32, 1];
+    let launch = Launch { grid, block: 128, shared: 0 };
+    // SAFETY: the lengths were checked; the planner keeps slots and positions inside the tables
+    // and the angles, and `Cache::set_tables` keeps pages inside the cache.
+    unsafe { cuda.launch("rope_append", launch, &params) }
 }

@@ -6,17 +6,24 @@
 use super::{
     math::{exp, max},
     philox::{Purpose, gumbel, philox, uniform},
+    rows::NONE,
 };
-use crate::device::{
-    Buffer, Device,
-    cpu::{Kernel, Shared},
+use crate::{
+    device::{
+        Buffer, Cuda, Device, Element,
+        cpu::{Cpu, Kernel, Shared},
+        cuda::{Launch, Params},
+    },
+    error::Result,
 };
 
 /// How one token is drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
-    /// Row of the logits.
+    /// Row of the logits; [`NONE`]: nothing is drawn.
     pub row: u32,
+    /// The slot whose next row reads the token; [`NONE`]: none.
+    pub slot: u32,
     /// The trial's seed.
     pub seed: u64,
     /// How many tokens were generated before.
@@ -32,21 +39,102 @@ pub struct Draw {
 }
 
 /// What is drawn from logits none of which is a number.
-pub const NO_TOKEN: u32 = u32::MAX;
+pub const NO_TOKEN: u32 = NONE;
 
-/// `tokens[i]` = the token of draw i, or [`NO_TOKEN`]. logits: (rows, vocab).
+/// A draw as the kernel reads it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct DrawWords {
+    row: u32,
+    slot: u32,
+    seed: [u32; 2],
+    index: u32,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+}
+const _: () = assert!(size_of::<DrawWords>() == 36, "the kernel asserts the same");
+// SAFETY: plain numbers without padding.
+unsafe impl Element for DrawWords {}
+
+/// The draws of a step, and what they give.
+pub struct Draws {
+    list: Vec<Draw>,
+    words: Buffer<DrawWords>,
+    /// One for each draw: its token, or [`NO_TOKEN`].
+    pub tokens: Buffer<u32>,
+    /// (slots,), the token that was last drawn for each.
+    pub last: Buffer<u32>,
+}
+
+impl Draws {
+    /// Room for `capacity` draws of `slots` sequences.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(device: &Device, capacity: usize, slots: usize) -> Result<Self> {
+        Ok(Self {
+            list: Vec::new(),
+            words: Buffer::zeroed(device, capacity)?,
+            tokens: Buffer::zeroed(device, capacity)?,
+            last: Buffer::zeroed(device, slots)?,
+        })
+    }
+
+    /// Draws that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Writes the draws that the next call of [`sample`] makes.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn set(&mut self, draws: &[Draw]) -> Result<()> {
+        let words = |draw: &Draw| DrawWords {
+            row: draw.row,
+            slot: draw.slot,
+            seed: [draw.seed as u32, (draw.seed >> 32) as u32],
+            index: draw.index,
+            temperature: draw.temperature,
+            top_k: draw.top_k,
+            top_p: draw.top_p,
+            min_p: draw.min_p,
+        };
+        self.list.clear();
+        self.list.extend_from_slice(draws);
+        self.words.write(0, &draws.iter().map(words).collect::<Vec<_>>())
+    }
+}
+
+/// Draws a token for each of `draws`. logits: (rows, vocab).
+///
+/// # Errors
+/// The device has failed.
 pub fn sample(
     device: &Device,
     vocab: usize,
     logits: &Buffer<f32>,
-    draws: &[Draw],
-    tokens: &mut [u32],
-) {
-    let Device::Cpu(cpu) = device;
-    assert_eq!(draws.len(), tokens.len(), "tokens");
-    let tokens = Shared::new(tokens);
-    cpu.parallel(draws.len(), |at| {
-        let draw = &draws[at];
+    draws: &mut Draws,
+) -> Result<()> {
+    let rows = logits.len() / vocab;
+    let fits = |draw: &Draw| draw.row == NONE || (draw.row as usize) < rows;
+    assert!(draws.list.iter().all(fits), "a draw's row");
+    match device {
+        Device::Cpu(cpu) => on_cpu(cpu, vocab, logits, draws),
+        Device::Cuda(cuda) => return launch(cuda, vocab, logits, draws),
+    }
+    Ok(())
+}
+
+fn on_cpu(cpu: &Cpu, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) {
+    let tokens = Shared::new(draws.tokens.host_mut());
+    cpu.parallel(draws.list.len(), |at| {
+        let draw = &draws.list[at];
+        if draw.row == NONE {
+            return;
+        }
         let logits = &logits.host()[draw.row as usize * vocab..][..vocab];
         // SAFETY: each task has its own token.
         let token = unsafe { tokens.range(at, 1) };
@@ -58,6 +146,42 @@ pub fn sample(
             among(&kept(logits, draw), logits, draw)
         };
     });
+    for (draw, token) in draws.list.iter().zip(draws.tokens.host()) {
+        if draw.row != NONE && draw.slot != NONE {
+            draws.last.host_mut()[draw.slot as usize] = *token;
+        }
+    }
+}
+
+/// Mirror of `SampleParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SampleParams {
+    logits: u64,
+    draws: u64,
+    tokens: u64,
+    last: u64,
+    vocab: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<SampleParams>() == 40, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/sample.cu.
+unsafe impl Params for SampleParams {}
+
+fn launch(cuda: &Cuda, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) -> Result<()> {
+    let slots = draws.last.len();
+    let fits = |draw: &Draw| draw.slot == NONE || (draw.slot as usize) < slots;
+    assert!(draws.list.iter().all(fits), "a draw's slot");
+    let params = SampleParams {
+        logits: logits.address(),
+        draws: draws.words.address(),
+        tokens: draws.tokens.address_mut(),
+        last: draws.last.address_mut(),
+        vocab: vocab as i32,
+        padding: 0,
+    };
+    // SAFETY: rows and slots were checked, and `list.len()` draws were written.
+    unsafe { cuda.launch("sample", Launch::new(draws.list.len(), 512), &params) }
 }
 
 /// The lowest id of the largest logit.

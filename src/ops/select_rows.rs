@@ -1,19 +1,77 @@
 //! Copies chosen rows side by side, so that the output head runs only where it is needed.
 
-use super::Float;
-use crate::device::{Buffer, Device};
+use super::{
+    Float,
+    activations::{ATOM, Activations, CHUNK},
+    rows::NONE,
+};
+use crate::{
+    device::{
+        Buffer, Cuda, Device,
+        cuda::{Launch, Params},
+    },
+    error::Result,
+};
 
-/// `out[i, :] = x[rows[i], :]`, both (.., dim).
+/// `out[i, :] = x[rows[i], :]` for the first `count` of `rows`; nothing where that is [`NONE`].
+///
+/// # Errors
+/// The device has failed.
 pub fn select_rows<T: Float>(
     device: &Device,
-    dim: usize,
-    rows: &[u32],
-    x: &Buffer<T>,
-    out: &mut Buffer<T>,
-) {
-    let Device::Cpu(_) = device;
-    assert!(out.len() >= rows.len() * dim, "out");
-    for (to, &from) in out.host_mut().chunks_exact_mut(dim).zip(rows) {
-        to.copy_from_slice(&x.host()[from as usize * dim..][..dim]);
+    count: usize,
+    rows: &Buffer<u32>,
+    x: &Activations<T>,
+    out: &mut Activations<T>,
+) -> Result<()> {
+    assert!(out.rows() >= count && rows.len() >= count && out.dim() == x.dim(), "out");
+    match device {
+        Device::Cpu(_) => {
+            let dim = x.dim();
+            let chosen = rows.host()[..count].iter();
+            for (to, &from) in out.host_mut().chunks_exact_mut(dim).zip(chosen) {
+                if from != NONE {
+                    to.copy_from_slice(&x.host()[from as usize * dim..][..dim]);
+                }
+            }
+            Ok(())
+        }
+        Device::Cuda(cuda) => launch(cuda, count, rows, x, out),
     }
+}
+
+/// Mirror of `SelectRowsParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SelectRowsParams {
+    x: u64,
+    out: u64,
+    rows: u64,
+    count: i32,
+    chunks: i32,
+    x_row_groups: i32,
+    out_row_groups: i32,
+}
+const _: () = assert!(size_of::<SelectRowsParams>() == 40, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/select_rows.cu.
+unsafe impl Params for SelectRowsParams {}
+
+fn launch<T: Float>(
+    cuda: &Cuda,
+    count: usize,
+    rows: &Buffer<u32>,
+    x: &Activations<T>,
+    out: &mut Activations<T>,
+) -> Result<()> {
+    let params = SelectRowsParams {
+        x: x.address(),
+        out: out.address_mut(),
+        rows: rows.address(),
+        count: count as i32,
+        chunks: (x.atoms() * (ATOM / CHUNK)) as i32,
+        x_row_groups: x.row_groups() as i32,
+        out_row_groups: out.row_groups() as i32,
+    };
+    // SAFETY: the rows of `out` were checked; the planner chooses rows of the step.
+    unsafe { cuda.launch("select_rows", Launch::new(count, 128), &params) }
 }

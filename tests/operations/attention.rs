@@ -4,17 +4,19 @@ use half::bf16;
 use inkling::{
     device::{Buffer, Device},
     ops::{
-        attention::{Cache, CacheShape, PAGE, attention},
+        attention::{
+            Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, attention,
+        },
         copy_pages::copy_pages,
-        residual_norm::Rows,
-        rope_append::{RopeTable, rope_append},
+        rope_append::{RopeAppend, RopeTable, rope_append},
+        rows::{RowList, Rows},
     },
 };
 
 use crate::{
     reference::ops::{attention as attend, rope},
-    tools::{Numbers, Stored, U, close, first_difference, nans, on_every_isa, read, upload},
-    tools::{sizes, widen},
+    tools::{Numbers, Stored, U, close, first_difference, nan_activations, nans},
+    tools::{on_every_device, read, read_rows, sizes, upload, widen},
 };
 
 /// Positions that a query sees: around a page (16), a tile (64) and a chunk (1,024).
@@ -35,9 +37,27 @@ const NOISE: u32 = 0;
 const LAYER: usize = 1;
 
 /// Rows of one sequence.
-fn rows(slot: u32, positions: impl IntoIterator<Item = usize>) -> Rows {
+fn rows(slot: u32, positions: impl IntoIterator<Item = usize>) -> RowList {
     let position: Vec<u32> = positions.into_iter().map(|position| position as u32).collect();
-    Rows { slot: vec![slot; position.len()], receipt: vec![-1; position.len()], position }
+    RowList { slot: vec![slot; position.len()], receipt: vec![-1; position.len()], position }
+}
+
+fn set_table<T: Stored>(cache: &mut Cache<T>, slot: u32, pages: &[u32]) {
+    cache.set_tables(slot as usize, &[Vec::new(), pages.to_vec()]).unwrap();
+}
+
+fn append<T: Stored>(
+    device: &Device,
+    heads: usize,
+    qkv: &mut Buffer<f32>,
+    list: &RowList,
+    rope: &RopeTable,
+    cache: &mut Cache<T>,
+) {
+    let at = Rows::upload(device, list).unwrap();
+    let rows = list.slot.len();
+    let operands = RopeAppend { rows, heads, qkv, at: &at, rope, layer: LAYER, cache };
+    rope_append(device, operands).unwrap();
 }
 
 /// One shape of heads with the rows of a sequence.
@@ -45,8 +65,15 @@ struct Case {
     kv_heads: usize,
     heads: usize,
     head_dim: usize,
+    soft_cap: Option<f32>,
+    window: Option<usize>,
     /// (positions, (heads + 2 · `kv_heads`) · `head_dim`), before rope.
     qkv: Vec<f32>,
+}
+
+/// Nobody shares.
+fn alone(_: u32) -> SharedPrefix {
+    SharedPrefix::default()
 }
 
 impl Case {
@@ -60,7 +87,7 @@ impl Case {
             qkv.extend(numbers.with_outliers(q + k, 20.0).iter().map(|v| v * 1.5));
             qkv.extend(numbers.with_outliers(k, 1000.0));
         }
-        Self { kv_heads, heads, head_dim, qkv }
+        Self { kv_heads, heads, head_dim, soft_cap: None, window: None, qkv }
     }
 
     fn width(&self) -> usize {
@@ -78,24 +105,34 @@ impl Case {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             pages: PAGES,
-            slots: 3,
+            slots: 7,
             blocks: BLOCKS,
         };
         let mut cache = Cache::new(device, shape).unwrap();
         let pages: Vec<u32> = (0..BLOCKS).map(page).collect();
         for slot in [NOISE, SLOT] {
-            cache.set_table(slot as usize, LAYER, &pages);
+            set_table(&mut cache, slot, &pages);
         }
-        let at = rows(NOISE, 0..BLOCKS * PAGE);
-        let mut noise = nans(device, BLOCKS * PAGE * 2 * self.kv_heads * self.head_dim);
-        rope_append(device, BLOCKS * PAGE, 0, &mut noise, &at, rope, LAYER, &mut cache);
+        self.noise(device, rope, 0..BLOCKS * PAGE, &mut cache);
         cache
+    }
+
+    /// Writes NaN to positions of the noise's pages.
+    fn noise<T: Stored>(
+        &self,
+        device: &Device,
+        rope: &RopeTable,
+        positions: std::ops::Range<usize>,
+        cache: &mut Cache<T>,
+    ) {
+        let mut noise = nans(device, positions.len() * 2 * self.kv_heads * self.head_dim);
+        append(device, 0, &mut noise, &rows(NOISE, positions), rope, cache);
     }
 
     /// Rotated qkv of all positions, then the output of the last row of each length, while nothing
     /// but NaN is in the cache behind it, then the same rows in one batch over the full cache.
     fn run<T: Stored>(&self, device: &Device) -> Vec<Vec<f32>> {
-        let rope = RopeTable::new(BLOCKS * PAGE, self.head_dim, THETA);
+        let rope = RopeTable::new(device, BLOCKS * PAGE, self.head_dim, THETA).unwrap();
         let mut cache = self.cache::<T>(device, &rope);
         let (width, out_width) = (self.width(), self.out_width());
         let (mut rotated, mut alone) = (Vec::new(), Vec::new());
@@ -103,8 +140,7 @@ impl Case {
         for length in LENGTHS {
             let mut qkv = upload::<f32>(device, &self.qkv[from * width..length * width], 0);
             let at = rows(SLOT, from..length);
-            let count = length - from;
-            rope_append(device, count, self.heads, &mut qkv, &at, &rope, LAYER, &mut cache);
+            append(device, self.heads, &mut qkv, &at, &rope, &mut cache);
             rotated.extend(read(&qkv));
             let last = upload::<f32>(device, &rotated[(length - 1) * width..], 0);
             alone.extend(self.attend(device, &last, &[length], &cache));
@@ -124,20 +160,52 @@ impl Case {
         lengths: &[usize],
         cache: &Cache<T>,
     ) -> Vec<f32> {
-        let at = rows(SLOT, lengths.iter().map(|length| length - 1));
-        let count = lengths.len();
-        let mut out = nans::<T>(device, (count + 1) * self.out_width());
-        attention(device, count, self.heads, qkv, &at, LAYER, cache, &mut out);
-        let mut out = read(&out);
+        let list = rows(SLOT, lengths.iter().map(|length| length - 1));
+        self.attend_rows(device, qkv, &list, alone, cache)
+    }
+
+    fn attend_rows<T: Stored>(
+        &self,
+        device: &Device,
+        qkv: &Buffer<f32>,
+        list: &RowList,
+        shared: impl Fn(u32) -> SharedPrefix,
+        cache: &Cache<T>,
+    ) -> Vec<f32> {
+        let count = list.slot.len();
+        let state = self.heads * (256 + 2);
+        let mut plan = AttentionPlan::new(device, (count, count), state, true).unwrap();
+        let group = self.heads / self.kv_heads;
+        plan.set(&Items::build(list, group, plan.capacity(), shared)).unwrap();
+        let mut out = nan_activations::<T>(device, count + 1, self.out_width());
+        let operands = Attention {
+            rows: count,
+            heads: self.heads,
+            qkv,
+            at: &Rows::upload(device, list).unwrap(),
+            plan: &mut plan,
+            layer: LAYER,
+            cache,
+            soft_cap: self.soft_cap,
+            window: self.window,
+            out: &mut out,
+        };
+        attention(device, operands).unwrap();
+        let mut out = read_rows(&out);
         let beyond = out.split_off(count * self.out_width());
         assert!(beyond.iter().all(|v| v.is_nan()), "rows that are not active were written");
         out
     }
 
     fn check<T: Stored>(&self) {
-        let outputs = on_every_isa(0, |device| self.run::<T>(device));
-        let [rotated, alone, batch] = &outputs[..] else { panic!("three outputs") };
-        assert_eq!(first_difference(alone, batch), None, "a row depends on what is behind it");
+        for (device, outputs) in on_every_device::<T>(0, |device| self.run::<T>(device)) {
+            self.check_outputs::<T>(&device, &outputs);
+        }
+    }
+
+    fn check_outputs<T: Stored>(&self, device: &str, outputs: &[Vec<f32>]) {
+        let [rotated, alone, batch] = outputs else { panic!("three outputs") };
+        assert_eq!(first_difference(alone, batch), None, "{device}: a row depends on others");
         self.check_rope(rotated);
         let (width, out_width) = (self.width(), self.out_width());
         let kv = self.kv_heads * self.head_dim;
@@ -149,26 +217,44 @@ impl Case {
             rotated.chunks_exact(width).map(row).collect()
         };
         let (keys, values) = (part(out_width), part(out_width + kv));
+        // Kernels round queries and weights to bf16, half a unit in the last place each; the
+        // weights in the sum and in the products.
+        let by_kernels = device != "cpu";
+        let weights = if by_kernels { T::ROUNDOFF } else { 0.0 };
         for (length, got) in LENGTHS.iter().zip(alone.chunks_exact(out_width)) {
-            let query = widen(&rotated[(length - 1) * width..][..out_width]);
-            let what = format!("{} of {} heads of {}", self.kv_heads, self.heads, self.head_dim);
-            let what = format!("{what}, {length} positions");
-            let (want, error) = self.want(&query, &keys[..*length], &values[..*length]);
-            for ((&got, &want), error) in got.iter().zip(&want).zip(&error) {
-                close(&what, got, want, 1.01 * (error + T::ROUNDOFF * (want.abs() + error)));
+            let query = &rotated[(length - 1) * width..][..out_width];
+            let query: Vec<f64> = match by_kernels {
+                true => query.iter().map(|&v| T::nearest(v)).collect(),
+                false => widen(query),
+            };
+            let what = format!("{device}: {} of {} heads", self.kv_heads, self.heads);
+            let what = format!("{what} of {}, {length} positions", self.head_dim);
+            let first = length - self.window.unwrap_or(*length).min(*length);
+            let seen = first..*length;
+            let (want, size, error) = self.want(&query, &keys[seen.clone()], &values[seen]);
+            for (at, &got) in got.iter().enumerate() {
+                let (want, error) = (want[at], error[at] + weights * size[at]);
+                let tolerance = error + T::ROUNDOFF * (want.abs() + error);
+                close(&what, got, want, 1.01 * tolerance);
             }
         }
     }
 
-    /// The output and how far f32 may be from it. A score is a chain of `head_dim` products, one
+    /// The output, the same of the values' sizes, and how far f32 may be from it. A score is a chain of `head_dim` products, one
     /// scaling and one subtraction, so a weight eˢ is off by the scores' error twice (its own and
     /// the sum's); the output is a chain of as many products as there are positions, with one
     /// rescaling (an exponential of two ulp) a tile.
-    fn want(&self, query: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
+    fn want(
+        &self,
+        query: &[f64],
+        keys: &[Vec<f64>],
+        values: &[Vec<f64>],
+    ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
-        let want = attend(query, keys, values, heads, kv_heads);
+        let cap = self.soft_cap.map(f64::from);
+        let want = attend(query, keys, values, (heads, kv_heads), cap);
         let value_sizes: Vec<Vec<f64>> = values.iter().map(|row| sizes(row)).collect();
-        let size = attend(query, keys, &value_sizes, heads, kv_heads);
+        let size = attend(query, keys, &value_sizes, (heads, kv_heads), cap);
         let mut error = Vec::with_capacity(want.len());
         for (head, (q, size)) in
             query.chunks_exact(head_dim).zip(size.chunks_exact(head_dim)).enumerate()
@@ -178,12 +264,15 @@ impl Case {
                 key[own..][..head_dim].iter().zip(q).map(|(k, q)| (k * q).abs()).sum()
             };
             let largest = keys.iter().map(score_size).fold(0.0, f64::max);
-            let score_error = (head_dim + 8) as f64 * U * largest / (head_dim as f64).sqrt();
+            // A tensor core may drop what falls below the largest term of a step.
+            let score_error = (2 * head_dim + 8) as f64 * U * largest / (head_dim as f64).sqrt();
+            // A capped score is off by a few ulp of the cap.
+            let score_error = score_error + cap.map_or(0.0, |cap| 16.0 * U * cap);
             let tiles = keys.len().div_ceil(64);
             let chain = (keys.len() + 16 * tiles + 16) as f64 * U;
             error.extend(size.iter().map(|size| (2.0 * score_error + chain) * size));
         }
-        (want, error)
+        (want, size, error)
     }
 
     /// Queries and keys are turned by the position's angles; values are left alone.
@@ -219,45 +308,101 @@ fn attention_is_softmax_of_scores_times_values() {
             case.check::<bf16>();
         }
     }
+    // Every width that kernels are compiled for, and more heads than a warp's 16 matrix rows.
+    for (kv_heads, group, head_dim) in [(1, 8, 96), (1, 4, 128), (1, 1, 256), (1, 20, 32)] {
+        Case::new(kv_heads, group, head_dim).check::<bf16>();
+    }
+}
+
+#[test]
+fn soft_caps_and_sliding_windows() {
+    for (soft_cap, window) in [(Some(3.0), None), (None, Some(1)), (Some(30.0), Some(100))] {
+        let case = Case { soft_cap, window, ..Case::new(2, 3, 16) };
+        case.check::<f32>();
+        case.check::<bf16>();
+    }
+    for window in [7, 64, 1030] {
+        Case { window: Some(window), ..Case::new(1, 2, 16) }.check::<bf16>();
+    }
 }
 
 /// Rows of two sequences whose tables share pages, in one batch, are the rows of each alone.
 #[test]
 fn sequences_of_a_batch_do_not_mix() {
+    check_mixing::<f32>();
+    check_mixing::<bf16>();
+}
+
+fn check_mixing<T: Stored>() {
     let case = Case::new(2, 3, 16);
     let width = case.width();
-    on_every_isa(0, |device| {
-        let rope = RopeTable::new(BLOCKS * PAGE, case.head_dim, THETA);
-        let mut cache = case.cache::<f32>(device, &rope);
+    on_every_device::<T>(0, |device| {
+        let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
+        let mut cache = case.cache::<T>(device, &rope);
         // Slot 1 has other pages than slot 2 from the second block on.
-        cache.set_table(1, LAYER, &[page(0), page(69), page(70)]);
-        let mut run = |at: &Rows, from: usize| {
-            let count = at.slot.len();
-            let rows = &case.qkv[from * width..][..count * width];
+        set_table(&mut cache, 1, &[page(0), page(69), page(70)]);
+        let mut run = |list: &RowList, from: usize| {
+            let rows = &case.qkv[from * width..][..list.slot.len() * width];
             let mut qkv = upload::<f32>(device, rows, 0);
-            rope_append(device, count, case.heads, &mut qkv, at, &rope, LAYER, &mut cache);
-            let mut out = nans::<f32>(device, count * case.out_width());
-            attention(device, count, case.heads, &qkv, at, LAYER, &cache, &mut out);
-            read(&out)
+            append(device, case.heads, &mut qkv, list, &rope, &mut cache);
+            case.attend_rows(device, &qkv, list, alone, &cache)
         };
         run(&rows(SLOT, 0..16), 0);
         let (one, other) = (run(&rows(SLOT, 16..20), 16), run(&rows(1, 16..20), 30));
         // The same rows again, both sequences in one step.
         let both = [&case.qkv[16 * width..][..4 * width], &case.qkv[30 * width..][..4 * width]];
-        let at = Rows {
+        let list = RowList {
             slot: vec![SLOT, SLOT, SLOT, SLOT, 1, 1, 1, 1],
             position: vec![16, 17, 18, 19, 16, 17, 18, 19],
             receipt: vec![-1; 8],
         };
         let mut qkv = upload::<f32>(device, &both.concat(), 0);
-        rope_append(device, 8, case.heads, &mut qkv, &at, &rope, LAYER, &mut cache);
-        let mut out = nans::<f32>(device, 8 * case.out_width());
-        attention(device, 8, case.heads, &qkv, &at, LAYER, &cache, &mut out);
-        let together = read(&out);
+        append(device, case.heads, &mut qkv, &list, &rope, &mut cache);
+        let together = case.attend_rows(device, &qkv, &list, alone, &cache);
         assert_eq!(first_difference(&together, &[&one[..], &other[..]].concat()), None);
         assert_ne!(one, other);
         vec![together]
     });
+}
+
+/// A sequence's rows have the same bits one by one, in runs of any length, and where the part that
+/// they share with others is folded once for all of them.
+#[test]
+fn rows_do_not_depend_on_how_they_are_divided() {
+    for (kv_heads, group) in [(2, 3), (1, 1), (1, 16)] {
+        let case = Case::new(kv_heads, group, 16);
+        let width = case.width();
+        on_every_device::<bf16>(0, |device| {
+            let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
+            let mut cache = case.cache::<bf16>(device, &rope);
+            let mut qkv = upload::<f32>(device, &case.qkv, 0);
+            append(device, case.heads, &mut qkv, &rows(SLOT, 0..POSITIONS), &rope, &mut cache);
+            let rotated = read(&qkv);
+            // Six slots with the same pages stand for six sequences that share.
+            let sharers = [1, 3, 4, 5, 6, SLOT];
+            let pages: Vec<u32> = (0..BLOCKS).map(page).collect();
+            sharers.iter().for_each(|&slot| set_table(&mut cache, slot, &pages));
+            for end in [70, 200, 1090] {
+                let positions = end - 6..end;
+                let queries = &rotated[positions.start * width..positions.end * width];
+                let queries = upload::<f32>(device, queries, 0);
+                let run = rows(SLOT, positions.clone());
+                let in_a_run = case.attend_rows(device, &queries, &run, alone, &cache);
+                let single = RowList { slot: sharers.to_vec(), ..run.clone() };
+                let one_by_one = case.attend_rows(device, &queries, &single, alone, &cache);
+                assert_eq!(first_difference(&in_a_run, &one_by_one), None, "{end}: a run");
+                for tiles in (1..=(end - 6) / 64).filter(|tiles| tiles % 5 < 2) {
+                    // The layer is at the cut, so what is above counts.
+                    let (tiles_above, cut) = (tiles as u32, LAYER as u32);
+                    let prefix = SharedPrefix { group: 1, tiles_below: 0, tiles_above, cut };
+                    let shared = |slot| if slot == 3 { alone(slot) } else { prefix };
+                    let together = case.attend_rows(device, &queries, &single, shared, &cache);
+                    assert_eq!(first_difference(&together, &one_by_one), None, "{end}: {tiles}");
+                }
+            }
+            vec![rotated]
+        });
+    }
 }
 
 /// A sequence forked inside a page reads the copy, whatever becomes of the original.
@@ -270,24 +415,22 @@ fn copy_pages_copies_whole_pages() {
 fn check_copy<T: Stored>() {
     let case = Case::new(2, 3, 24);
     let width = case.width();
-    on_every_isa(0, |device| {
-        let rope = RopeTable::new(BLOCKS * PAGE, case.head_dim, THETA);
+    on_every_device::<T>(0, |device| {
+        let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
         let mut cache = case.cache::<T>(device, &rope);
         let mut qkv = upload::<f32>(device, &case.qkv[..40 * width], 0);
-        let at = rows(SLOT, 0..40);
-        rope_append(device, 40, case.heads, &mut qkv, &at, &rope, LAYER, &mut cache);
+        append(device, case.heads, &mut qkv, &rows(SLOT, 0..40), &rope, &mut cache);
         let last = upload::<f32>(device, &read(&qkv)[39 * width..], 0);
         let original = case.attend(device, &last, &[40], &cache);
 
-        copy_pages(device, &[(page(1), page(69)), (page(2), page(70))], &mut cache);
+        let copies = [[page(1), page(69)], [page(2), page(70)]];
+        copy_pages(device, &copies, &mut cache).unwrap();
         assert_eq!(case.attend(device, &last, &[40], &cache), original, "the source is changed");
         // The original's second and third pages turn to noise; the fork has copies of them.
-        let at = rows(NOISE, 16..48);
-        let mut noise = nans(device, 32 * 2 * case.kv_heads * case.head_dim);
-        rope_append(device, 32, 0, &mut noise, &at, &rope, LAYER, &mut cache);
+        case.noise(device, &rope, 16..48, &mut cache);
         let spoilt = case.attend(device, &last, &[40], &cache);
         assert!(spoilt.iter().all(|v| v.is_nan()));
-        cache.set_table(SLOT as usize, LAYER, &[page(0), page(69), page(70)]);
+        set_table(&mut cache, SLOT, &[page(0), page(69), page(70)]);
         let forked = case.attend(device, &last, &[40], &cache);
         assert_eq!(first_difference(&forked, &original), None);
         vec![forked]

@@ -2,11 +2,16 @@
 
 use std::cell::RefCell;
 
-use inkling::ops::summarize::{Summary, Wanted, summarize};
+use half::bf16;
+
+use inkling::{
+    device::Buffer,
+    ops::summarize::{Id, Summaries, Summary, Wanted, summarize},
+};
 
 use crate::{
     reference::ops::softmax,
-    tools::{Numbers, U, close, on_every_isa, upload, widen},
+    tools::{Numbers, U, close, on_every_device, upload, widen},
 };
 
 /// ln Σ eˣ.
@@ -83,19 +88,27 @@ fn summarize_is_softmax_in_words() {
             numbers.extend(summary.top.iter().flat_map(|(id, logprob)| [*id as f32, *logprob]));
             numbers
         };
-        on_every_isa(0, |device| {
+        on_every_device::<bf16>(0, |device| {
             let logits = upload::<f32>(device, &rows.concat(), 0);
+            // The second id is the token of a draw.
+            let tokens = Buffer::upload(device, &[7, ids[1], 7]).unwrap();
+            let wanted_ids = vec![Id::Token(ids[0]), Id::Drawn(1), Id::Token(ids[2])];
             // Backwards, and one row twice: a summary belongs to what was wanted.
             let order: Vec<usize> = (0..rows.len()).rev().chain([0]).collect();
-            let wanted: Vec<Wanted> =
-                order.iter().map(|&row| Wanted { row, ids: &ids, top: 20 }).collect();
-            let got = summarize(device, vocab, &logits, &wanted);
+            let wanted = |&row: &usize| Wanted { row, ids: wanted_ids.clone(), top: 20 };
+            let wanted: Vec<Wanted> = order.iter().map(wanted).collect();
+            let mut out = Summaries::new(device, 8, 24, 160).unwrap();
+            summarize(device, vocab, &logits, &tokens, &wanted, &mut out).unwrap();
+            let mut staging = out.staging(device).unwrap();
+            out.fetch(&mut staging).unwrap();
+            device.synchronize().unwrap();
+            let got = staging.get();
             let numbers: Vec<Vec<f32>> = got.iter().map(outputs).collect();
-            *seen.borrow_mut() = order.into_iter().zip(got).collect();
+            seen.borrow_mut().extend(order.into_iter().zip(got));
             numbers
         });
         let summaries: Vec<(usize, Summary)> = seen.into_inner();
-        assert_eq!(summaries.len(), rows.len() + 1);
+        assert!(!summaries.is_empty() && summaries.len().is_multiple_of(rows.len() + 1));
         for (row, summary) in &summaries {
             check(vocab, &rows[*row], &ids, summary);
         }

@@ -5,13 +5,13 @@ use std::fmt::{Display, Formatter, Result};
 use half::bf16;
 use inkling::{
     device::Device,
-    ops::matmul::{Dtype, Weight, gated_matmul, interleave, matmul},
+    ops::matmul::{Activation, Dtype, Weight, gate_turn, gated_matmul, interleave, matmul},
 };
 
 use crate::{
-    reference::ops::{Matrix, gated, matmul as products},
-    tools::{Numbers, Stored, U, all_nan, close, first_difference, nans, on_every_isa},
-    tools::{read, sizes, upload},
+    reference::ops::{Matrix, gated, matmul as products, silu},
+    tools::{Numbers, Stored, U, activations, all_nan, close, first_difference, kernel_devices},
+    tools::{nan_activations, nans, on_every_device, on_every_isa, read, read_rows, sizes},
 };
 
 /// (m, n, k): x is (m, k), the weight (n, k). Around the register tile (6 rows), the pass over a
@@ -26,12 +26,21 @@ fn shapes() -> Vec<(usize, usize, usize)> {
     shapes
 }
 
-/// Names an output: the shape, its row and its column.
-struct At((usize, usize, usize), usize, usize);
+/// Likewise around the kernels' tiles: 8 to 256 rows, 64 and 128 features, 64 of k.
+fn kernel_shapes() -> Vec<(usize, usize, usize)> {
+    let mut shapes = vec![(300, 136, 64), (257, 8, 128), (129, 200, 72)];
+    for (n, k) in [(1, 8), (8, 64), (63, 72), (65, 136), (130, 320)] {
+        shapes.extend([1, 7, 8, 9, 17, 33, 65, 130].map(|m| (m, n, k)));
+    }
+    shapes
+}
 
-impl Display for At {
+/// Names an output: the device, the shape, its row and its column.
+struct At<'a>(&'a str, (usize, usize, usize), usize, usize);
+
+impl Display for At<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        write!(f, "{:?} row {} column {}", self.0, self.1, self.2)
+        write!(f, "{} {:?} row {} column {}", self.0, self.1, self.2, self.3)
     }
 }
 
@@ -51,77 +60,117 @@ fn outputs(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
     (products(x, weight), products(&sizes(x), &size))
 }
 
-/// A chain of k fused multiply-adds, cut into at most three blocks.
+/// A chain of k multiplications and additions, cut into at most three blocks on the processor; a
+/// tensor core may drop what falls below the largest of the 17 terms of a step, in f32.
 fn chain_error(k: usize) -> f64 {
-    (k + 4) as f64 * U
+    (2 * k + 4) as f64 * U
 }
 
-fn multiply<T: Stored>(x: &[f32], (n, k): (usize, usize), weight: &[f32]) -> Vec<f32> {
+/// The product, and a row of NaNs behind it.
+fn multiply<T: Stored>(
+    device: &Device,
+    x: &[f32],
+    (n, k): (usize, usize),
+    weight: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
     let m = x.len() / k;
-    let mut outputs = on_every_isa((m + 6) * k, |device| {
-        let x = upload::<T>(device, x, k);
-        let weight = pack(device, T::DTYPE, (n, k), weight);
-        let mut out = nans(device, (m + 1) * n);
-        matmul(device, m, &x, &weight, &mut out);
-        vec![read(&out)]
-    });
-    outputs.remove(0)
+    let x = activations::<T>(device, k, x);
+    let mut weight = pack(device, T::DTYPE, (n, k), weight);
+    if let Some(bias) = bias {
+        weight = weight.with_bias(device, bias).unwrap();
+    }
+    let mut out = nans(device, (m + 1) * n);
+    matmul(device, m, &x, &weight, &mut out).unwrap();
+    read(&out)
 }
 
-fn check_matmul<T: Stored>() {
-    for (m, n, k) in shapes() {
+fn check_matmul<T: Stored>(shapes: Vec<(usize, usize, usize)>, on: &[(String, Device)]) {
+    for (m, n, k) in shapes {
         let mut numbers = Numbers::new((m * 1_000_000 + n * 1_000 + k) as u64);
         let x = numbers.with_outliers(m * k, 1000.0);
         let weight = numbers.with_outliers(n * k, 1000.0);
-        let got = multiply::<T>(&x, (n, k), &weight);
-        let weight = matrix::<T>((n, k), &weight);
-        for (row, x) in x.chunks_exact(k).enumerate() {
-            let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
-            let (want, size) = outputs(&x, &weight);
-            let got = got[row * n..].iter().zip(want.iter().zip(&size));
-            for (column, (&got, (&want, size))) in got.enumerate() {
-                let tolerance = chain_error(k) * size;
-                close(&At((m, n, k), row, column), got, want, tolerance);
-            }
+        let bias = numbers.with_outliers(n, 1000.0);
+        let bias = (m % 2 == 1).then_some(&bias[..]);
+        let mut results = Vec::new();
+        if on.is_empty() {
+            let mut outputs = on_every_isa((m + 6) * k, |device| {
+                vec![multiply::<T>(device, &x, (n, k), &weight, bias)]
+            });
+            results.push(("cpu", outputs.remove(0)));
         }
-        assert!(all_nan(&got[m * n..]), "({m}, {n}, {k}): rows that are not active were written");
+        for (name, device) in on {
+            results.push((name, multiply::<T>(device, &x, (n, k), &weight, bias)));
+        }
+        let weight = matrix::<T>((n, k), &weight);
+        for (name, got) in results {
+            for (row, x) in x.chunks_exact(k).enumerate() {
+                let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
+                let (want, size) = outputs(&x, &weight);
+                for (column, (&want, size)) in want.iter().zip(&size).enumerate() {
+                    let bias = bias.map_or(0.0, |bias| f64::from(bias[column]));
+                    let tolerance = chain_error(k) * (size + bias.abs());
+                    let got = got[row * n + column];
+                    close(&At(name, (m, n, k), row, column), got, want + bias, tolerance);
+                }
+            }
+            assert!(all_nan(&got[m * n..]), "{name} ({m}, {n}, {k}): other rows were written");
+        }
     }
 }
 
 #[test]
 fn matmul_of_f32() {
-    check_matmul::<f32>();
+    check_matmul::<f32>(shapes(), &[]);
 }
 
 #[test]
 fn matmul_of_bf16() {
-    check_matmul::<bf16>();
+    check_matmul::<bf16>(shapes(), &[]);
+}
+
+#[test]
+fn matmul_of_bf16_by_kernels() {
+    check_matmul::<bf16>(kernel_shapes(), &kernel_devices());
 }
 
 #[test]
 fn a_row_of_matmul_does_not_depend_on_its_batch() {
-    let (m, n, k) = (100, 50, 600);
+    check_rows::<f32>(100, &[0, 1, 5, 6, 95, 96, 99], (50, 600));
+    check_rows::<bf16>(270, &[0, 1, 7, 8, 63, 64, 127, 128, 269], (72, 200));
+}
+
+/// Alone, in batches of several tiles, and in one of all rows.
+fn check_rows<T: Stored>(m: usize, rows: &[usize], (n, k): (usize, usize)) {
     let mut numbers = Numbers::new(1);
     let x = numbers.with_outliers(m * k, 1000.0);
     let weight = numbers.with_outliers(n * k, 1000.0);
-    let batch = multiply::<f32>(&x, (n, k), &weight);
-    for row in [0, 1, 5, 6, 95, 96, 99] {
-        let alone = multiply::<f32>(&x[row * k..][..k], (n, k), &weight);
-        let in_batch = &batch[row * n..][..n];
-        assert_eq!(first_difference(&alone[..n], in_batch), None, "row {row}");
-    }
+    on_every_device::<T>((m + 6) * k, |device| {
+        let multiply = |x: &[f32]| multiply::<T>(device, x, (n, k), &weight, None);
+        let batch = multiply(&x);
+        for &row in rows {
+            for count in [1, 9, 20, 40, 100].into_iter().filter(|count| row + count <= m) {
+                let some = multiply(&x[row * k..][..count * k]);
+                let in_batch = &batch[row * n..][..count * n];
+                assert_eq!(first_difference(&some[..count * n], in_batch), None, "row {row}");
+            }
+        }
+        vec![batch]
+    });
 }
 
 #[test]
-fn gate_and_up_stand_in_turns_of_a_panel() {
-    let mut want = Vec::new();
-    for block in 0..3 {
-        for is_up in [false, true] {
-            want.extend((0..16).map(|lane| (is_up, block * 16 + lane)));
+fn gate_and_up_stand_in_turns() {
+    for turn in [8, 16] {
+        let mut want = Vec::new();
+        for block in 0..3 {
+            for is_up in [false, true] {
+                want.extend((0..turn).map(|lane| (is_up, block * turn + lane)));
+            }
         }
+        let got: Vec<(bool, usize)> = (0..want.len()).map(|row| interleave(turn, row)).collect();
+        assert_eq!(got, want);
     }
-    let got: Vec<(bool, usize)> = (0..want.len()).map(interleave).collect();
-    assert_eq!(got, want);
 }
 
 /// Inputs of one gated product; both halves are (`width`, k).
@@ -145,63 +194,84 @@ impl Gated {
         Self { rows, width, k, x, gate: half(), up: half() }
     }
 
-    fn run<T: Stored>(&self) -> Vec<f32> {
+    fn run<T: Stored>(&self, device: &Device, activation: Activation) -> Vec<f32> {
         let (rows, width, k) = (self.rows, self.width, self.k);
-        let mut outputs = on_every_isa((rows + 6) * k, |device| {
-            let x = upload::<T>(device, &self.x, k);
-            let read_row = |row: usize, out: &mut [f32]| {
-                let (is_up, row) = interleave(row);
-                let half = if is_up { &self.up } else { &self.gate };
-                out.copy_from_slice(&half[row * k..][..k]);
-            };
-            let weight = Weight::pack(device, T::DTYPE, (2 * width, k), read_row).unwrap();
-            let mut out = nans::<T>(device, (rows + 1) * width);
-            gated_matmul(device, rows, &x, &weight, &mut out);
-            vec![read(&out)]
-        });
-        outputs.remove(0)
+        let x = activations::<T>(device, k, &self.x);
+        let turn = gate_turn(device);
+        let read_row = |row: usize, out: &mut [f32]| {
+            let (is_up, row) = interleave(turn, row);
+            let half = if is_up { &self.up } else { &self.gate };
+            out.copy_from_slice(&half[row * k..][..k]);
+        };
+        let weight = Weight::pack(device, T::DTYPE, (2 * width, k), read_row).unwrap();
+        let mut out = nan_activations::<T>(device, rows + 1, width);
+        gated_matmul(device, rows, &x, &weight, activation, &mut out).unwrap();
+        read_rows(&out)
     }
 
-    fn check<T: Stored>(&self) {
+    fn check<T: Stored>(&self, name: &str, activation: Activation, got: &[f32]) {
         /// The exponential ends at 1.65e38, so a shut gate lets 1e-38 of its input through.
         const LEAK: f64 = 1e-24;
-        /// Slope of silu; it is nowhere steeper.
-        const SLOPE: f64 = 1.1;
+        /// Slope of silu and gelu; they are nowhere steeper.
+        const SLOPE: f64 = 1.13;
         let (rows, width, k) = (self.rows, self.width, self.k);
-        let got = self.run::<T>();
         let gate = matrix::<T>((width, k), &self.gate);
         let up = matrix::<T>((width, k), &self.up);
         for (row, x) in self.x.chunks_exact(k).enumerate() {
             let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
             let ((gate, gate_size), (up, up_size)) = (outputs(&x, &gate), outputs(&x, &up));
-            for (column, &want) in gated(&gate, &up).iter().enumerate() {
+            for (column, &want) in gated(&gate, &up, |x| define(activation, x)).iter().enumerate()
+            {
                 let gate_error = SLOPE * chain_error(k) * gate_size[column];
                 let up_error = chain_error(k) * up_size[column];
                 let carried =
                     gate_error * (up[column].abs() + up_error) + gate[column].abs() * up_error;
-                // Two ulp of the exponential, a sum, a quotient, a product; the result's type.
-                let own = (8.0 * U + T::ROUNDOFF) * want.abs();
+                // The exponential's two ulp, and what the rounding of its argument makes of it:
+                // no more than e⁻ʸ·y < 1 of the gate's input. A sum, a quotient, a product; the
+                // result's type.
+                let steep = if activation == Activation::Silu { 0.0 } else { 8.0 };
+                let own = (8.0 * U + T::ROUNDOFF) * want.abs()
+                    + steep * U * gate[column].abs() * up[column].abs();
                 let tolerance = 1.01 * (carried + own) + LEAK;
-                close(
-                    &At((rows, width, k), row, column),
-                    got[row * width + column],
-                    want,
-                    tolerance,
-                );
+                let at = At(name, (rows, width, k), row, column);
+                close(&at, got[row * width + column], want, tolerance);
             }
         }
-        assert!(all_nan(&got[rows * width..]), "rows that are not active were written");
+        assert!(all_nan(&got[rows * width..]), "{name}: rows that are not active were written");
+    }
+
+    fn check_everywhere<T: Stored>(&self, activation: Activation) {
+        let kernels_take_it = self.k.is_multiple_of(8);
+        let run = |device: &Device| vec![self.run::<T>(device, activation)];
+        let outputs = match kernels_take_it {
+            true => on_every_device::<T>((self.rows + 6) * self.k, run),
+            false => vec![("cpu".into(), on_every_isa((self.rows + 6) * self.k, run))],
+        };
+        for (name, outputs) in outputs {
+            self.check::<T>(&name, activation, &outputs[0]);
+        }
+    }
+}
+
+fn define(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => silu(x),
+        Activation::GeluTanh => {
+            let y = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            0.5 * x * (1.0 + y.tanh())
+        }
     }
 }
 
 #[test]
-fn gated_matmul_is_silu_of_gate_times_up() {
-    for width in [16, 48] {
-        for k in [1, 17, 256, 257] {
+fn gated_matmul_is_the_activation_of_gate_times_up() {
+    for width in [16, 48, 80] {
+        for k in [1, 17, 72, 256, 257] {
             for rows in [1, 6, 7, 13] {
                 let case = Gated::new(rows, width, k);
-                case.check::<f32>();
-                case.check::<bf16>();
+                case.check_everywhere::<f32>(Activation::Silu);
+                case.check_everywhere::<bf16>(Activation::Silu);
+                case.check_everywhere::<bf16>(Activation::GeluTanh);
             }
         }
     }

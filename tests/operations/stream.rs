@@ -4,75 +4,112 @@ use half::bf16;
 use inkling::{
     device::{Buffer, Device},
     ops::{
-        enter::{Source, enter},
+        enter::{Enter, enter},
         hooks::{CapturePlan, HookOp, Hooks, tap_count},
         matmul::Weight,
-        residual_norm::{Receipt, ResidualNorm, Rows, residual_norm},
+        residual_norm::{Receipt, ResidualNorm, residual_norm},
+        rows::{NONE, RowList, Rows, Source, Sources},
         select_rows::select_rows,
     },
 };
 
 use crate::{
     reference::ops::{Change, Mode, add, norm, rms_norm},
-    tools::{Numbers, Stored, U, all_nan, close, first_difference, nans, on_every_isa},
-    tools::{read, sizes, upload, widen},
+    tools::{Numbers, Stored, U, activations, all_nan, close, first_difference, nan_activations},
+    tools::{nans, on_every_device, on_every_isa, read, read_rows, sizes, upload, widen},
 };
 
 #[test]
 fn enter_copies_embeddings_and_cached_rows() {
-    check_enter::<f32>();
-    check_enter::<bf16>();
+    check_enter::<f32>(19);
+    check_enter::<bf16>(19);
+    check_enter::<bf16>(72);
 }
 
-fn check_enter<T: Stored>() {
-    let (vocab, dim, first) = (37, 19, 2);
+fn check_enter<T: Stored>(dim: usize) {
+    let (vocab, first) = (75, 2);
     let mut numbers = Numbers::new(1);
     let embedding = numbers.with_outliers(vocab * dim, 1000.0);
     let cached = numbers.with_outliers(4 * dim, 1000.0);
+    // Slot 2 could draw nothing.
+    let last = [70, 3, NONE];
     // More than one task of 16 rows.
     let sources: Vec<Source> = (0..20)
-        .map(|i| if i % 3 == 2 { Source::Cached(i % 4) } else { Source::Token(i * 7 % 37) })
+        .map(|i| match i % 4 {
+            2 => Source::Cached(i / 4 % 4),
+            3 => Source::Drawn(i % 3),
+            _ if i == 8 => Source::Nothing,
+            _ => Source::Token(i * 7 % vocab as u32),
+        })
         .collect();
     let rows = first + sources.len();
-    let outputs = on_every_isa(0, |device| {
+    let run = |device: &Device| {
         let read_row = |row: usize, out: &mut [f32]| {
             out.copy_from_slice(&embedding[row * dim..][..dim]);
         };
         let weight = Weight::pack(device, T::DTYPE, (vocab, dim), read_row).unwrap();
         let cached = upload::<f32>(device, &cached, 0);
         let mut resid = nans(device, (rows + 1) * dim);
-        enter(device, first, &sources, &weight, &cached, &mut resid);
+        let mut all = Sources::new(device, rows).unwrap();
+        all.set(&[&[Source::Token(0); 2][..], &sources].concat()).unwrap();
+        let last = Buffer::upload(device, &last).unwrap();
+        let (count, embedding, resid_mut) = (sources.len(), &weight, &mut resid);
+        let (sources, cached, last) = (&all, &cached, &last);
+        let operands = Enter { first, count, sources, embedding, cached, last, resid: resid_mut };
+        enter(device, operands).unwrap();
         vec![read(&resid)]
-    });
-    let resid: Vec<&[f32]> = outputs[0].chunks_exact(dim).collect();
-    assert!(all_nan(resid[0]) && all_nan(resid[1]) && all_nan(resid[rows]));
-    for (row, source) in resid[first..rows].iter().zip(&sources) {
-        let want: Vec<f64> = match *source {
-            Source::Token(id) => {
-                embedding[id as usize * dim..][..dim].iter().map(|&v| T::nearest(v)).collect()
-            }
-            Source::Cached(from) => widen(&cached[from as usize * dim..][..dim]),
-        };
-        assert_eq!(widen(row), want, "{source:?}");
+    };
+    let outputs = match dim % 8 {
+        0 => on_every_device::<T>(0, run),
+        _ => vec![("cpu".into(), on_every_isa(0, run))],
+    };
+    for (device, outputs) in outputs {
+        let resid: Vec<&[f32]> = outputs[0].chunks_exact(dim).collect();
+        assert!(all_nan(resid[0]) && all_nan(resid[1]) && all_nan(resid[rows]), "{device}");
+        for (row, source) in resid[first..rows].iter().zip(&sources) {
+            let embed = |id: u32| -> Vec<f64> {
+                let id = (id as usize).min(vocab - 1);
+                embedding[id * dim..][..dim].iter().map(|&v| T::nearest(v)).collect()
+            };
+            let want: Vec<f64> = match *source {
+                Source::Token(id) => embed(id),
+                Source::Drawn(slot) => embed(last[slot as usize]),
+                Source::Cached(from) => widen(&cached[from as usize * dim..][..dim]),
+                Source::Nothing => {
+                    assert!(all_nan(row), "{device}: a row of nothing");
+                    continue;
+                }
+            };
+            assert_eq!(widen(row), want, "{device}: {source:?}");
+        }
     }
 }
 
 #[test]
 fn select_rows_copies_rows() {
-    let dim = 19;
-    let x = Numbers::new(2).with_outliers(7 * dim, 1000.0);
-    let rows = [6, 0, 3, 3];
-    let outputs = on_every_isa(0, |device| {
-        let mut out = nans::<bf16>(device, 5 * dim);
-        select_rows(device, dim, &rows, &upload::<bf16>(device, &x, 0), &mut out);
-        vec![read(&out)]
-    });
-    for (row, from) in outputs[0].chunks_exact(dim).zip(rows) {
-        let from = &x[from as usize * dim..][..dim];
-        let want: Vec<f64> = from.iter().map(|&v| bf16::nearest(v)).collect();
-        assert_eq!(widen(row), want);
+    for dim in [24, 136] {
+        let x = Numbers::new(2).with_outliers(20 * dim, 1000.0);
+        let rows = [6, 0, NONE, 3, 3, 19, 8, 17, 16, 9];
+        let outputs = on_every_device::<bf16>(0, |device| {
+            let mut out = nan_activations::<bf16>(device, 11, dim);
+            let rows = Buffer::upload(device, &rows).unwrap();
+            select_rows(device, 10, &rows, &activations::<bf16>(device, dim, &x), &mut out)
+                .unwrap();
+            vec![read_rows(&out)]
+        });
+        for (device, outputs) in outputs {
+            for (row, from) in outputs[0].chunks_exact(dim).zip(rows) {
+                if from == NONE {
+                    assert!(all_nan(row), "{device}");
+                    continue;
+                }
+                let from = &x[from as usize * dim..][..dim];
+                let want: Vec<f64> = from.iter().map(|&v| bf16::nearest(v)).collect();
+                assert_eq!(widen(row), want, "{device}");
+            }
+            assert!(all_nan(&outputs[0][10 * dim..]), "{device}");
+        }
     }
-    assert!(all_nan(&outputs[0][4 * dim..]));
 }
 
 /// Two blocks: sites 0..=4, of which 3 is in the middle of block 1 and 4 after it.
@@ -90,9 +127,9 @@ const CAPTURED: usize = 9;
 /// The operations of a slot: overlapping windows, two and three at a site, an unbounded one, one of
 /// a single position, and one at a site that is not run.
 fn ops(slot: u32) -> Vec<(usize, HookOp)> {
-    let add = |vector, from, to, scale| HookOp { vector, from, to, scale, relative: false };
+    let add = |vector, from, to, scale| HookOp { vector, from, to, scale, relative: 0 };
     let relative =
-        |vector, from, scale| HookOp { relative: true, ..add(vector, from, u32::MAX, scale) };
+        |vector, from, scale| HookOp { relative: 1, ..add(vector, from, u32::MAX, scale) };
     match slot {
         0 => vec![
             (0, add(0, 0, 100, 1.0)),
@@ -159,24 +196,29 @@ impl Case {
     fn run<T: Stored>(&self, device: &Device) -> Vec<Vec<f32>> {
         let dim = self.dim;
         let mut hooks = Hooks::new(device, (LAYERS, dim), 3, 5, 3).unwrap();
-        hooks.vectors.write(0, &self.vectors);
-        (0..3).for_each(|slot| hooks.set(slot as usize, &ops(slot)));
-        let mut plan = CapturePlan::default();
-        plan.build(tap_count(LAYERS), captures(self.site));
-        let at =
-            Rows { slot: SLOT.to_vec(), position: POSITION.to_vec(), receipt: RECEIPT.to_vec() };
+        hooks.vectors.write(0, &self.vectors).unwrap();
+        (0..3).for_each(|slot| hooks.set(slot as usize, &ops(slot)).unwrap());
+        let mut plan = CapturePlan::new(device, tap_count(LAYERS), 16).unwrap();
+        plan.set(&captures(self.site)).unwrap();
+        // A row that does nothing stands behind the others.
+        let slot = [&SLOT[..], &[NONE]].concat();
+        let position = [&POSITION[..], &[0]].concat();
+        let receipt = [&RECEIPT[..], &[-1]].concat();
+        let at = Rows::upload(device, &RowList { slot, position, receipt }).unwrap();
         let mut branch = self.branch.clone();
         branch[self.branch_rows * dim..].fill(f32::NAN);
-        let branch = upload::<f32>(device, &branch, 0);
+        let branch = upload::<f32>(device, &branch, dim);
         let gain = upload::<f32>(device, &self.gain, 0);
         let mut resid = upload::<f32>(device, &self.resid, dim);
         let mut captured: Buffer<f32> = nans(device, CAPTURED * dim);
-        let mut norms = vec![f32::NAN; ROWS + 1];
-        let mut receipts: Vec<Receipt> = vec![[f32::NAN; 2]; RECEIPTS];
-        let mut x = nans::<T>(device, (ROWS + 1) * dim);
+        let mut norms: Buffer<f32> = nans(device, ROWS + 4);
+        let unset: Vec<Receipt> = vec![[f32::NAN; 2]; RECEIPTS];
+        let mut receipts = Buffer::upload(device, &unset).unwrap();
+        let mut x = nan_activations::<T>(device, ROWS + 1, dim);
+        let all_branches = self.branch_rows == ROWS;
         let operands = ResidualNorm {
-            rows: ROWS,
-            branch_rows: self.branch_rows,
+            rows: ROWS + 1,
+            branch_rows: self.branch_rows + usize::from(all_branches),
             resid: &mut resid,
             branch: &branch,
             hooks: &hooks,
@@ -185,14 +227,20 @@ impl Case {
             captures: &plan,
             captured: &mut captured,
             norms: &mut norms,
+            norms_at: 3,
             receipts: &mut receipts,
             gain: &gain,
             eps: EPS,
             is_final: self.is_final(),
             x: &mut x,
         };
-        residual_norm(device, operands);
-        vec![read(&resid), read(&x), read(&captured), norms, receipts.concat()]
+        residual_norm(device, operands).unwrap();
+        let mut read_receipts = unset;
+        receipts.read(0, &mut read_receipts).unwrap();
+        let norms = read(&norms);
+        assert!(all_nan(&norms[..3]), "norms of another site");
+        let outputs = [read(&resid), read_rows(&x), read(&captured), norms[3..].to_vec()];
+        outputs.into_iter().chain([read_receipts.concat()]).collect()
     }
 
     fn want(&self, row: usize) -> Want {
@@ -222,7 +270,7 @@ impl Case {
             }
             let vector = part(&self.vectors, op.vector as usize);
             let scale = f64::from(op.scale);
-            let (strength, mode, relative) = if op.relative {
+            let (strength, mode, relative) = if op.relative == 1 {
                 let inherited = norm(&errors) / norm(&h);
                 (scale * norm(&vector), Mode::Row, norm_error + inherited)
             } else {
@@ -241,9 +289,18 @@ impl Case {
 
     fn check<T: Stored>(&self) {
         let dim = self.dim;
-        let outputs = on_every_isa(0, |device| self.run::<T>(device));
-        let [resid, x, captured, norms, receipts] = &outputs[..] else { panic!("five outputs") };
-        let case = format!("dim {dim} site {} branches {}", self.site, self.branch_rows);
+        let run = |device: &Device| self.run::<T>(device);
+        let outputs = match dim % 8 {
+            0 => on_every_device::<T>(0, run),
+            _ => vec![("cpu".into(), on_every_isa(0, run))],
+        };
+        outputs.iter().for_each(|(device, outputs)| self.check_outputs::<T>(device, outputs));
+    }
+
+    fn check_outputs<T: Stored>(&self, device: &str, outputs: &[Vec<f32>]) {
+        let dim = self.dim;
+        let [resid, x, captured, norms, receipts] = outputs else { panic!("five outputs") };
+        let case = format!("{device} dim {dim} site {} branches {}", self.site, self.branch_rows);
         let captured: Vec<&[f32]> = captured.chunks_exact(dim).collect();
         let mut seen = vec![false; RECEIPTS];
         for (row, &got) in norms[..ROWS].iter().enumerate() {
@@ -311,7 +368,8 @@ impl Case {
 
 #[test]
 fn residual_norm_adds_injects_copies_and_normalises() {
-    for dim in [1, 15, 16, 17, 80, 100, 576] {
+    // The kernels take multiples of 8, with other threads from 264, 1032, 2056 and so on.
+    for dim in [1, 15, 16, 17, 80, 100, 264, 576, 1032, 2056, 4104, 8200] {
         // Site 1 has no operations; rows without a branch are those that enter here.
         for (site, branch_rows) in [(1, ROWS), (3, ROWS), (3, 5), (4, ROWS), (4, 3)] {
             let case = Case::new(dim, site, branch_rows);
@@ -325,10 +383,11 @@ fn residual_norm_adds_injects_copies_and_normalises() {
 #[test]
 fn a_row_of_residual_norm_is_one_rounding_from_exact() {
     let case = Case::new(80, 4, 0);
-    let outputs = on_every_isa(0, |device| case.run::<f32>(device));
     // Row 1 is at position 4, where vector 1 acts with scale 3; row 0 is left alone.
     let (h, v) = (&case.resid[80..160], &case.vectors[80..160]);
     let want: Vec<f32> = h.iter().zip(v).map(|(h, v)| 3.0f32.mul_add(*v, *h)).collect();
-    assert_eq!(first_difference(&outputs[0][80..160], &want), None);
-    assert_eq!(first_difference(&outputs[0][..80], &case.resid[..80]), None);
+    for (device, outputs) in on_every_device::<bf16>(0, |device| case.run::<bf16>(device)) {
+        assert_eq!(first_difference(&outputs[0][80..160], &want), None, "{device}");
+        assert_eq!(first_difference(&outputs[0][..80], &case.resid[..80]), None, "{device}");
+    }
 }

@@ -4,8 +4,12 @@ use std::fmt::Display;
 
 use half::bf16;
 use inkling::{
-    device::{Buffer, Cpu, Device, cpu::Isa},
-    ops::{Float, matmul::Dtype},
+    device::{
+        Buffer, Cpu, Cuda, Device,
+        cpu::Isa,
+        cuda::{MatrixPath, has_host_kernels},
+    },
+    ops::{Float, activations::Activations, matmul::Dtype},
 };
 
 /// Unit roundoff of f32: rounding moves a number by at most this part of it.
@@ -13,8 +17,6 @@ pub const U: f64 = 1.0 / 16_777_216.0;
 
 /// A type of matmul inputs and of the cache, with its rounding done by other code.
 pub trait Stored: Float {
-    /// The weights that go with it.
-    const DTYPE: Dtype;
     /// Rounding an f32 to it moves the number by at most this part of it.
     const ROUNDOFF: f64;
     /// The nearest number of the type.
@@ -22,7 +24,6 @@ pub trait Stored: Float {
 }
 
 impl Stored for f32 {
-    const DTYPE: Dtype = Dtype::F32;
     const ROUNDOFF: f64 = 0.0;
     fn nearest(value: f32) -> f64 {
         f64::from(value)
@@ -30,7 +31,6 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
-    const DTYPE: Dtype = Dtype::Bf16;
     const ROUNDOFF: f64 = 1.0 / 256.0;
     fn nearest(value: f32) -> f64 {
         bf16::from_f32(value).to_f64()
@@ -53,6 +53,49 @@ pub fn on_every_isa(workspace: usize, case: impl Fn(&Device) -> Vec<Vec<f32>>) -
         for (at, (one, other)) in outputs.iter().zip(&others).enumerate() {
             assert_eq!(first_difference(one, other), None, "output {at}: portable and {best}");
         }
+    }
+    outputs
+}
+
+/// Everything that runs the CUDA kernels: this processor, where the build has them for it, and the
+/// GPU. With `REQUIRE_GPU` set a missing GPU is a failure, so that a run that is meant for it cannot
+/// pass without.
+pub fn kernel_devices() -> Vec<(String, Device)> {
+    let paths = [(MatrixPath::Wgmma, "wgmma"), (MatrixPath::Mma, "mma")];
+    let mut devices = Vec::new();
+    if has_host_kernels() {
+        devices.extend(paths.map(|(path, name)| {
+            (format!("host kernels, {name}"), Device::Cuda(Cuda::host(path).unwrap()))
+        }));
+    }
+    match Cuda::gpu(0) {
+        Ok(gpu) => {
+            for (path, name) in paths.into_iter().filter(|(path, _)| *path != gpu.path()) {
+                let gpu = Cuda::gpu(0).unwrap();
+                let gpu = gpu.with_path(path).map(|gpu| (format!("GPU, {name}"), Device::Cuda(gpu)));
+                devices.extend(gpu);
+            }
+            devices.push(("GPU".into(), Device::Cuda(gpu)));
+        }
+        Err(error) => assert!(std::env::var_os("REQUIRE_GPU").is_none(), "{error}"),
+    }
+    devices
+}
+
+/// The outputs of a case on the processor and, where `T` is what the kernels compute with, on all
+/// that runs them; each with the device's name.
+#[track_caller]
+pub fn on_every_device<T: Float>(
+    workspace: usize,
+    case: impl Fn(&Device) -> Vec<Vec<f32>>,
+) -> Vec<(String, Vec<Vec<f32>>)> {
+    let mut outputs = vec![("cpu".to_owned(), on_every_isa(workspace, &case))];
+    if T::DTYPE == Dtype::Bf16 {
+        let kernels = kernel_devices().into_iter();
+        outputs.extend(kernels.map(|(name, device)| {
+            let outputs = case(&device);
+            (name, outputs)
+        }));
     }
     outputs
 }
@@ -87,11 +130,35 @@ pub fn upload<T: Float>(device: &Device, values: &[f32], spare: usize) -> Buffer
     Buffer::upload(device, &rounded).unwrap()
 }
 
+/// (rows, dim) rounded to T, and a row of NaNs after them.
+pub fn activations<T: Float>(device: &Device, dim: usize, values: &[f32]) -> Activations<T> {
+    let mut rounded: Vec<T> = values.iter().map(|&v| T::from_f32(v)).collect();
+    rounded.resize(values.len() + dim, T::from_f32(f32::NAN));
+    Activations::upload(device, dim, &rounded).unwrap()
+}
+
+/// `rows` rows of NaNs.
+pub fn nan_activations<T: Float>(device: &Device, rows: usize, dim: usize) -> Activations<T> {
+    Activations::upload(device, dim, &vec![T::from_f32(f32::NAN); rows * dim]).unwrap()
+}
+
+/// All rows.
+pub fn read_rows<T: Float>(rows: &Activations<T>) -> Vec<f32> {
+    rows.read().unwrap().into_iter().map(T::to_f32).collect()
+}
+
 /// All of a buffer.
 pub fn read<T: Float>(buffer: &Buffer<T>) -> Vec<f32> {
     let mut values = vec![T::default(); buffer.len()];
-    buffer.read(0, &mut values);
+    buffer.read(0, &mut values).unwrap();
     values.into_iter().map(T::to_f32).collect()
+}
+
+/// All of a buffer.
+pub fn read_u32(buffer: &Buffer<u32>) -> Vec<u32> {
+    let mut values = vec![0; buffer.len()];
+    buffer.read(0, &mut values).unwrap();
+    values
 }
 
 /// As f64.

@@ -7,7 +7,7 @@ pub mod sampling;
 
 use std::collections::BTreeMap;
 
-use ops::{Change, Matrix, Mode, add, attention, gated, matmul, norm, rms_norm, rope};
+use ops::{Change, Matrix, Mode, add, attention, gated, matmul, norm, rms_norm, rope, silu};
 
 /// Rows of a site, one a position.
 pub type Rows = Vec<Vec<f64>>;
@@ -115,7 +115,7 @@ impl Transformer {
         let mix = |(position, q): (usize, &Vec<f64>)| {
             let visible = ..=position;
             let (heads, kv_heads) = (config.heads, config.kv_heads);
-            let mixed = attention(q, &keys[visible], &values[visible], heads, kv_heads);
+            let mixed = attention(q, &keys[visible], &values[visible], (heads, kv_heads), None);
             matmul(&mixed, &block.o)
         };
         queries.iter().enumerate().map(mix).collect()
@@ -124,7 +124,7 @@ impl Transformer {
     /// What the MLP adds to a row.
     fn mlp_block(&self, row: &[f64], block: &Block) -> Vec<f64> {
         let x = rms_norm(row, &block.mlp_norm, self.config.eps);
-        matmul(&gated(&matmul(&x, &block.gate), &matmul(&x, &block.up)), &block.down)
+        matmul(&gated(&matmul(&x, &block.gate), &matmul(&x, &block.up), silu), &block.down)
     }
 
     /// Puts N into every `Mode::Reference`: the mean clean norm at the site over the window's

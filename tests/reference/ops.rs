@@ -118,21 +118,23 @@ pub fn softmax(scores: &[f64]) -> Vec<f64> {
 }
 
 /// One row's queries (heads · `head_dim`) over the keys and values it sees, each
-/// (`kv_heads` · `head_dim`): softmax(q·k / √`head_dim`) · v; heads share a key head in groups.
+/// (`kv_heads` · `head_dim`): softmax(q·k / √`head_dim`) · v, a score s being cap · tanh(s / cap) where
+/// there is a cap; heads share a key head in groups.
 pub fn attention(
     query: &[f64],
     keys: &[Vec<f64>],
     values: &[Vec<f64>],
-    heads: usize,
-    kv_heads: usize,
+    (heads, kv_heads): (usize, usize),
+    soft_cap: Option<f64>,
 ) -> Vec<f64> {
     let head_dim = query.len() / heads;
+    let capped = |score: f64| soft_cap.map_or(score, |cap| cap * (score / cap).tanh());
     let mut out = Vec::with_capacity(query.len());
     for (head, q) in query.chunks_exact(head_dim).enumerate() {
         let own = head / (heads / kv_heads) * head_dim..;
         let part = |row: &'_ [f64]| row[own.clone()][..head_dim].to_vec();
         let scale = (head_dim as f64).sqrt();
-        let scores: Vec<f64> = keys.iter().map(|k| dot(q, &part(k)) / scale).collect();
+        let scores: Vec<f64> = keys.iter().map(|k| capped(dot(q, &part(k)) / scale)).collect();
         let mut mixed = vec![0.0; head_dim];
         for (weight, value) in softmax(&scores).iter().zip(values) {
             let weighted: Vec<f64> = part(value).iter().map(|v| weight * v).collect();
@@ -143,7 +145,12 @@ pub fn attention(
     out
 }
 
-/// silu(gate) · up.
-pub fn gated(gate: &[f64], up: &[f64]) -> Vec<f64> {
-    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+/// x / (1 + e⁻ˣ).
+pub fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// activation(gate) · up.
+pub fn gated(gate: &[f64], up: &[f64], activation: impl Fn(f64) -> f64) -> Vec<f64> {
+    gate.iter().zip(up).map(|(g, u)| activation(*g) * u).collect()
 }

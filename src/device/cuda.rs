@@ -1,0 +1,552 @@
+//! All of CUDA: the driver, memory, kernels and graphs. The same kernels also run on the
+//! processor (feature `host-kernels`), through a shim that is compiled with them.
+//!
+//! A [`Cuda`] has one stream, which orders all its work; one thread owns it.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    marker::PhantomData,
+    sync::Arc,
+    time::Instant,
+};
+
+use cudarc::{
+    driver::{
+        CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaStream, DeviceRepr, DriverError,
+        LaunchConfig, PushKernelArg, result,
+        sys::{CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags},
+        sys::{CUstreamCaptureMode, is_culib_present},
+    },
+    nvrtc::Ptx,
+};
+
+use super::Element;
+use crate::error::{Error, Result};
+
+// FATBINS: &[(&[&str], &[u8])], the kernels of each image; and with host-kernels HOST_KERNELS:
+// &[(&str, HostKernel)].
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// A kernel's parameters.
+///
+/// # Safety
+/// `repr(C)` without padding, field for field the struct that the kernel takes.
+pub(crate) unsafe trait Params: Copy {}
+
+/// How many blocks of how many threads, and bytes of dynamic shared memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch {
+    pub grid: [u32; 3],
+    pub block: u32,
+    pub shared: u32,
+}
+
+impl Launch {
+    /// Blocks in one dimension, no dynamic shared memory.
+    pub(crate) fn new(grid: usize, block: u32) -> Self {
+        Self { grid: [grid as u32, 1, 1], block, shared: 0 }
+    }
+}
+
+/// Which of the two families of matrix kernels runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatrixPath {
+    /// Hopper's warpgroup instructions (compute capability 9.0).
+    Wgmma,
+    /// `mma.sync`, from compute capability 8.0 on.
+    Mma,
+}
+
+/// The CUDA kernels on a GPU or on the processor.
+pub struct Cuda {
+    backend: Backend,
+    path: MatrixPath,
+}
+
+enum Backend {
+    Gpu(Box<Gpu>),
+    #[cfg(feature = "host-kernels")]
+    Host,
+}
+
+struct Gpu {
+    stream: Arc<CudaStream>,
+    functions: HashMap<&'static str, CudaFunction>,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: u32,
+    graphs: RefCell<HashMap<u64, CudaGraph>>,
+}
+
+// SAFETY: `CudaGraph` holds raw handles, which any one thread at a time may use; a `Gpu` is not
+// `Sync`, so no two threads do.
+unsafe impl Send for Gpu {}
+
+/// What a GPU is, for `doctor` and results.
+#[derive(Clone, Debug)]
+pub struct GpuFacts {
+    /// As the driver names it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of device memory: free now, and in all.
+    pub memory: (usize, usize),
+}
+
+fn failed(what: &str, error: DriverError) -> Error {
+    let name = error.error_string().ok().and_then(|text| text.to_str().ok()).unwrap_or("unknown");
+    Error::new(what).got(format!("{name} (CUDA error {})", error.0 as u32))
+}
+
+/// Kernels that this build has for GPUs.
+pub fn gpu_kernels() -> usize {
+    FATBINS.iter().map(|(names, _)| names.len()).sum()
+}
+
+/// Whether this build can run the kernels on the processor.
+pub fn has_host_kernels() -> bool {
+    cfg!(feature = "host-kernels")
+}
+
+/// The GPUs of this machine.
+///
+/// # Errors
+/// There is no driver, or it cannot be used.
+pub fn gpus() -> Result<usize> {
+    // SAFETY: only looks whether libcuda can be loaded.
+    if !unsafe { is_culib_present() } {
+        return Err(Error::new("there is no CUDA driver on this machine")
+            .expected("libcuda.so.1, of driver 580 or later")
+            .hint("use --device cpu"));
+    }
+    let count = CudaContext::device_count().map_err(|e| failed("the CUDA driver cannot start", e));
+    Ok(count? as usize)
+}
+
+/// The oldest GPUs that the kernels are compiled for.
+const OLDEST: (i32, i32) = (8, 0);
+
+impl Cuda {
+    /// The GPU with this ordinal.
+    ///
+    /// # Errors
+    /// There is no driver, no such GPU, or no kernel for it in this build.
+    pub fn gpu(ordinal: usize) -> Result<Self> {
+        if FATBINS.is_empty() {
+            return Err(Error::new("this build has no GPU kernels")
+                .expected("nvcc 13.0 when it was built")
+                .hint("run scripts/install-nvcc.sh, set NVCC and build again"));
+        }
+        let count = gpus()?;
+        if ordinal >= count {
+            return Err(Error::new("no such GPU")
+                .expected(format!("an ordinal below {count}"))
+                .got(format!("cuda:{ordinal}")));
+        }
+        let start = |error| failed("the GPU cannot be used", error);
+        let context = CudaContext::new(ordinal).map_err(start)?;
+        // SAFETY: no buffer exists yet, and the one stream made next orders every later access.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(start)?; // the default one can't be captured
+        let capability = context.compute_capability().map_err(start)?;
+        let name = context.name().map_err(start)?;
+        if capability < OLDEST {
+            return Err(Error::new("this GPU is too old")
+                .expected("compute capability 8.0 or later")
+                .got(format!("{name} with {}.{}", capability.0, capability.1)));
+        }
+        let attribute = |which| context.attribute(which).map_err(start);
+        let multiprocessors =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let most = attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?;
+        let mut functions = HashMap::new();
+        for &(kernels, image) in FATBINS {
+            let load = |kernel: &str, error| {
+                failed("a kernel cannot be loaded", error)
+                    .at(kernel)
+                    .expected(format!("code for {name}, driver 580 or later"))
+            };
+            let module = context.load_module(Ptx::from_binary(image.to_vec()));
+            let module = module.map_err(|error| load(kernels[0], error))?;
+            for &kernel in kernels {
+                let function = module.load_function(kernel).map_err(|e| load(kernel, e))?;
+                let fixed = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+                let dynamic = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                let fixed = function.get_attribute(fixed).map_err(|e| load(kernel, e))?;
+                function.set_attribute(dynamic, most - fixed).map_err(|e| load(kernel, e))?;
+                functions.insert(kernel, function);
+            }
+        }
+        let path = if capability == (9, 0) { MatrixPath::Wgmma } else { MatrixPath::Mma };
+        let graphs = RefCell::default();
+        let gpu = Gpu { stream, functions, name, capability, multiprocessors, graphs };
+        Ok(Self { backend: Backend::Gpu(Box::new(gpu)), path })
+    }
+
+    /// The kernels on the processor.
+    ///
+    /// # Errors
+    /// This build has none.
+    #[cfg(feature = "host-kernels")]
+    pub fn host(path: MatrixPath) -> Result<Self> {
+        Ok(Self { backend: Backend::Host, path })
+    }
+
+    /// The kernels on the processor.
+    ///
+    /// # Errors
+    /// This build has none.
+    #[cfg(not(feature = "host-kernels"))]
+    pub fn host(_: MatrixPath) -> Result<Self> {
+        Err(Error::new("this build has no host kernels")
+            .hint("build with --features host-kernels (it needs a C++ compiler)"))
+    }
+
+    /// The same GPU with the other family of matrix kernels, for tests and comparisons.
+    ///
+    /// # Errors
+    /// The GPU does not have it.
+    pub fn with_path(mut self, path: MatrixPath) -> Result<Self> {
+        if path == MatrixPath::Wgmma && self.path != path {
+            return Err(Error::new("this GPU has no warpgroup matrix instructions")
+                .expected("compute capability 9.0"));
+        }
+        self.path = path;
+        Ok(self)
+    }
+
+    /// Which matrix kernels run.
+    pub fn path(&self) -> MatrixPath {
+        self.path
+    }
+
+    /// Whether it is a GPU.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self.backend, Backend::Gpu(_))
+    }
+
+    /// What the GPU is; `None` on the processor.
+    ///
+    /// # Errors
+    /// The GPU has failed.
+    pub fn facts(&self) -> Result<Option<GpuFacts>> {
+        let Some(gpu) = self.as_gpu() else { return Ok(None) };
+        let memory = gpu.stream.context().mem_get_info();
+        let memory = memory.map_err(|error| gpu.lost(error))?;
+        Ok(Some(GpuFacts { name: gpu.name.clone(), capability: gpu.capability, memory }))
+    }
+
+    /// Names the arithmetic: results of equal names are the same, bit for bit.
+    pub fn arithmetic(&self) -> String {
+        let path = if self.path == MatrixPath::Wgmma { "wgmma" } else { "mma" };
+        match self.as_gpu() {
+            Some(gpu) => format!("{path} sm_{}{}", gpu.capability.0, gpu.capability.1),
+            None => path.into(),
+        }
+    }
+
+    /// Blocks that run side by side, one a multiprocessor.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.as_gpu().map_or(4, |gpu| gpu.multiprocessors as usize)
+    }
+
+    fn as_gpu(&self) -> Option<&Gpu> {
+        match &self.backend {
+            Backend::Gpu(gpu) => Some(gpu),
+            #[cfg(feature = "host-kernels")]
+            Backend::Host => None,
+        }
+    }
+
+    /// Queues a kernel.
+    ///
+    /// # Safety
+    /// The addresses in `params` are valid for all that the kernel reads and writes under `launch`.
+    ///
+    /// # Errors
+    /// It cannot be queued, or something queued before has failed.
+    pub(crate) unsafe fn launch<P: Params>(
+        &self,
+        kernel: &'static str,
+        launch: Launch,
+        params: &P,
+    ) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        match &self.backend {
+            Backend::Gpu(gpu) => {
+                let function = gpu.functions.get(kernel);
+                let function = function.unwrap_or_else(|| panic!("no kernel {kernel}"));
+                let [x, y, z] = launch.grid;
+                let config = LaunchConfig {
+                    grid_dim: (x, y, z),
+                    block_dim: (launch.block, 1, 1),
+                    shared_mem_bytes: launch.shared,
+                };
+                let params = Arg(*params);
+                let mut builder = gpu.stream.launch_builder(function);
+                builder.arg(&params);
+                // SAFETY: as required of the caller; the layout is `Params`'s promise.
+                unsafe { builder.launch(config) }.map(|_| ()).map_err(|error| {
+                    failed("a kernel cannot be launched", error)
+                        .at(format!("{kernel} with {launch:?} on {}", gpu.name))
+                })
+            }
+            #[cfg(feature = "host-kernels")]
+            Backend::Host => {
+                let run = HOST_KERNELS.iter().find(|(name, _)| *name == kernel);
+                let (_, run) = run.unwrap_or_else(|| panic!("no kernel {kernel}"));
+                let block = [launch.block, 1, 1];
+                let params = std::ptr::from_ref(params).cast();
+                // SAFETY: as required of the caller.
+                unsafe { run(&launch.grid, &block, launch.shared as usize, params) };
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs `work`, which queues the same kernels with the same parameters each time it is called
+    /// with this key. On a GPU it is recorded the second time and replayed from then on.
+    ///
+    /// # Errors
+    /// What `work` returns, and what recording or replaying fails with.
+    pub(crate) fn replay(&self, key: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let Some(gpu) = self.as_gpu() else { return work() };
+        if let Some(graph) = gpu.graphs.borrow().get(&key) {
+            return graph.launch().map_err(|error| gpu.lost(error));
+        }
+        let capture = |error| failed("a step cannot be recorded", error).at(gpu.name.clone());
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        gpu.stream.begin_capture(mode).map_err(capture)?;
+        let queued = work();
+        let graph = gpu.stream.end_capture(CUgraphInstantiate_flags(0)).map_err(capture);
+        queued?;
+        let graph = graph?.ok_or_else(|| Error::new("a recorded step is empty"))?;
+        graph.launch().map_err(|error| gpu.lost(error))?;
+        gpu.graphs.borrow_mut().insert(key, graph);
+        Ok(())
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        let Some(gpu) = self.as_gpu() else { return Ok(()) };
+        gpu.stream.synchronize().map_err(|error| gpu.lost(error))
+    }
+
+    /// A point in the stream; `None` on the processor, where nothing is queued.
+    ///
+    /// # Errors
+    /// Something queued before has failed.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        let Some(gpu) = self.as_gpu() else { return Ok(Mark(Point::Time(Instant::now()))) };
+        let flags = CUevent_flags::CU_EVENT_DEFAULT;
+        let event = gpu.stream.record_event(Some(flags)).map_err(|error| gpu.lost(error))?;
+        Ok(Mark(Point::Event(event)))
+    }
+
+    /// `len` zeros in the GPU's memory; `None` on the processor.
+    pub(super) fn zeroed<T>(&self, len: usize) -> Result<Option<Memory<T>>> {
+        let Some(gpu) = self.as_gpu() else { return Ok(None) };
+        let bytes = (len * size_of::<T>()).max(1);
+        let context = gpu.stream.context();
+        let memory = |error| {
+            let free = context.mem_get_info().map_or(0, |(free, _)| free);
+            failed("not enough GPU memory", error)
+                .at(gpu.name.clone())
+                .expected(format!("{bytes} bytes"))
+                .got(format!("{free} bytes free"))
+                .hint("lower --max-batch, or free memory that other programs hold")
+        };
+        context.bind_to_thread().map_err(|error| gpu.lost(error))?;
+        // SAFETY: the size is not zero.
+        let address = unsafe { result::malloc_sync(bytes) }.map_err(memory)?;
+        let (stream, element) = (Arc::clone(&gpu.stream), PhantomData);
+        let memory = Memory { address, len, stream, element };
+        // SAFETY: `bytes` bytes were just allocated.
+        unsafe { result::memset_d8_async(address, 0, bytes, gpu.stream.cu_stream()) }
+            .map_err(|error| gpu.lost(error))?;
+        Ok(Some(memory))
+    }
+
+    /// Pinned host memory; `None` on the processor.
+    pub(super) fn pinned<T>(&self, len: usize) -> Result<Option<Pinned<T>>> {
+        let Some(gpu) = self.as_gpu() else { return Ok(None) };
+        let bytes = (len * size_of::<T>()).max(1);
+        let context = Arc::clone(gpu.stream.context());
+        context.bind_to_thread().map_err(|error| gpu.lost(error))?;
+        // SAFETY: the size is not zero; without flags the memory is cached, so quick to read.
+        let start = unsafe { result::malloc_host(bytes, 0) };
+        let start = start.map_err(|error| {
+            failed("not enough host memory that the GPU can write", error)
+                .expected(format!("{bytes} bytes"))
+        })?;
+        // SAFETY: `bytes` bytes were just allocated.
+        unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, bytes) };
+        Ok(Some(Pinned { start: start.cast(), len, context }))
+    }
+}
+
+impl Gpu {
+    fn lost(&self, error: DriverError) -> Error {
+        failed("the GPU has failed", error)
+            .at(self.name.clone())
+            .hint("what was stored is kept: run the same command again to go on")
+    }
+}
+
+/// A point in the order of work.
+pub(crate) struct Mark(Point);
+
+enum Point {
+    Time(Instant),
+    Event(CudaEvent),
+}
+
+impl Mark {
+    /// Waits until everything queued before it is done.
+    ///
+    /// # Errors
+    /// Something queued before it has failed.
+    pub(crate) fn wait(&self) -> Result<()> {
+        match &self.0 {
+            Point::Time(_) => Ok(()),
+            Point::Event(event) => event.synchronize().map_err(|error| {
+                failed("the GPU has failed", error)
+                    .hint("what was stored is kept: run the same command again to go on")
+            }),
+        }
+    }
+
+    /// Seconds from it to a later one.
+    ///
+    /// # Errors
+    /// The GPU has failed.
+    pub(crate) fn seconds_to(&self, later: &Self) -> Result<f64> {
+        match (&self.0, &later.0) {
+            (Point::Time(start), Point::Time(end)) => Ok((*end - *start).as_secs_f64()),
+            (Point::Event(start), Point::Event(end)) => {
+                let time = start.elapsed_ms(end);
+                Ok(f64::from(time.map_err(|error| failed("the GPU has failed", error))?) / 1e3)
+            }
+            _ => unreachable!("two marks of one device"),
+        }
+    }
+}
+
+/// A parameter struct as cudarc takes it.
+#[repr(transparent)]
+struct Arg<P>(P);
+// SAFETY: plain numbers, as `Params` promises.
+unsafe impl<P: Params> DeviceRepr for Arg<P> {}
+
+/// An array in the GPU's memory.
+pub(super) struct Memory<T> {
+    address: u64,
+    len: usize,
+    stream: Arc<CudaStream>,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Memory<T> {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn at(&self, start: usize) -> u64 {
+        self.address + (start * size_of::<T>()) as u64
+    }
+
+    fn copy(&self, copied: std::result::Result<(), DriverError>) -> Result<()> {
+        let name = || self.stream.context().name().unwrap_or_default();
+        copied.map_err(|error| failed("a copy to or from the GPU has failed", error).at(name()))
+    }
+
+    pub(super) fn write(&mut self, start: usize, data: &[T]) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.copy(self.stream.context().bind_to_thread())?;
+        // SAFETY: inside the allocation (asserted by the caller). From pageable memory the driver
+        // has copied `data` to its own staging memory when the call returns.
+        self.copy(unsafe {
+            result::memcpy_htod_async(self.at(start), data, self.stream.cu_stream())
+        })
+    }
+
+    pub(super) fn read(&self, start: usize, out: &mut [T]) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.copy(self.stream.context().bind_to_thread())?;
+        // SAFETY: inside the allocation (asserted by the caller), and `out` outlives the copy.
+        self.copy(unsafe {
+            result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
+        })?;
+        self.copy(self.stream.synchronize())
+    }
+
+    pub(super) fn fetch(
+        &self,
+        start: usize,
+        len: usize,
+        to: &mut Pinned<T>,
+        at: usize,
+    ) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        self.copy(self.stream.context().bind_to_thread())?;
+        // SAFETY: inside both allocations (asserted by the caller). Who reads `to` has waited.
+        self.copy(unsafe {
+            let out = std::slice::from_raw_parts_mut(to.start.add(at), len);
+            result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
+        })
+    }
+}
+
+impl<T> Drop for Memory<T> {
+    fn drop(&mut self) {
+        let context = self.stream.context();
+        context.record_err(context.bind_to_thread());
+        // SAFETY: allocated in `zeroed`; freeing waits for what still uses it.
+        context.record_err(unsafe { result::free_sync(self.address) });
+    }
+}
+
+/// Pinned host memory.
+pub(super) struct Pinned<T> {
+    start: *mut T,
+    len: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: it owns its elements, which are plain numbers.
+unsafe impl<T: Element> Send for Pinned<T> {}
+
+impl<T: Element> Pinned<T> {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn get(&self) -> &[T] {
+        // SAFETY: `len` elements are owned and initialised, and no copy into them is under way
+        // (the caller has waited).
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // A copy into it may still be under way.
+        self.context.record_err(self.context.synchronize());
+        // SAFETY: allocated in `pinned`.
+        self.context.record_err(unsafe { result::free_host(self.start.cast()) });
+    }
+}
