@@ -29,4 +29,4 @@ PYTHON
     rm -rf "$work"
 fi
 
-cargo test --release --locked "$@"
+cargo test --release --locked --features host-kernels "$@"

@@ -1,10 +1,15 @@
 //! What the engine promises: a job's result never depends on its neighbours, on what is shared,
-//! on threads or instruction sets; and no injection is silently lost.
+//! on threads or instruction sets; and no injection is silently lost. On the processor, and with the
+//! CUDA kernels on all that runs them.
 
 use std::path::{Path, PathBuf};
 
 use inkling::{
-    device::cpu::Isa,
+    device::{
+        Cuda, DeviceKind,
+        cpu::Isa,
+        cuda::{MatrixPath, has_host_kernels},
+    },
     engine::{
         Dtype, Engine,
         Event::{Done, Failed},
@@ -63,6 +68,35 @@ fn options() -> Options {
     Options { dtype: Dtype::Bf16, threads: Some(2), ..Options::default() }
 }
 
+/// Every way to run a model: on the processor with the results read at once or a step behind, with
+/// either family of matrix kernels on the processor, and on the GPU where there is one. The kernels
+/// take heads of a multiple of 8, which `sharded` does not have.
+fn setups(name: &str) -> Vec<(String, Options)> {
+    let mut setups = vec![
+        (format!("{name} on cpu"), options()),
+        (format!("{name} on cpu, a step behind"), Options { behind: true, ..options() }),
+    ];
+    if name == "sharded" {
+        return setups;
+    }
+    if has_host_kernels() {
+        let device = DeviceKind::HostKernels;
+        for (path, behind) in [(MatrixPath::Wgmma, true), (MatrixPath::Mma, false)] {
+            let matrix_path = Some(path);
+            let options = Options { device, matrix_path, behind, ..options() };
+            setups.push((format!("{name} on host kernels, {path:?}"), options));
+        }
+    }
+    match Cuda::gpu(0) {
+        Ok(_) => {
+            let device = DeviceKind::Cuda(0);
+            setups.push((format!("{name} on the GPU"), Options { device, ..options() }));
+        }
+        Err(error) => assert!(std::env::var_os("REQUIRE_GPU").is_none(), "{error}"),
+    }
+    setups
+}
+
 fn run_on(engine: &Engine, jobs: &[Job]) -> Vec<Finished> {
     let mut results = vec![None; jobs.len()];
     let store = |at: usize, result: inkling::error::Result<Finished>| {
@@ -93,35 +127,59 @@ fn assert_same(what: &str, got: &[Finished], want: &[Finished]) {
 
 #[test]
 fn a_result_does_not_depend_on_batch_order_threads_or_instruction_set() {
-    for name in MODELS {
+    for (what, options) in MODELS.iter().flat_map(|name| setups(name)) {
+        let name = what.split(' ').next().unwrap();
         let model = Model::open(&folder(name)).unwrap();
         let jobs = variety(name, &model);
-        let want = run(&model, &options(), &jobs);
+        let want = run(&model, &options, &jobs);
         for max_batch in [1, 3, 17] {
-            let got = run(&model, &Options { max_batch, ..options() }, &jobs);
-            assert_same(&format!("{name}, batch {max_batch}"), &got, &want);
+            let got = run(&model, &Options { max_batch, ..options.clone() }, &jobs);
+            assert_same(&format!("{what}, batch {max_batch}"), &got, &want);
         }
         let backwards: Vec<Job> = jobs.iter().rev().cloned().collect();
-        let mut got = run(&model, &options(), &backwards);
+        let mut got = run(&model, &options, &backwards);
         got.reverse();
-        assert_same(&format!("{name}, backwards"), &got, &want);
-        let alone = |job| run(&model, &options(), std::slice::from_ref(job)).remove(0);
+        assert_same(&format!("{what}, backwards"), &got, &want);
+        let engine = Engine::start(&model, &options).unwrap();
+        let alone = |job: &Job| engine.run(job.clone()).unwrap();
         let alone: Vec<Finished> = jobs.iter().map(alone).collect();
-        assert_same(&format!("{name}, alone"), &alone, &want);
-        let portable = Options { threads: Some(1), isa: Some(Isa::Portable), ..options() };
-        assert_same(&format!("{name}, portable"), &run(&model, &portable, &jobs), &want);
+        assert_same(&format!("{what}, alone"), &alone, &want);
+        let portable = Options { threads: Some(1), isa: Some(Isa::Portable), ..options };
+        assert_same(&format!("{what}, portable"), &run(&model, &portable, &jobs), &want);
+    }
+}
+
+/// A step's results are read while the next one runs: that changes nothing either.
+#[test]
+fn a_step_behind_is_the_same() {
+    for name in MODELS {
+        let mut model = Model::open(&folder(name)).unwrap();
+        let mut jobs = variety(name, &model);
+        // Stop tokens end replies while a row of theirs is under way.
+        jobs.iter_mut().for_each(|job| job.sampling.ignore_eos = false);
+        model.config.stop_tokens = (0..model.config.vocab as u32 / 4).collect();
+        let want = run(&model, &options(), &jobs);
+        let got = run(&model, &Options { behind: true, ..options() }, &jobs);
+        assert_same(name, &got, &want);
+        let ended = want.iter().flat_map(|result| &result.outcome.samples);
+        assert!(ended.filter(|s| s.finish == inkling::engine::Finish::Stop).count() > 3);
     }
 }
 
 #[test]
 fn sharing_changes_no_bit() {
-    for name in MODELS {
+    for (what, options) in MODELS.iter().flat_map(|name| setups(name)) {
+        let name = what.split(' ').next().unwrap();
         let model = Model::open(&folder(name)).unwrap();
         let jobs = variety(name, &model);
-        for dtype in [Dtype::Bf16, Dtype::F32] {
-            let shared = run(&model, &Options { dtype, ..options() }, &jobs);
-            let alone = run(&model, &Options { dtype, share: false, ..options() }, &jobs);
-            assert_same(name, &numbers(alone), &numbers(shared));
+        let dtypes: &[Dtype] = match options.device {
+            DeviceKind::Cpu => &[Dtype::Bf16, Dtype::F32],
+            _ => &[Dtype::Bf16],
+        };
+        for &dtype in dtypes {
+            let shared = run(&model, &Options { dtype, ..options.clone() }, &jobs);
+            let options = Options { dtype, share: false, ..options.clone() };
+            assert_same(&what, &numbers(run(&model, &options, &jobs)), &numbers(shared));
         }
     }
 }
@@ -130,13 +188,15 @@ fn sharing_changes_no_bit() {
 fn a_small_cache_only_makes_jobs_wait() {
     let model = Model::open(&folder("plain")).unwrap();
     let jobs = variety("plain", &model);
-    let want = run(&model, &options(), &jobs);
     let longest = jobs.iter().map(|job| job.tokens.len() + 20).max().unwrap();
     let c = &model.config;
     let page_bytes = 2 * 16 * c.kv_heads * c.head_dim * 2;
     let kv_bytes = Some((3 * longest.div_ceil(16) * c.layers * page_bytes) as u64);
-    let got = run(&model, &Options { kv_bytes, ..options() }, &jobs);
-    assert_same("small cache", &got, &want);
+    for (what, options) in setups("plain") {
+        let want = run(&model, &options, &jobs);
+        let got = run(&model, &Options { kv_bytes, ..options }, &jobs);
+        assert_same(&what, &got, &want);
+    }
 }
 
 #[test]
@@ -150,25 +210,31 @@ fn zero_strength_equals_no_injection() {
     }
     let none: Vec<Job> =
         injected.iter().map(|job| Job { inject: Vec::new(), ..job.clone() }).collect();
-    let (zero, none) = (run(&model, &options(), &zero), run(&model, &options(), &none));
-    for (result, job) in zero.iter().zip(&injected) {
-        let receipts = &result.outcome.receipts;
-        assert_eq!(receipts.len(), job.inject.len());
-        assert!(receipts.iter().all(|r| r.rows_touched == 0 && r.planned == Some(0.0)));
-    }
-    assert_same("zero strength", &numbers(zero), &numbers(none.clone()));
-    let changed = run(&model, &options(), &injected);
-    for (changed, none) in changed.iter().zip(&none).filter(|(_, none)| !none.captures.is_empty()) {
-        assert!(changed.captures != none.captures, "a real injection changes what is captured");
+    for (what, options) in setups("mqa") {
+        let (zero, none) = (run(&model, &options, &zero), run(&model, &options, &none));
+        for (result, job) in zero.iter().zip(&injected) {
+            let receipts = &result.outcome.receipts;
+            assert_eq!(receipts.len(), job.inject.len());
+            assert!(receipts.iter().all(|r| r.rows_touched == 0 && r.planned == Some(0.0)));
+        }
+        assert_same(&what, &numbers(zero), &numbers(none.clone()));
+        let changed = run(&model, &options, &injected);
+        let both = changed.iter().zip(&none).filter(|(_, none)| !none.captures.is_empty());
+        for (changed, none) in both {
+            assert!(changed.captures != none.captures, "{what}: a real injection changes a capture");
+        }
     }
 }
 
 #[test]
 fn receipts_prove_every_injection() {
-    for name in MODELS {
-        let model = Model::open(&folder(name)).unwrap();
-        let jobs = variety(name, &model);
-        let results = run(&model, &Options { dtype: Dtype::F32, ..options() }, &jobs);
+    let exact = Options { dtype: Dtype::F32, ..options() };
+    let in_f32 = MODELS.map(|name| (format!("{name} in f32"), exact.clone()));
+    for (name, options) in in_f32.into_iter().chain(MODELS.iter().flat_map(|name| setups(name))) {
+        let folder_name = name.split(' ').next().unwrap();
+        let model = Model::open(&folder(folder_name)).unwrap();
+        let jobs = variety(folder_name, &model);
+        let results = run(&model, &options, &jobs);
         for (job, result) in jobs.iter().zip(&results) {
             assert_eq!(job.inject.len(), result.outcome.receipts.len());
             for receipt in &result.outcome.receipts {
@@ -185,10 +251,16 @@ fn receipts_prove_every_injection() {
 
 #[test]
 fn cancelled_jobs_leave_nothing_behind() {
+    for (what, options) in setups("plain") {
+        check_cancelling(&what, &options);
+    }
+}
+
+fn check_cancelling(what: &str, options: &Options) {
     let model = Model::open(&folder("plain")).unwrap();
     let jobs = variety("plain", &model);
-    let want = run(&model, &options(), &jobs);
-    let engine = Engine::start(&model, &Options { max_batch: 4, ..options() }).unwrap();
+    let want = run(&model, options, &jobs);
+    let engine = Engine::start(&model, &Options { max_batch: 4, ..options.clone() }).unwrap();
     for round in 0..3 {
         let (sender, events) = std::sync::mpsc::channel();
         for (tag, job) in jobs.iter().enumerate() {
@@ -200,14 +272,20 @@ fn cancelled_jobs_leave_nothing_behind() {
         let ended = events.iter().filter(|(_, event)| matches!(event, Done(_) | Failed(_)));
         assert_eq!(ended.count(), jobs.len());
     }
-    assert_same("after cancelling", &run_on(&engine, &jobs), &want);
+    assert_same(what, &run_on(&engine, &jobs), &want);
 }
 
 #[test]
 fn logits_that_are_not_numbers_end_the_job_alone() {
+    for (what, options) in setups("plain") {
+        check_numbers(&what, &options);
+    }
+}
+
+fn check_numbers(what: &str, options: &Options) {
     let model = Model::open(&folder("plain")).unwrap();
     let jobs = variety("plain", &model);
-    let engine = Engine::start(&model, &options()).unwrap();
+    let engine = Engine::start(&model, options).unwrap();
     let mut broken = jobs[0].clone();
     broken.inject = jobs.iter().find(|job| !job.inject.is_empty()).unwrap().inject[..1].to_vec();
     broken.inject[0] = inkling::engine::Injection {
@@ -219,16 +297,22 @@ fn logits_that_are_not_numbers_end_the_job_alone() {
         ..broken.inject[0].clone()
     };
     let error = engine.run(broken).unwrap_err().to_string();
-    assert!(error.contains("not numbers"), "{error}");
-    let want = run(&model, &options(), &jobs);
-    assert_same("after a broken job", &run_on(&engine, &jobs), &want);
+    assert!(error.contains("not numbers"), "{what}: {error}");
+    let want = run(&model, options, &jobs);
+    assert_same(what, &run_on(&engine, &jobs), &want);
 }
 
 /// A stream beyond f32, drawn from with every filter, only scored, or only watched.
 #[test]
 fn a_stream_beyond_f32_is_an_error_however_it_is_read() {
+    for (what, options) in setups("plain") {
+        check_beyond_f32(&what, &options);
+    }
+}
+
+fn check_beyond_f32(what: &str, options: &Options) {
     let model = Model::open(&folder("plain")).unwrap();
-    let engine = Engine::start(&model, &options()).unwrap();
+    let engine = Engine::start(&model, options).unwrap();
     let jobs = variety("plain", &model);
     let injection = jobs.iter().flat_map(|job| &job.inject).next().unwrap();
     let huge = inkling::engine::Injection {
@@ -249,7 +333,7 @@ fn a_stream_beyond_f32_is_an_error_however_it_is_read() {
         Job { sampling: none, watch: vec![7], ..base },
     ] {
         let error = engine.run(job).unwrap_err().to_string();
-        assert!(error.contains("not numbers"), "{error}");
+        assert!(error.contains("not numbers"), "{what}: {error}");
     }
 }
 
@@ -276,9 +360,13 @@ fn a_sweep_larger_than_the_residual_cache_finishes() {
             }
         })
         .collect();
-    let want = run(&model, &Options { share: false, ..options() }, &sweep);
-    for max_batch in [1, 5, 64] {
-        let got = run(&model, &Options { max_batch, ..options() }, &sweep);
-        assert_same("sweep", &numbers(got), &numbers(want.clone()));
+    for (what, options) in setups("plain") {
+        // The kernels take a while for prompts of this length on the processor.
+        let sweep = if options.device == DeviceKind::HostKernels { &sweep[24..] } else { &sweep };
+        let want = run(&model, &Options { share: false, ..options.clone() }, sweep);
+        for max_batch in [1, 5, 64] {
+            let got = run(&model, &Options { max_batch, ..options.clone() }, sweep);
+            assert_same(&what, &numbers(got), &numbers(want.clone()));
+        }
     }
 }

@@ -1,17 +1,24 @@
 //! Options that several subcommands share.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, thread};
 
 use clap::Args;
 
 use super::{fetch, output::note};
 use crate::{
-    device::DeviceKind,
+    device::{
+        Cpu, Cuda, Device, DeviceKind,
+        cpu::{Isa, thread_pool},
+        cuda::MatrixPath,
+    },
     engine::{Engine, Options},
     error::{Error, Result},
     model::Model,
     ops::matmul::Dtype,
 };
+
+/// f32s for matmuls of up to 2,048 rows of 8,192.
+const CPU_WORKSPACE: usize = (2048 + 8) * 8192;
 
 /// Which model.
 #[derive(Args)]
@@ -61,18 +68,38 @@ pub struct EngineArgs {
 }
 
 impl EngineArgs {
-    /// Loads the weights and starts the engine.
-    pub fn start(&self, model: &Model) -> Result<Engine> {
-        let options = Options {
+    /// As the engine takes them.
+    pub fn options(&self) -> Options {
+        Options {
             device: self.device,
             dtype: self.dtype,
             threads: self.threads,
             max_batch: self.max_batch,
             ..Options::default()
-        };
-        note(format!("loading {} ({}, {})", model.name, self.device, self.dtype));
-        Engine::start(model, &options)
+        }
     }
+
+    /// Loads the weights and starts the engine.
+    pub fn start(&self, model: &Model) -> Result<Engine> {
+        note(format!("loading {} ({}, {})", model.name, self.device, self.dtype));
+        Engine::start(model, &self.options())
+    }
+}
+
+/// Calls `work` with a device that is not an engine's.
+pub fn open_device<R: Send>(
+    kind: DeviceKind,
+    work: impl FnOnce(&Device) -> Result<R> + Send,
+) -> Result<R> {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread_pool(threads)?.install(|| {
+        let device = match kind {
+            DeviceKind::Cpu => Device::Cpu(Cpu::new(Isa::detect(), threads, CPU_WORKSPACE)?),
+            DeviceKind::Cuda(ordinal) => Device::Cuda(Cuda::gpu(ordinal)?),
+            DeviceKind::HostKernels => Device::Cuda(Cuda::host(MatrixPath::Wgmma)?),
+        };
+        work(&device)
+    })
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {

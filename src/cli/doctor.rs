@@ -7,7 +7,11 @@ use serde::Serialize;
 
 use super::{args::ModelArgs, fetch, output::Output};
 use crate::{
-    device::cpu::Isa,
+    device::{
+        Cuda,
+        cpu::Isa,
+        cuda::{gpu_kernels, has_host_kernels},
+    },
     error::Result,
     model::{Model, ModelConfig},
 };
@@ -54,9 +58,9 @@ struct Memory {
 
 #[derive(Serialize)]
 struct DeviceSupport {
-    name: &'static str,
+    name: String,
     available: bool,
-    note: &'static str,
+    note: String,
 }
 
 #[derive(Serialize)]
@@ -102,8 +106,13 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         cpu: cpu(),
         memory: memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         devices: vec![
-            DeviceSupport { name: "cpu", available: true, note: "" },
-            DeviceSupport { name: "cuda", available: false, note: "not in this build" },
+            DeviceSupport { name: "cpu".into(), available: true, note: String::new() },
+            cuda_support(),
+            DeviceSupport {
+                name: "host-kernels".into(),
+                available: has_host_kernels(),
+                note: "not in this build (--features host-kernels)".into(),
+            },
         ],
         demo_model: DemoModel {
             present: demo.as_ref().is_some_and(|path| path.is_file()),
@@ -118,6 +127,23 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         lines(&findings).iter().try_for_each(|line| output.line(line))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a GPU can be used, and which, or why not.
+fn cuda_support() -> DeviceSupport {
+    let facts = Cuda::gpu(0).and_then(|cuda| cuda.facts());
+    let (available, note) = match facts {
+        Ok(Some(facts)) => {
+            let (major, minor) = facts.capability;
+            let (free, total) = facts.memory;
+            let memory = format!("{} of {} free", gigabytes(free as u64), gigabytes(total as u64));
+            (true, format!("{}, compute capability {major}.{minor}, {memory}", facts.name))
+        }
+        Ok(None) => (false, "no GPU".into()),
+        Err(error) => (false, error.to_string().replace("\n ", ";")),
+    };
+    let kernels = gpu_kernels();
+    DeviceSupport { name: format!("cuda ({kernels} kernels)"), available, note }
 }
 
 fn cpu() -> Cpu {
@@ -205,7 +231,11 @@ fn lines(findings: &Findings) -> Vec<String> {
         lines.push(format!("memory      {total}, {available} available"));
     }
     for device in devices {
-        let state = if device.available { "yes" } else { device.note };
+        let state = match (device.available, device.note.as_str()) {
+            (true, note) if device.name.starts_with("cuda") => note,
+            (true, _) => "yes",
+            (false, note) => note,
+        };
         lines.push(format!("device      {}: {state}", device.name));
     }
     let state = if demo_model.present { "present" } else { "not there yet" };

@@ -3,6 +3,8 @@
 //! environment.
 
 mod args;
+mod bench;
+mod check;
 mod demo;
 mod doctor;
 mod fetch;
@@ -52,6 +54,8 @@ enum Command {
     Table(table::Args),
     Generate(generate::Args),
     Forward(forward::Args),
+    Bench(bench::Args),
+    Check(check::Args),
     Doctor(doctor::Args),
 }
 
@@ -68,6 +72,8 @@ impl Command {
             Self::Table(args) => table::execute(&args),
             Self::Generate(args) => generate::execute(&args),
             Self::Forward(args) => forward::execute(&args),
+            Self::Bench(args) => bench::execute(&args),
+            Self::Check(args) => check::execute(&args),
             Self::Doctor(args) => doctor::execute(&args),
         }
     }

@@ -336,12 +336,12 @@ impl Cuda {
         gpu.stream.synchronize().map_err(|error| gpu.lost(error))
     }
 
-    /// A point in the stream; `None` on the processor, where nothing is queued.
+    /// A point in the stream.
     ///
     /// # Errors
     /// Something queued before has failed.
     pub(crate) fn mark(&self) -> Result<Mark> {
-        let Some(gpu) = self.as_gpu() else { return Ok(Mark(Point::Time(Instant::now()))) };
+        let Some(gpu) = self.as_gpu() else { return Ok(Mark::now()) };
         let flags = CUevent_flags::CU_EVENT_DEFAULT;
         let event = gpu.stream.record_event(Some(flags)).map_err(|error| gpu.lost(error))?;
         Ok(Mark(Point::Event(event)))
@@ -406,6 +406,11 @@ enum Point {
 }
 
 impl Mark {
+    /// Now, where nothing is queued.
+    pub(super) fn now() -> Self {
+        Self(Point::Time(Instant::now()))
+    }
+
     /// Waits until everything queued before it is done.
     ///
     /// # Errors
@@ -490,6 +495,15 @@ impl<T: Element> Memory<T> {
             result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
         })?;
         self.copy(self.stream.synchronize())
+    }
+
+    pub(super) fn copy_from(&mut self, from: &Self) -> Result<()> {
+        self.copy(self.stream.context().bind_to_thread())?;
+        let bytes = self.len * size_of::<T>();
+        // SAFETY: both are as long (asserted by the caller).
+        self.copy(unsafe {
+            result::memcpy_dtod_async(self.address, from.address, bytes, self.stream.cu_stream())
+        })
     }
 
     pub(super) fn fetch(

@@ -7,6 +7,8 @@ mod file;
 
 use std::{fmt, str::FromStr};
 
+use rayon::prelude::*;
+
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use file::MappedFile;
@@ -69,6 +71,17 @@ impl Device {
         match self {
             Self::Cpu(_) => Ok(()),
             Self::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    /// A point in the order of work.
+    ///
+    /// # Errors
+    /// Something queued before has failed.
+    pub(crate) fn mark(&self) -> Result<cuda::Mark> {
+        match self {
+            Self::Cpu(_) => Ok(cuda::Mark::now()),
+            Self::Cuda(cuda) => cuda.mark(),
         }
     }
 
@@ -171,6 +184,24 @@ impl<T: Element> Buffer<T> {
             }
             (Memory::Gpu(memory), StagingMemory::Pinned(to)) => memory.fetch(start, len, to, at),
             _ => unreachable!("a buffer and its staging memory belong to one device"),
+        }
+    }
+
+    /// Overwrites all of it with another of the same length, after what was queued before.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn copy_from(&mut self, from: &Self) -> Result<()> {
+        assert_eq!(self.len(), from.len(), "lengths of a copy");
+        match (&mut self.memory, &from.memory) {
+            (Memory::Host(to), Memory::Host(from)) => {
+                let chunk = to.len().div_ceil(rayon::current_num_threads()).max(1);
+                let parts = to.par_chunks_mut(chunk).zip(from.par_chunks(chunk));
+                parts.for_each(|(to, from)| to.copy_from_slice(from));
+                Ok(())
+            }
+            (Memory::Gpu(to), Memory::Gpu(from)) => to.copy_from(from),
+            _ => unreachable!("two buffers of one device"),
         }
     }
 

@@ -86,6 +86,8 @@ pub struct Core<T> {
     pub(super) stats: Stats,
     /// Jobs whose logits are not numbers.
     pub(super) broken: Vec<usize>,
+    /// Whether the step that was queued last has rows of drawn tokens only.
+    pub(super) is_decoding: bool,
     /// Why the device cannot be used any more.
     failed: Option<Error>,
 }
@@ -132,6 +134,7 @@ impl<T: Float> Core<T> {
             reserved: 0,
             stats: Stats::default(),
             broken: Vec::new(),
+            is_decoding: false,
             failed: None,
             device,
             config,
@@ -165,7 +168,11 @@ impl<T: Float> Core<T> {
                 Ok(false) => {}
                 Err(error) => self.fail(&error),
             }
-            self.stats.seconds += start.elapsed().as_secs_f64();
+            let seconds = match self.is_decoding {
+                true => &mut self.stats.decode_seconds,
+                false => &mut self.stats.prompt_seconds,
+            };
+            *seconds += start.elapsed().as_secs_f64();
         }
     }
 
@@ -438,6 +445,9 @@ impl<T: Float> Core<T> {
             Ok(planned) => planned,
             Err(error) => return Ok(Err(error)),
         };
+        if !self.limits.hooks {
+            planned.clear();
+        }
         let dim = self.config.dim;
         for op in &mut planned {
             let vector = &job.inject[op.injection].vector;

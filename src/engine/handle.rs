@@ -29,11 +29,17 @@ use crate::{
     },
     error::{Error, Result},
     model::{
-        Model, ModelConfig,
+        Model, ModelConfig, Tokenizer,
         forward::{Sizes, workspace},
         weights::Weights,
     },
-    ops::{Float, attention::PAGE, matmul::Dtype},
+    ops::{
+        Float,
+        attention::{MAX_HEAD_DIM, PAGE},
+        matmul::Dtype,
+        residual_norm::MAX_KERNEL_DIM,
+        sample::MAX_KERNEL_VOCAB,
+    },
 };
 
 /// How an engine is set up.
@@ -60,6 +66,9 @@ pub struct Options {
     /// Whether a step is queued before the results of the one before are read also where that
     /// gains nothing. Results are the same, bit for bit.
     pub behind: bool,
+    /// Whether injections act. Without, jobs are planned as with them, for measurements of what they
+    /// cost.
+    pub hooks: bool,
 }
 
 impl Default for Options {
@@ -74,6 +83,7 @@ impl Default for Options {
             isa: None,
             matrix_path: None,
             behind: false,
+            hooks: true,
         }
     }
 }
@@ -105,8 +115,12 @@ pub struct Stats {
     pub layer_rows_saved: u64,
     /// Tokens drawn.
     pub tokens: u64,
-    /// Time spent working.
-    pub seconds: f64,
+    /// Rows of which logits were made.
+    pub head_rows: u64,
+    /// Time spent on steps with rows of prompts.
+    pub prompt_seconds: f64,
+    /// Time spent on steps of drawn tokens only.
+    pub decode_seconds: f64,
 }
 
 /// What is taken at start.
@@ -142,6 +156,8 @@ pub struct Limits {
     pub share: bool,
     /// See [`Options::behind`].
     pub behind: bool,
+    /// See [`Options::hooks`].
+    pub hooks: bool,
 }
 
 /// Rows of a step, and of logits made at a time: enough to read weights seldom.
@@ -154,28 +170,23 @@ const DEFAULT_KV_BYTES: u64 = 2 << 30;
 const CAPTURE_BYTES: usize = 64 << 20;
 
 impl Limits {
-    fn new(config: &ModelConfig, options: &Options) -> Result<Self> {
-        if options.max_batch == 0 || options.threads == Some(0) {
-            return Err(Error::new("--max-batch and --threads must be at least 1"));
-        }
+    fn new(config: &ModelConfig, options: &Options, device: &Device) -> Result<Self> {
         let c = config;
         let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
         let page_bytes = 2 * PAGE * c.kv_heads * c.head_dim * element;
         let blocks = c.context.div_ceil(PAGE);
         // Every sequence's own pages and its prompt's clean ones, at full length.
         let most = (2 * options.max_batch + 1) * c.layers * blocks;
-        let bytes = options.kv_bytes.unwrap_or(DEFAULT_KV_BYTES);
+        let bytes = match options.kv_bytes {
+            Some(bytes) => bytes,
+            None => default_kv_bytes(device)?,
+        };
         let pages = ((bytes / page_bytes as u64) as usize).min(most);
         let sites = 2 * c.layers + 1;
         // Every site and branch of a row, the final norm among them.
         let taps = 2 * sites + 1;
         let ops = 4 * sites;
-        let (rows, head_rows) = match options.device {
-            DeviceKind::Cpu => CPU_ROWS,
-            DeviceKind::Cuda(_) => GPU_ROWS,
-            DeviceKind::HostKernels => HOST_KERNEL_ROWS,
-        };
-        let rows = rows.max(bucket(options.max_batch));
+        let (rows, head_rows) = step_rows(options);
         Ok(Self {
             slots: options.max_batch,
             rows,
@@ -192,6 +203,7 @@ impl Limits {
             top: 1 << 16,
             share: options.share,
             behind: options.behind,
+            hooks: options.hooks,
         })
     }
 
@@ -241,6 +253,69 @@ impl Limits {
     }
 }
 
+/// The device that the options ask for.
+fn open(config: &ModelConfig, options: &Options, threads: usize) -> Result<Device> {
+    if options.device == DeviceKind::Cpu {
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        let (rows, head_rows) = step_rows(options);
+        return Ok(Device::Cpu(Cpu::new(isa, threads, workspace(config, rows.max(head_rows)))?));
+    }
+    if options.dtype == Dtype::F32 {
+        return Err(Error::new("the CUDA kernels have no f32")
+            .at("--dtype")
+            .expected("bf16")
+            .hint("--device cpu has f32, for exact comparisons"));
+    }
+    check_kernels(config)?;
+    let cuda = match options.device {
+        DeviceKind::Cuda(ordinal) => Cuda::gpu(ordinal)?,
+        _ => Cuda::host(options.matrix_path.unwrap_or(MatrixPath::Wgmma))?,
+    };
+    let path = options.matrix_path.unwrap_or(cuda.path());
+    Ok(Device::Cuda(cuda.with_path(path)?))
+}
+
+/// Refuses sizes that the kernels do not take.
+fn check_kernels(config: &ModelConfig) -> Result<()> {
+    let refuse = |what: &str, expected: String, got: usize| {
+        Err(Error::new(format!("the CUDA kernels do not take this {what}"))
+            .expected(expected)
+            .got(got)
+            .hint("use --device cpu"))
+    };
+    let (dim, head_dim) = (config.dim, config.head_dim);
+    if !dim.is_multiple_of(8) || dim > MAX_KERNEL_DIM {
+        return refuse("width", format!("a multiple of 8 up to {MAX_KERNEL_DIM}"), dim);
+    }
+    if !head_dim.is_multiple_of(8) || head_dim > MAX_HEAD_DIM {
+        return refuse("head size", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), head_dim);
+    }
+    if config.vocab > MAX_KERNEL_VOCAB {
+        return refuse("vocabulary", format!("at most {MAX_KERNEL_VOCAB} tokens"), config.vocab);
+    }
+    Ok(())
+}
+
+/// Rows of a step, and of logits made at a time.
+fn step_rows(options: &Options) -> (usize, usize) {
+    let (rows, head_rows) = match options.device {
+        DeviceKind::Cpu => CPU_ROWS,
+        DeviceKind::Cuda(_) => GPU_ROWS,
+        DeviceKind::HostKernels => HOST_KERNEL_ROWS,
+    };
+    (rows.max(bucket(options.max_batch)), head_rows)
+}
+
+/// Bytes that a GPU keeps free beside the cache for what a step reads and writes.
+const GPU_RESERVE: usize = 4 << 30;
+
+/// Bytes for keys and values where none are asked for.
+fn default_kv_bytes(device: &Device) -> Result<u64> {
+    let Device::Cuda(cuda) = device else { return Ok(DEFAULT_KV_BYTES) };
+    let free = cuda.facts()?.map(|facts| facts.memory.0.saturating_sub(GPU_RESERVE) as u64);
+    Ok(free.map_or(DEFAULT_KV_BYTES, |free| free / 10 * 9))
+}
+
 /// A finished job.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Finished {
@@ -267,48 +342,57 @@ impl Engine {
     /// # Errors
     /// A tensor is missing, misshapen or left over; memory does not suffice.
     pub fn start(model: &Model, options: &Options) -> Result<Self> {
+        let load = |device: &Device| {
+            Weights::load(device, options.dtype, &model.config, &model.checkpoint)
+        };
+        Self::start_with(&model.config, model.tokenizer.clone(), options, load)
+    }
+
+    /// Starts with random weights of these sizes, for measurements.
+    ///
+    /// # Errors
+    /// Memory does not suffice.
+    pub fn start_random(config: &ModelConfig, options: &Options) -> Result<Self> {
+        let load = |device: &Device| Weights::random(device, options.dtype, config);
+        Self::start_with(config, None, options, load)
+    }
+
+    fn start_with(
+        config: &ModelConfig,
+        tokenizer: Option<Arc<Tokenizer>>,
+        options: &Options,
+        load: impl FnOnce(&Device) -> Result<Weights> + Send,
+    ) -> Result<Self> {
         match options.dtype {
-            Dtype::Bf16 => Self::start_as::<half::bf16>(model, options),
-            Dtype::F32 => Self::start_as::<f32>(model, options),
+            Dtype::Bf16 => Self::start_as::<half::bf16>(config, tokenizer, options, load),
+            Dtype::F32 => Self::start_as::<f32>(config, tokenizer, options, load),
         }
     }
 
-    fn start_as<T: Float>(model: &Model, options: &Options) -> Result<Self> {
-        if options.device != DeviceKind::Cpu && options.dtype == Dtype::F32 {
-            return Err(Error::new("the CUDA kernels have no f32")
-                .at("--dtype")
-                .expected("bf16")
-                .hint("--device cpu has f32, for exact comparisons"));
+    fn start_as<T: Float>(
+        config: &ModelConfig,
+        tokenizer: Option<Arc<Tokenizer>>,
+        options: &Options,
+        load: impl FnOnce(&Device) -> Result<Weights> + Send,
+    ) -> Result<Self> {
+        if options.max_batch == 0 || options.threads == Some(0) {
+            return Err(Error::new("--max-batch and --threads must be at least 1"));
         }
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = options.threads.unwrap_or(cores);
-        let isa = options.isa.unwrap_or_else(Isa::detect);
-        let limits = Limits::new(&model.config, options)?;
-        let config = Arc::new(model.config.clone());
+        let config = Arc::new(config.clone());
         let pool = thread_pool(threads)?;
         let core = pool.install(|| -> Result<Core<T>> {
-            let device = match options.device {
-                DeviceKind::Cpu => {
-                    let workspace = workspace(&config, limits.sizes(config.layers));
-                    Device::Cpu(Cpu::new(isa, threads, workspace)?)
-                }
-                DeviceKind::Cuda(ordinal) => {
-                    let cuda = Cuda::gpu(ordinal)?;
-                    let path = options.matrix_path.unwrap_or(cuda.path());
-                    Device::Cuda(cuda.with_path(path)?)
-                }
-                DeviceKind::HostKernels => {
-                    Device::Cuda(Cuda::host(options.matrix_path.unwrap_or(MatrixPath::Wgmma))?)
-                }
-            };
-            let weights = Weights::load(&device, options.dtype, &config, &model.checkpoint)?;
-            let tokenizer = model.tokenizer.clone();
+            let device = open(&config, options, threads)?;
+            let weights = load(&device)?;
+            let limits = Limits::new(&config, options, &device)?;
             Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
         })?;
         let arithmetic = match &core.device {
             Device::Cpu(_) => "fma".into(), // every instruction set gives the same bits
             Device::Cuda(cuda) => cuda.arithmetic(),
         };
+        let limits = core.limits;
         let (sender, receiver) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("inkling-engine".into())

@@ -92,7 +92,9 @@ impl<T: Float> Core<T> {
         self.stats.layer_rows += step.active[..layers].iter().sum::<usize>() as u64;
         let turn = self.stats.steps as usize % 2;
         let chunks = self.plan_heads(&plan.rows, &plan.heads);
+        self.stats.head_rows += plan.heads.len() as u64;
         let receipts = step.rows.receipt.clone();
+        self.is_decoding = plan.rows.iter().all(|row| self.is_sample(row));
         let is_recorded = self.is_recorded(&plan, &chunks);
         if is_recorded {
             fill_up(&mut step, bucket(plan.rows.len()));
@@ -140,15 +142,16 @@ impl<T: Float> Core<T> {
 
     /// Whether a step is only drawn tokens' rows, so that its launches can be recorded.
     fn is_recorded(&self, plan: &Plan, chunks: &[HeadChunk]) -> bool {
-        let is_sample = |row: &PlannedRow| {
-            let sequence = self.slots[row.slot as usize].as_ref();
-            sequence.is_some_and(|s| matches!(s.role, Role::Sample(_)))
-        };
         let fits = bucket(plan.rows.len()) <= self.limits.rows.min(self.limits.head_rows);
         matches!(self.device, Device::Cuda(_))
             && chunks.len() == 1
             && fits
-            && plan.rows.iter().all(is_sample)
+            && self.is_decoding
+    }
+
+    fn is_sample(&self, row: &PlannedRow) -> bool {
+        let sequence = self.slots[row.slot as usize].as_ref();
+        sequence.is_some_and(|s| matches!(s.role, Role::Sample(_)))
     }
 
     /// A step of drawn tokens' rows: the same launches for every step of as many rows.

@@ -154,10 +154,10 @@ impl<T: Float> State<T> {
     }
 }
 
-/// f32s of matmul workspace that a step needs on the processor.
-pub fn workspace(config: &ModelConfig, sizes: Sizes) -> usize {
+/// f32s of matmul workspace that products of `rows` rows need on the processor.
+pub fn workspace(config: &ModelConfig, rows: usize) -> usize {
     let widest = config.dim.max(config.heads * config.head_dim).max(padded_ffn(config));
-    (sizes.rows.max(sizes.head_rows) + 8) * widest
+    (rows + 8) * widest
 }
 
 /// Runs the step that was [set](State::set) up to the final norm, which stays in `state` for

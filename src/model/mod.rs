@@ -10,6 +10,7 @@ pub mod forward;
 pub(crate) mod gguf;
 mod prompt;
 mod render;
+mod shapes;
 mod shards;
 mod text;
 mod tokenizer;

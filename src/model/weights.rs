@@ -63,32 +63,32 @@ impl Weights {
     }
 
     /// Weights that look random, for measurements: the stream stays of order one through all
-    /// layers, and logits too.
+    /// layers, and logits too. The same on every device.
     ///
     /// # Errors
     /// There is not enough memory.
     pub fn random(device: &Device, dtype: Dtype, config: &ModelConfig) -> Result<Self> {
         let c = config;
-        let mut seed = 0;
-        let mut weight = |n: usize, k: usize| {
-            seed += 1;
-            Weight::random(device, dtype, (n, k), seed, 1.0 / (k as f32).sqrt())
+        let seed = std::cell::Cell::new(0);
+        let weight = |n: usize, k: usize, gated: bool| {
+            seed.set(seed.get() + 1);
+            Weight::random(device, dtype, (n, k), seed.get(), 1.0 / (k as f32).sqrt(), gated)
         };
         let (attn, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let ones = || Buffer::upload(device, &vec![1.0; c.dim]);
-        let mut layer = || -> Result<LayerWeights> {
+        let layer = |_| -> Result<LayerWeights> {
             Ok(LayerWeights {
                 attn_norm: ones()?,
-                qkv: weight(attn + 2 * kv, c.dim)?,
-                out: weight(c.dim, attn)?,
+                qkv: weight(attn + 2 * kv, c.dim, false)?,
+                out: weight(c.dim, attn, false)?,
                 mlp_norm: ones()?,
-                gate_up: weight(2 * padded_ffn(c), c.dim)?,
-                down: weight(c.dim, padded_ffn(c))?,
+                gate_up: weight(2 * padded_ffn(c), c.dim, true)?,
+                down: weight(c.dim, padded_ffn(c), false)?,
             })
         };
-        let layers = (0..c.layers).map(|_| layer()).collect::<Result<_>>()?;
-        let embedding = weight(c.vocab, c.dim)?;
-        let head = if c.tied_embeddings { None } else { Some(weight(c.vocab, c.dim)?) };
+        let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
+        let embedding = weight(c.vocab, c.dim, false)?;
+        let head = if c.tied_embeddings { None } else { Some(weight(c.vocab, c.dim, false)?) };
         Ok(Self { embedding, layers, final_norm: ones()?, head })
     }
 

@@ -15,7 +15,6 @@ use super::{
     Float,
     activations::{ATOM, Activations, CHUNK},
     math::exp,
-    philox::{Purpose, philox, uniform},
     tile::{Left, Right, WIDTH, tile, widen},
 };
 use crate::{
@@ -117,8 +116,9 @@ impl Weight {
         Ok(Self { n, k, storage, bias: None })
     }
 
-    /// A weight of values that look random, with this standard deviation: for measurements. On a
-    /// GPU they are made there.
+    /// A weight of values that look random, with this standard deviation: for measurements. The
+    /// same on every device; on a GPU they are made there. `gated`: rows are gate and up in turns,
+    /// as [`gated_matmul`] takes them.
     ///
     /// # Errors
     /// As [`Weight::pack`].
@@ -128,15 +128,22 @@ impl Weight {
         (n, k): (usize, usize),
         seed: u64,
         deviation: f32,
+        gated: bool,
     ) -> Result<Self> {
         let Device::Cuda(cuda) = device else {
+            let key = mix(seed);
             return Self::pack(device, dtype, (n, k), |row, out| {
-                for (at, out) in out.iter_mut().enumerate() {
-                    let index = (row * k + at) as u64;
-                    let counter = [index as u32, (index >> 32) as u32, Purpose::Vector as u32, 1];
-                    // The sum of four uniform draws, scaled to variance one.
-                    let sum: f32 = philox(seed, counter).iter().map(|&word| uniform(word)).sum();
-                    *out = (sum - 2.0) * 3.0f32.sqrt() * deviation;
+                // As the kernel numbers the rows of the same weight.
+                let (is_up, feature) = interleave(PANEL, row);
+                let turns = feature / 8 * 16 + usize::from(is_up) * 8 + feature % 8;
+                let row = if gated { turns } else { row } as u64;
+                for (column, out) in out.iter_mut().enumerate() {
+                    let counter = row << 32 | (column & !1) as u64;
+                    let word = mix(key.wrapping_add(counter.wrapping_mul(GOLDEN)));
+                    let bytes = if column % 2 == 0 { word as u32 } else { (word >> 32) as u32 };
+                    // The sum of four uniform bytes, scaled to variance one.
+                    let sum: u32 = bytes.to_le_bytes().iter().map(|&byte| u32::from(byte)).sum();
+                    *out = deviation * ((sum as f32 - 510.0) * 6.765_80e-3);
                 }
             });
         };
@@ -231,6 +238,15 @@ fn pack_panels<W: Float>(
             }
         }
     });
+}
+
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The finaliser of `SplitMix64` (Steele, Lea and Flood 2014).
+fn mix(z: u64) -> u64 {
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 fn pack_tiles(

@@ -153,6 +153,9 @@ fn on_cpu(cpu: &Cpu, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) {
     }
 }
 
+/// The most tokens that the kernel can sum the weights of.
+pub const MAX_KERNEL_VOCAB: usize = (1 << 19) - 1;
+
 /// Mirror of `SampleParams`.
 #[derive(Clone, Copy)]
 #[repr(C)]

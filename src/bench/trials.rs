@@ -1,0 +1,188 @@
+//! The workload: trials that share a prompt and differ in what is injected.
+
+use std::{sync::Arc, time::Instant};
+
+use serde::Serialize;
+
+use crate::{
+    engine::{Capture, Engine, Injection, Job, Stats},
+    error::{Error, Result},
+    model::ModelConfig,
+    ops::philox::normal,
+    request::{CaptureSite, Op, Sampling, Site, StrengthMode},
+};
+
+/// What is run.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// First injected position.
+    pub start: usize,
+    /// Injected at the output of this block.
+    pub layer: usize,
+    /// Tokens that each trial draws.
+    pub new_tokens: usize,
+    /// Trials.
+    pub trials: usize,
+    /// Distinct vectors among them.
+    pub vectors: usize,
+    /// Layers whose output is captured, at the injected positions of the prompt.
+    pub capture: Vec<usize>,
+}
+
+/// What it took.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkloadReport {
+    /// Trials finished.
+    pub trials: usize,
+    /// Of all trials.
+    pub trials_per_s: f64,
+    /// Drawn, of all trials.
+    pub new_tokens_per_s: f64,
+    /// In all.
+    pub wall_s: f64,
+    /// Steps with rows of prompts.
+    pub prompt_s: f64,
+    /// Steps of drawn tokens only.
+    pub decode_s: f64,
+    /// Of matmuls.
+    pub flops_per_s: f64,
+    /// Steps.
+    pub steps: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Rows × layers computed.
+    pub layer_rows: u64,
+    /// Rows × layers that sharing saved.
+    pub layer_rows_saved: u64,
+}
+
+fn vector(dim: usize, seed: u64) -> Arc<[f32]> {
+    (0..dim as u32).map(|at| normal(seed, at) as f32).collect()
+}
+
+impl Workload {
+    /// Refuses what does not fit the model.
+    fn check(&self, config: &ModelConfig) -> Result<()> {
+        let fits = |what: &str, got: usize, below: usize| match got < below {
+            true => Ok(()),
+            false => Err(Error::new(format!("{what} does not fit"))
+                .expected(format!("below {below}"))
+                .got(got)),
+        };
+        fits("--layer", self.layer, config.layers)?;
+        fits("--start", self.start, self.prompt_tokens)?;
+        fits("--prompt-tokens and --new", self.prompt_tokens + self.new_tokens, config.context + 1)?;
+        if self.trials == 0 || self.vectors == 0 || self.new_tokens == 0 {
+            return Err(Error::new("--trials, --vectors and --new must be at least 1"));
+        }
+        Ok(())
+    }
+
+    /// All trials.
+    pub fn jobs(&self, config: &ModelConfig) -> Vec<Job> {
+        let vectors: Vec<Arc<[f32]>> =
+            (0..self.vectors as u64).map(|seed| vector(config.dim, seed)).collect();
+        (0..self.trials).map(|trial| self.job(config, trial, &vectors)).collect()
+    }
+
+    fn job(&self, config: &ModelConfig, trial: usize, vectors: &[Arc<[f32]>]) -> Job {
+        let tokens = (0..self.prompt_tokens).map(|at| ((at * 7919 + 17) % config.vocab) as u32);
+        let injection = vectors.get(trial % vectors.len().max(1)).map(|vector| Injection {
+            vector: Arc::clone(vector),
+            site: Site::ResidPost,
+            layer: self.layer,
+            op: Op::Add,
+            strength: 0.1,
+            mode: StrengthMode::Raw,
+            from: self.start,
+            to: None,
+        });
+        let capture = |&layer: &usize| Capture {
+            site: CaptureSite::ResidPost,
+            layer: Some(layer),
+            positions: (self.start..self.prompt_tokens).collect(),
+        };
+        Job {
+            tokens: tokens.collect(),
+            inject: injection.into_iter().collect(),
+            capture: self.capture.iter().map(capture).collect(),
+            sampling: Sampling {
+                seed: trial as u64,
+                max_tokens: self.new_tokens as u32,
+                ignore_eos: true,
+                ..Sampling::default()
+            },
+            n: 1,
+            ..Job::default()
+        }
+    }
+}
+
+/// Runs the workload once with few trials, which does not count, and once whole.
+///
+/// # Errors
+/// It does not fit the model, or the device has failed.
+pub fn trials(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
+    let config = engine.config();
+    workload.check(config)?;
+    let vectors: Vec<Arc<[f32]>> =
+        (0..workload.vectors as u64).map(|seed| vector(config.dim, seed)).collect();
+    let run = |count: usize| {
+        let jobs = (0..count).map(|trial| workload.job(config, trial, &vectors));
+        engine.run_all(jobs, |_, finished| finished.map(|_| ()))
+    };
+    run(workload.trials.min(8))?;
+    let (before, start) = (engine.stats(), Instant::now());
+    run(workload.trials)?;
+    Ok(report(workload, config, (before, engine.stats()), start.elapsed().as_secs_f64()))
+}
+
+/// Runs one trial without injections, three times: the fastest.
+///
+/// # Errors
+/// It does not fit the model, or the device has failed.
+pub fn single(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
+    let config = engine.config();
+    let workload = Workload { trials: 1, capture: Vec::new(), ..workload.clone() };
+    workload.check(config)?;
+    let mut best: Option<WorkloadReport> = None;
+    for _ in 0..3 {
+        let (before, start) = (engine.stats(), Instant::now());
+        engine.run(workload.job(config, 0, &[]))?;
+        let wall = start.elapsed().as_secs_f64();
+        let report = report(&workload, config, (before, engine.stats()), wall);
+        if best.as_ref().is_none_or(|best| report.wall_s < best.wall_s) {
+            best = Some(report);
+        }
+    }
+    best.ok_or_else(|| Error::new("nothing was run"))
+}
+
+fn report(
+    workload: &Workload,
+    config: &ModelConfig,
+    (before, after): (Stats, Stats),
+    wall_s: f64,
+) -> WorkloadReport {
+    let c = config;
+    let attention = c.dim * c.head_dim * 2 * (c.heads + c.kv_heads);
+    let block = (attention + 3 * c.dim * c.ffn_dim) as f64;
+    let layer_rows = after.layer_rows - before.layer_rows;
+    let head_rows = (after.head_rows - before.head_rows) as f64;
+    let flops = 2.0 * (layer_rows as f64 * block + head_rows * (c.vocab * c.dim) as f64);
+    WorkloadReport {
+        trials: workload.trials,
+        trials_per_s: workload.trials as f64 / wall_s,
+        new_tokens_per_s: (after.tokens - before.tokens) as f64 / wall_s,
+        wall_s,
+        prompt_s: after.prompt_seconds - before.prompt_seconds,
+        decode_s: after.decode_seconds - before.decode_seconds,
+        flops_per_s: flops / wall_s,
+        steps: after.steps - before.steps,
+        rows: after.rows - before.rows,
+        layer_rows,
+        layer_rows_saved: after.layer_rows_saved - before.layer_rows_saved,
+    }
+}
