@@ -117,7 +117,9 @@ fn compile_fatbins(nvcc: &Path, sources: &[Source], out: &Path) -> String {
             }
         });
     }
-    let row = |source: &Source| format!("(&{:?}, include_bytes!({:?})), ", source.kernels, image(source));
+    let row = |source: &Source| {
+        format!("(&{:?}, include_bytes!(\"{}\")), ", source.kernels, image(source).display())
+    };
     sources.iter().map(row).collect()
 }
 
@@ -137,12 +139,17 @@ fn compile_fatbin(nvcc: &Path, source: &Source, image: &Path) {
 /// Compiles the kernels as C++ with the shim; returns their declarations and the table of them.
 fn compile_host(sources: &[Source], out: &Path) -> String {
     let mut host = cc::Build::new();
-    host.cpp(true).std("c++17").opt_level(2).flag("-ffp-contract=off").flag("-Wno-unknown-pragmas").include("kernels");
+    host.cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .flag("-ffp-contract=off")
+        .flag("-Wno-unknown-pragmas")
+        .include("kernels");
     host.file("kernels/host/shim.cpp");
     for source in sources {
         // cc would hand a .cu to nvcc; a one-line .cpp keeps it a plain C++ compile.
         let cpp = out.join(source.stem()).with_extension("cpp");
-        let line = format!("#include {:?}\n", source.path.canonicalize().unwrap());
+        let line = format!("#include \"{}\"\n", source.path.canonicalize().unwrap().display());
         if fs::read_to_string(&cpp).ok().as_ref() != Some(&line) {
             fs::write(&cpp, line).unwrap();
         }
@@ -152,8 +159,9 @@ fn compile_host(sources: &[Source], out: &Path) -> String {
 
     let args = "grid: &[u32; 3], block: &[u32; 3], shared: usize, params: *const std::ffi::c_void";
     let names = || sources.iter().flat_map(|source| &source.kernels);
-    let declarations: String = names().map(|name| format!("fn host_{name}({args}); ")).collect();
-    let rows: String = names().map(|name| format!("({name:?}, host_{name}), ")).collect();
+    let declarations: Vec<_> = names().map(|name| format!("fn host_{name}({args});")).collect();
+    let rows: Vec<_> = names().map(|name| format!("({name:?}, host_{name})")).collect();
+    let (declarations, rows) = (declarations.join(" "), rows.join(", "));
     format!(
         "type HostKernel = unsafe extern \"C\" fn({args});\n\
          unsafe extern \"C\" {{ {declarations} }}\n\

@@ -208,6 +208,11 @@ if ! gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>&1) || [ -z "$gp
 fi
 mkdir -p "$steps" || exit 2
 
+# Steps of different builds or GPUs don't belong into one report.
+subject="$(sha256sum < "$binary" | cut -d' ' -f1) on $(head -n 1 <<< "$gpus")"
+[ -s "$steps/subject" ] || echo "$subject" > "$steps/subject"
+[ "$(< "$steps/subject")" = "$subject" ] || usage "$steps is of another binary or GPU: remove it, or name another folder"
+
 # cuBLASLt, where Python's packages hold it.
 libraries=$("$python" - << 'PYTHON'
 import site, sysconfig

@@ -100,7 +100,7 @@ class Steps:
             result
             for result in self["ops"].get("results", [])
             if result.get("op") in names
-            and rows(result.get("rows", 0))
+            and rows(result.get("rows") or 0)
             and all(word in str(result.get("shape", "")).lower() for word in words)
         ]
         if not found:

@@ -163,7 +163,7 @@ fn weights(cpu: &Device, device: &Device) -> Result<Vec<Comparison>> {
 }
 
 fn matmuls(cpu: &Device, device: &Device, rows: usize) -> Result<Vec<Comparison>> {
-    let (n, k) = (336, 328);
+    let (n, k) = (352, 328);
     let values = rounded(&numbers(rows * k, rows as u64));
     let bias = numbers(n, 5);
     let product = |device: &Device| -> Result<Vec<f32>> {
@@ -215,7 +215,8 @@ fn stream(cpu: &Device, device: &Device, dim: usize) -> Result<Vec<Comparison>> 
         };
         let at = Rows::upload(device, &list)?;
         let mut captures = CapturePlan::new(device, tap_count(1), 2 * rows as usize)?;
-        let taps = (0..rows).filter(|row| *row != 7).flat_map(|row| [(2, row, row), (3, row, 20 + row)]);
+        let taps =
+            (0..rows).filter(|row| *row != 7).flat_map(|row| [(2, row, row), (3, row, 20 + row)]);
         captures.set(&taps.collect::<Vec<_>>())?;
         let rows = rows as usize;
         let mut resid = Buffer::upload(device, &numbers(rows * dim, 1))?;
@@ -278,13 +279,19 @@ fn heads_of(
     let (heads, positions) = (kv_heads * group, 150);
     let width = (heads + 2 * kv_heads) * head_dim;
     let blocks = (positions as usize).div_ceil(PAGE);
-    let values = numbers(positions as usize * width, 4);
+    // Scores of about one: what rounding a query does to a score is then small, too.
+    let turned = (heads + kv_heads) * head_dim;
+    let mut values = numbers(positions as usize * width, 4);
+    for row in values.chunks_exact_mut(width) {
+        row[..turned].iter_mut().for_each(|v| *v = v.clamp(-1.0, 1.0));
+    }
     let run = |device: &Device, is_shared: bool| -> Result<[Vec<f32>; 2]> {
-        let shape = CacheShape { layers: 1, kv_heads, head_dim, pages: 2 * blocks, slots: 6, blocks };
+        let shape =
+            CacheShape { layers: 1, kv_heads, head_dim, pages: 2 * blocks, slots: 6, blocks };
         let mut cache: Cache<bf16> = Cache::new(device, shape)?;
         let (first, second): (Vec<u32>, Vec<u32>) =
             (0..blocks as u32).map(|block| (2 * block, 2 * block + 1)).unzip();
-        cache.set_tables(0, &[first.clone()])?;
+        cache.set_tables(0, std::slice::from_ref(&first))?;
         let rope = RopeTable::new(device, positions as usize, head_dim, 10_000.0)?;
         let list = RowList {
             slot: vec![0; positions as usize],
@@ -307,7 +314,7 @@ fn heads_of(
         // The other sequences read copies.
         let pairs: Vec<[u32; 2]> = first.iter().zip(&second).map(|(&a, &b)| [a, b]).collect();
         copy_pages(device, &pairs, &mut cache)?;
-        (1..6).try_for_each(|slot| cache.set_tables(slot, &[second.clone()]))?;
+        (1..6).try_for_each(|slot| cache.set_tables(slot, std::slice::from_ref(&second)))?;
         let all = rows_of(device, &cache, &qkv, heads, &list, |_| SharedPrefix::default())?;
         let last = RowList {
             slot: vec![1, 2, 3, 4, 5],
@@ -325,7 +332,11 @@ fn heads_of(
     let shape = format!("{heads} heads of {head_dim}, {kv_heads} for keys");
     // Queries, weights (twice) and results are rounded to bf16; scores here are of a few units.
     Ok(vec![
-        Comparison::new(format!("rope_append, attention: {shape}"), distance(&got, &want), 8.0 * BF16),
+        Comparison::new(
+            format!("rope_append, attention: {shape}"),
+            distance(&got, &want),
+            8.0 * BF16,
+        ),
         Comparison::new(
             format!("attention, shared or alone: {shape}: other bits"),
             different(&shared, &alone),
@@ -413,9 +424,13 @@ fn logits(cpu: &Device, device: &Device, vocab: usize) -> Result<Vec<Comparison>
 /// A small model of random weights with injections: its stream against the processor's, and
 /// whether its replies depend on what else runs.
 fn model(kind: DeviceKind, config: &ModelConfig) -> Result<Vec<Comparison>> {
-    let options = |device, dtype, max_batch, share| {
-        let (threads, share) = (Some(1), share);
-        Options { device, dtype, max_batch, share, threads, ..Options::default() }
+    let options = |device, dtype, max_batch, share| Options {
+        device,
+        dtype,
+        threads: Some(1),
+        max_batch,
+        share,
+        ..Options::default()
     };
     let workload = Workload {
         prompt_tokens: 90,

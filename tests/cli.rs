@@ -492,3 +492,68 @@ fn doctor_and_lists_are_data() {
     assert!(listed.contains("injected-thoughts: ") && listed.contains("demo: "), "{listed}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "leftovers");
 }
+
+/// A device that is not there, that this build cannot use, or that does not take the model.
+#[test]
+fn devices_are_refused_with_a_reason() {
+    let model = tiny();
+    let model = model.to_str().unwrap();
+    let request = json!({"id": "a", "tokens": [1, 2, 3]}).to_string();
+    let files: [(&str, &[u8]); 1] = [("r.jsonl", request.as_bytes())];
+    let on = |device: &str, more: &[&str], want: &[&str]| {
+        let args = ["generate", "--model", model, "--input", "r.jsonl", "--device", device];
+        refused(&files, &[&args[..], more].concat(), want);
+    };
+    on("tpu", &[], &["unknown device", "cpu, cuda, cuda:N or host-kernels", "tpu"]);
+    on("cuda:x", &[], &["unknown device"]);
+    on("cuda:99", &[], &["cuda", "hint"]);
+    on("cuda:99", &["--dtype", "f32"], &["no f32", "--dtype"]);
+    refused(&[], &["check", "--device", "cuda:99"], &["cuda"]);
+    refused(&[], &["bench", "trials", "--shape", "huge"], &["unknown shape", "llama-3.1-8b"]);
+    refused(&[], &["bench", "trials"], &["--model or --shape"]);
+    let layer = ["bench", "trials", "--shape", "tiny", "--layer", "4", "--trials", "1"];
+    refused(&[], &layer, &["--layer does not fit", "below 4"]);
+}
+
+/// `sharded` has heads of 20, which the kernels do not take.
+#[cfg(feature = "host-kernels")]
+#[test]
+fn kernels_refuse_sizes_that_they_do_not_take() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sharded");
+    let request = json!({"id": "a", "tokens": [1, 2, 3]}).to_string();
+    let args = ["generate", "--model", model.to_str().unwrap(), "--input", "r.jsonl"];
+    let args = [&args[..], &["--device", "host-kernels"]].concat();
+    refused(&[("r.jsonl", request.as_bytes())], &args, &["head size", "multiple of 8", "20"]);
+}
+
+#[cfg(feature = "host-kernels")]
+#[test]
+fn check_passes_on_the_kernels() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = inkling(folder.path())
+        .args(["check", "--device", "host-kernels", "--quick", "--json"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["ok"] == true && report["results"].as_array().unwrap().len() > 15);
+}
+
+#[test]
+fn a_bench_counts_what_it_ran() {
+    let folder = tempfile::tempdir().unwrap();
+    let args =
+        "bench trials --shape tiny --prompt-tokens 40 --start 30 --layer 1 --new 5 --trials 6";
+    let run = |more: &[&str]| -> Value {
+        let words = args.split(' ').chain(more.iter().copied()).chain(["--json"]);
+        let output = inkling(folder.path()).args(words).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (shared, whole) = (run(&[]), run(&["--no-share"]));
+    assert_eq!(shared["trials"], 6);
+    // Ten rows of each trial through two of four blocks, and four rows of drawn tokens through all.
+    assert_eq!(shared["layer_rows"], 6 * (10 * 2 + 4 * 4));
+    assert_eq!(whole["layer_rows"], 6 * (40 * 4 + 4 * 4));
+    assert!(shared["new_tokens_per_s"].as_f64().unwrap() > 0.0);
+}

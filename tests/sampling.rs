@@ -19,7 +19,9 @@ use inkling::{
     },
 };
 use reference::sampling::{Filter, probabilities, word};
-use tools::{Numbers, close, kernel_devices, on_every_device, on_every_isa, read_u32, upload, widen};
+use tools::{
+    Numbers, close, kernel_devices, on_every_device, on_every_isa, read_u32, upload, widen,
+};
 
 /// Drawn for each test of a distribution.
 const DRAWS: u32 = 20_000;
@@ -180,6 +182,23 @@ fn greedy_ties_go_to_the_lowest_id() {
         draws.iter().map(|draw| Draw { seed: 9, top_k: 2, top_p: 0.1, ..*draw }).collect();
     assert_eq!(tokens(&rows, &filtered), [17, 0, NO_TOKEN as f32 as usize, 49]);
     assert_eq!(tokens(&[vec![-0.0, 0.0]], &[GREEDY]), [0]);
+}
+
+#[test]
+fn an_entry_of_minus_infinity_is_never_drawn() {
+    let nothing = vec![f32::NEG_INFINITY; 50];
+    let mut one = nothing.clone();
+    one[33] = -1e30;
+    let rows = [nothing, one];
+    let filters = [PLAIN, Draw { top_k: 50, ..PLAIN }, Draw { min_p: 0.1, ..PLAIN }];
+    for draw in filters {
+        let draws: Vec<Draw> =
+            (0..60).map(|i| Draw { row: i % 2, seed: u64::from(i), ..draw }).collect();
+        for (draw, token) in draws.iter().zip(tokens(&rows, &draws)) {
+            let want = if draw.row == 0 { NO_TOKEN as f32 as usize } else { 33 };
+            assert_eq!(token, want, "{draw:?}");
+        }
+    }
 }
 
 /// The id of the largest logit / T + Gumbel draw, the lowest of equals.

@@ -3,7 +3,7 @@
 mod ops;
 mod trials;
 
-pub use ops::{Ceilings, Measured, OpsReport, ops};
+pub use ops::{Ceilings, Measured, OpsReport, matmul_ceiling, ops};
 pub use trials::{Workload, WorkloadReport, single, trials};
 
 use std::time::Instant;

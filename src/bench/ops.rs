@@ -12,8 +12,8 @@ use crate::{
     ops::{
         activations::Activations,
         attention::{
-            Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, TILE, attention,
-            kernel_head_dim,
+            Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, TILE,
+            attention, kernel_head_dim,
         },
         hooks::{CapturePlan, HookOp, Hooks, tap_count},
         matmul::{Activation, Dtype, Weight, gated_matmul, matmul},
@@ -141,6 +141,21 @@ pub fn ops(
     Ok(OpsReport { device, arithmetic, model, ceilings, results: run.results })
 }
 
+/// Multiplications and additions in a second of the model's widest product, with many rows.
+///
+/// # Errors
+/// There is not enough memory, or the device has failed.
+pub fn matmul_ceiling(device: &Device, config: &ModelConfig) -> Result<f64> {
+    let rows = if device.is_asynchronous() { 4096 } else { 512 };
+    let (n, k) = (2 * padded_ffn(config), config.dim);
+    let weight = Weight::random(device, Dtype::Bf16, (n, k), 1, 1.0 / (k as f32).sqrt(), true)?;
+    let x: Activations<bf16> = Activations::zeroed(device, rows, k)?;
+    let mut out: Activations<bf16> = Activations::zeroed(device, rows, n / 2)?;
+    let timing = Bench::new(device)?
+        .time(|| gated_matmul(device, rows, &x, &weight, Activation::Silu, &mut out))?;
+    Ok((2 * rows * n * k) as f64 / timing.median)
+}
+
 impl Run<'_> {
     fn add(
         &mut self,
@@ -207,9 +222,7 @@ impl Run<'_> {
             for rows in self.plan.matmul_rows.clone().into_iter().filter(|rows| *rows <= most) {
                 let device = self.device;
                 let timing = self.bench.time(|| match gated {
-                    true => {
-                        gated_matmul(device, rows, &x, &weight, Activation::Silu, &mut gates)
-                    }
+                    true => gated_matmul(device, rows, &x, &weight, Activation::Silu, &mut gates),
                     false => matmul(device, rows, &x, &weight, &mut out),
                 })?;
                 let written = if gated { rows * n } else { rows * n * 4 };
@@ -326,7 +339,10 @@ impl Run<'_> {
         let timing = self.bench.time(|| {
             let (qkv, cache) = (&mut qkv, &mut cache);
             let heads = c.heads;
-            rope_append(device, RopeAppend { rows, heads, qkv, at: &at, rope: &rope, layer: 0, cache })
+            rope_append(
+                device,
+                RopeAppend { rows, heads, qkv, at: &at, rope: &rope, layer: 0, cache },
+            )
         })?;
         let bytes = rows * (8 * width + 4 * c.kv_heads * c.head_dim);
         self.add("rope_append", "one token a sequence", rows, timing, (bytes, 0));
@@ -375,7 +391,7 @@ impl Run<'_> {
             false => batch * (shared + own),
         };
         let flops = 4 * batch * (shared + own) * c.heads * c.head_dim;
-        let op = if is_shared { "attention_shared" } else { "attention_decode" };
+        let op = if is_shared { "attention_prefix" } else { "attention_decode" };
         let shape = format!("{shared} + {own} positions");
         self.add(op, shape, batch, timing, (positions * position_bytes, flops));
         Ok(())
@@ -393,7 +409,8 @@ impl Run<'_> {
             let list = RowList { slot: vec![slot; rows], position, receipt };
             let at = Rows::upload(device, &list)?;
             let (qkv, cache) = (&mut qkv, &mut *cache);
-            let operands = RopeAppend { rows, heads: 0, qkv, at: &at, rope: &rope, layer: 0, cache };
+            let operands =
+                RopeAppend { rows, heads: 0, qkv, at: &at, rope: &rope, layer: 0, cache };
             rope_append(device, operands)?;
             device.synchronize()?;
         }

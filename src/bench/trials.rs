@@ -73,7 +73,11 @@ impl Workload {
         };
         fits("--layer", self.layer, config.layers)?;
         fits("--start", self.start, self.prompt_tokens)?;
-        fits("--prompt-tokens and --new", self.prompt_tokens + self.new_tokens, config.context + 1)?;
+        fits(
+            "--prompt-tokens and --new",
+            self.prompt_tokens + self.new_tokens,
+            config.context + 1,
+        )?;
         if self.trials == 0 || self.vectors == 0 || self.new_tokens == 0 {
             return Err(Error::new("--trials, --vectors and --new must be at least 1"));
         }

@@ -78,8 +78,8 @@ struct Trials {
     #[arg(long, value_name = "N", default_value_t = 60)]
     new: usize,
     /// Trials
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    trials: usize,
+    #[arg(long = "trials", value_name = "N", default_value_t = 256)]
+    count: usize,
     /// Distinct vectors [default: one a trial]
     #[arg(long, value_name = "K")]
     vectors: Option<usize>,
@@ -125,8 +125,12 @@ struct Report {
     arithmetic: String,
     model: String,
     max_batch: usize,
+    /// Of the model's widest product, measured in the same process.
+    matmul_flops_per_s: f64,
+    /// Products in a second of the whole run, as a part of that.
+    share_of_ceiling: f64,
     #[serde(flatten)]
-    report: WorkloadReport,
+    workload: WorkloadReport,
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
@@ -147,16 +151,19 @@ fn ops(args: &Ops) -> anyhow::Result<()> {
     let name = args.shape.as_deref().unwrap_or(default);
     let config = ModelConfig::of_shape(name, 512)?;
     let device_name = args.device.to_string();
-    let report = open_device(args.device, |device| {
-        bench::ops((&device_name, device), (name, &config))
-    })?;
+    let report =
+        open_device(args.device, |device| bench::ops((&device_name, device), (name, &config)))?;
     let mut output = Output::new();
     if args.json {
         return output.json(&report);
     }
     let (copy, matmul) = (report.ceilings.copy_bytes_per_s, report.ceilings.matmul_flops_per_s);
     output.line(format!("{device_name}, {}, shapes of {name}", report.arithmetic))?;
-    output.line(format!("ceilings: copy {:.1} GB/s, matmul {:.1} GFLOP/s", copy / 1e9, matmul / 1e9))?;
+    output.line(format!(
+        "ceilings: copy {:.1} GB/s, matmul {:.1} GFLOP/s",
+        copy / 1e9,
+        matmul / 1e9
+    ))?;
     let row = |m: &Measured| {
         vec![
             m.op.to_owned(),
@@ -209,8 +216,8 @@ fn trials(args: &Trials) -> anyhow::Result<()> {
         start: args.start,
         layer: args.layer,
         new_tokens: args.new,
-        trials: args.trials,
-        vectors: args.vectors.unwrap_or(args.trials),
+        trials: args.count,
+        vectors: args.vectors.unwrap_or(args.count),
         capture: match args.capture {
             Captures::None => Vec::new(),
             Captures::One => vec![args.layer],
@@ -243,22 +250,31 @@ fn print(
 ) -> anyhow::Result<()> {
     let mut output = Output::new();
     let fingerprint = engine.fingerprint();
+    let device = subject.engine.device;
+    let ceiling = open_device(device, |device| bench::matmul_ceiling(device, engine.config()))?;
+    let share = report.flops_per_s / ceiling;
     if subject.json {
         return output.json(&Report {
             device: fingerprint.device.clone(),
             arithmetic: fingerprint.isa.clone(),
             model,
             max_batch: subject.engine.max_batch,
-            report,
+            matmul_flops_per_s: ceiling,
+            share_of_ceiling: share,
+            workload: report,
         });
     }
     let r = &report;
     output.line(format!("{model} on {} ({})", fingerprint.device, fingerprint.isa))?;
-    output.line(format!("{} trials in {:.2} s: {:.2} a second", r.trials, r.wall_s, r.trials_per_s))?;
+    output.line(format!(
+        "{} trials in {:.2} s: {:.2} a second",
+        r.trials, r.wall_s, r.trials_per_s
+    ))?;
     output.line(format!("{:.1} new tokens a second", r.new_tokens_per_s))?;
     let (prompt, decode) = (r.prompt_s, r.decode_s);
     output.line(format!("steps with prompts {prompt:.2} s, of drawn tokens only {decode:.2} s"))?;
-    output.line(format!("matmuls {:.1} GFLOP/s", r.flops_per_s / 1e9))?;
+    let (flops, ceiling, share) = (r.flops_per_s / 1e9, ceiling / 1e9, share * 100.0);
+    output.line(format!("matmuls {flops:.1} GFLOP/s, {share:.0} % of {ceiling:.1}"))?;
     let (rows, saved) = (r.layer_rows, r.layer_rows_saved);
     output.line(format!("{} steps, {rows} rows x blocks, {saved} more saved by sharing", r.steps))
 }

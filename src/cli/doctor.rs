@@ -140,7 +140,12 @@ fn cuda_support() -> DeviceSupport {
             (true, format!("{}, compute capability {major}.{minor}, {memory}", facts.name))
         }
         Ok(None) => (false, "no GPU".into()),
-        Err(error) => (false, error.to_string().replace("\n ", ";")),
+        Err(error) => {
+            let lines = error.to_string();
+            let words =
+                lines.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+            (false, words.collect::<Vec<_>>().join("; "))
+        }
     };
     let kernels = gpu_kernels();
     DeviceSupport { name: format!("cuda ({kernels} kernels)"), available, note }

@@ -3,13 +3,7 @@
 //!
 //! A [`Cuda`] has one stream, which orders all its work; one thread owns it.
 
-use std::{
-    cell::RefCell,
-    collections::HashMap,
-    marker::PhantomData,
-    sync::Arc,
-    time::Instant,
-};
+use std::{cell::RefCell, collections::HashMap, marker::PhantomData, sync::Arc, time::Instant};
 
 use cudarc::{
     driver::{
@@ -159,9 +153,8 @@ impl Cuda {
         let attribute = |which| context.attribute(which).map_err(start);
         let multiprocessors =
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let most = attribute(
-            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?;
+        let most =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let mut functions = HashMap::new();
         for &(kernels, image) in FATBINS {
             let load = |kernel: &str, error| {

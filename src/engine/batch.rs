@@ -26,11 +26,7 @@ pub struct PlannedRow {
 
 /// Rows sorted by entry layer (rows of equal entry stay in their order), as flat arrays; captures
 /// are (tap, index of the row as given, destination).
-pub fn build(
-    layers: usize,
-    rows: &[PlannedRow],
-    captures: &[(u32, u32, u32)],
-) -> (Step, Vec<u32>) {
+pub fn build(layers: usize, rows: &[PlannedRow], captures: &[(u32, u32, u32)]) -> (Step, Vec<u32>) {
     let mut order: Vec<u32> = (0..rows.len() as u32).collect();
     order.sort_by_key(|&at| rows[at as usize].entry);
     let mut place = vec![0; rows.len()];

@@ -163,9 +163,8 @@ impl<T: Float> Core<T> {
             }
             let start = Instant::now();
             match self.admit().and_then(|()| self.step()) {
-                Ok(true) => {}
                 Ok(false) if self.slots.iter().all(Option::is_none) => self.refuse_first(),
-                Ok(false) => {}
+                Ok(_) => {}
                 Err(error) => self.fail(&error),
             }
             let seconds = match self.is_decoding {

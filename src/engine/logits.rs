@@ -28,6 +28,9 @@ pub(super) struct HeadChunk {
     pub rows: Vec<HeadRow>,
     pub draws: Vec<Draw>,
     pub wanted: Vec<Wanted>,
+    /// Ids and most likely tokens that are wanted in all.
+    ids: usize,
+    top: usize,
 }
 
 impl<T: Float> Core<T> {
@@ -43,16 +46,18 @@ impl<T: Float> Core<T> {
             let row = rows[row as usize];
             let draws = self.plan_draws(&row);
             let wanted = self.plan_summary(&row, draws.len());
+            let (ids, top) = wanted.as_ref().map_or((0, 0), |w| (w.ids.len(), w.top));
             let fits = chunks.last().is_some_and(|chunk| {
-                let both: Vec<Wanted> = chunk.wanted.iter().chain(&wanted).cloned().collect();
+                let rows = chunk.wanted.len() + usize::from(wanted.is_some());
                 chunk.rows.len() < self.limits.head_rows
                     && chunk.draws.len() + draws.len() <= self.draws.capacity()
-                    && (wanted.is_none() || self.summaries.fits(&both, self.config.vocab))
+                    && self.summaries.fits(rows, chunk.ids + ids, chunk.top + top)
             });
             if !fits {
                 chunks.push(HeadChunk::default());
             }
             let Some(chunk) = chunks.last_mut() else { continue };
+            (chunk.ids, chunk.top) = (chunk.ids + ids, chunk.top + top);
             let (at, first) = (chunk.rows.len(), chunk.draws.len());
             let summary = wanted.is_some().then_some(chunk.wanted.len());
             chunk.rows.push(HeadRow { row, draws: (first, draws.len()), summary });

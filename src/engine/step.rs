@@ -45,6 +45,11 @@ struct Plan {
     heads: Vec<u32>,
 }
 
+/// Where the rows of a chunk stand.
+fn places(chunk: &HeadChunk, place: &[u32]) -> Vec<u32> {
+    chunk.rows.iter().map(|head| place[head.row.index as usize]).collect()
+}
+
 /// A step that was queued, and what its results are for.
 pub(super) struct InFlight {
     rows: Vec<PlannedRow>,
@@ -114,7 +119,15 @@ impl<T: Float> Core<T> {
             let cache = &mut self.cache;
             let (hooks, last) = (&self.hooks, &self.draws.last);
             let (device, weights) = (&self.device, &self.weights);
-            forward(device, &self.config, weights, (hooks, last), &step.active, cache, &mut self.state)?;
+            forward(
+                device,
+                &self.config,
+                weights,
+                (hooks, last),
+                &step.active,
+                cache,
+                &mut self.state,
+            )?;
             for (at, chunk) in chunks.iter().enumerate() {
                 self.run_head(chunk, &place)?;
                 self.finish_head(at, chunk, turn)?;
@@ -143,10 +156,7 @@ impl<T: Float> Core<T> {
     /// Whether a step is only drawn tokens' rows, so that its launches can be recorded.
     fn is_recorded(&self, plan: &Plan, chunks: &[HeadChunk]) -> bool {
         let fits = bucket(plan.rows.len()) <= self.limits.rows.min(self.limits.head_rows);
-        matches!(self.device, Device::Cuda(_))
-            && chunks.len() == 1
-            && fits
-            && self.is_decoding
+        matches!(self.device, Device::Cuda(_)) && chunks.len() == 1 && fits && self.is_decoding
     }
 
     fn is_sample(&self, row: &PlannedRow) -> bool {
@@ -163,7 +173,7 @@ impl<T: Float> Core<T> {
         turn: usize,
     ) -> Result<()> {
         let rows = step.rows.slot.len();
-        let mut chosen: Vec<u32> = self.places(chunk, place);
+        let mut chosen: Vec<u32> = places(chunk, place);
         chosen.resize(rows, NONE);
         self.state.choose(&chosen)?;
         let mut draws = chunk.draws.clone();
@@ -188,13 +198,9 @@ impl<T: Float> Core<T> {
         self.finish_head(0, chunk, turn)
     }
 
-    fn places(&self, chunk: &HeadChunk, place: &[u32]) -> Vec<u32> {
-        chunk.rows.iter().map(|head| place[head.row.index as usize]).collect()
-    }
-
     /// Logits and tokens of a chunk of rows.
     fn run_head(&mut self, chunk: &HeadChunk, place: &[u32]) -> Result<()> {
-        let chosen = self.places(chunk, place);
+        let chosen = places(chunk, place);
         self.state.choose(&chosen)?;
         head(&self.device, &self.weights, chosen.len(), &mut self.state)?;
         self.draws.set(&chunk.draws)?;

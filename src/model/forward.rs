@@ -10,9 +10,7 @@ use crate::{
     ops::{
         Float,
         activations::Activations,
-        attention::{
-            Attention, AttentionPlan, CHUNK, Cache, Items, attention, kernel_head_dim,
-        },
+        attention::{Attention, AttentionPlan, CHUNK, Cache, Items, attention, kernel_head_dim},
         enter::{Enter, enter},
         hooks::{CapturePlan, Hooks, site_count, tap_count},
         matmul::{Activation, gated_matmul, matmul},
@@ -189,7 +187,8 @@ pub fn forward<T: Float>(
         rope_append(device, RopeAppend { rows: n, heads, qkv, at, rope, layer: l, cache })?;
         let (qkv, plan, out) = (&s.qkv, &mut s.plan, &mut s.attn);
         let (soft_cap, window) = (None, None);
-        let of = Attention { rows: n, heads, qkv, at, plan, layer: l, cache, soft_cap, window, out };
+        let of =
+            Attention { rows: n, heads, qkv, at, plan, layer: l, cache, soft_cap, window, out };
         attention(device, of)?;
         matmul(device, n, &s.attn, &w.out, &mut s.branch)?;
         s.write_stream(device, config, hooks, 2 * l + 1, (n, n), &w.mlp_norm)?;

@@ -82,7 +82,7 @@ impl<T: Float> Activations<T> {
         }
         let atom = k / ATOM * self.row_groups() + row / ATOM_ROWS;
         let lane = row % ATOM_ROWS;
-        let chunk = k % ATOM / CHUNK ^ lane;
+        let chunk = (k % ATOM / CHUNK) ^ lane;
         atom * ATOM_ROWS * ATOM + lane * ATOM + chunk * CHUNK + k % CHUNK
     }
 

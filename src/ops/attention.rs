@@ -232,8 +232,8 @@ fn launch<T: Float>(cuda: &Cuda, p: Attention<'_, T>) -> Result<()> {
     let width = kernel_head_dim(shape.head_dim);
     let (_, narrow, wide) = KERNELS.into_iter().find(|kernel| kernel.0 == width).expect("a width");
     let group = p.heads / shape.kv_heads;
-    let params = |items: &Buffer<Item>, plan: &AttentionPlan, out: &mut Activations<T>| {
-        AttentionParams {
+    let params =
+        |items: &Buffer<Item>, plan: &AttentionPlan, out: &mut Activations<T>| AttentionParams {
             qkv: p.qkv.address(),
             position: p.at.position.address(),
             pages: p.cache.pages.address(),
@@ -255,8 +255,7 @@ fn launch<T: Float>(cuda: &Cuda, p: Attention<'_, T>) -> Result<()> {
             window: p.window.map_or(0, |window| window as i32),
             scale: 1.0 / (shape.head_dim as f32).sqrt(),
             soft_cap: p.soft_cap.unwrap_or(0.0),
-        }
-    };
+        };
     let [narrow_items, wide_items] = p.plan.active(p.rows);
     // The shared parts first: items of their rows go on from there.
     for (kernel, warps, items, count) in [

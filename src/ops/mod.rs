@@ -10,6 +10,9 @@ pub mod hooks;
 mod math;
 pub mod matmul;
 pub mod philox;
+pub mod probe;
+#[doc(hidden)]
+pub mod probes;
 pub mod residual_norm;
 pub mod rope_append;
 pub mod rows;

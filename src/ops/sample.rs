@@ -175,6 +175,7 @@ fn launch(cuda: &Cuda, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) ->
     let slots = draws.last.len();
     let fits = |draw: &Draw| draw.slot == NONE || (draw.slot as usize) < slots;
     assert!(draws.list.iter().all(fits), "a draw's slot");
+    assert!(vocab <= MAX_KERNEL_VOCAB, "vocabulary");
     let params = SampleParams {
         logits: logits.address(),
         draws: draws.words.address(),
@@ -228,7 +229,8 @@ impl GumbelMax<'_> {
         let logits = &self.logits[first..self.logits.len().min(first + BLOCK)];
         logits.iter().enumerate().fold(best, |best, (lane, &logit)| {
             let id = (first + lane) as u32;
-            better(best, (logit / self.draw.temperature + gumbel(words[lane]), id))
+            let score = logit / self.draw.temperature + gumbel(words[lane]);
+            if logit > f32::NEG_INFINITY { better(best, (score, id)) } else { best }
         })
     }
 }
@@ -314,5 +316,6 @@ fn among(ids: &[u32], logits: &[f32], draw: &Draw) -> u32 {
         logits[id as usize] / draw.temperature + gumbel(words[id as usize % 4])
     };
     let none = (f32::NEG_INFINITY, NO_TOKEN);
-    ids.iter().fold(none, |best, &id| better(best, (score(id), id))).1
+    let ids = ids.iter().filter(|&&id| logits[id as usize] > f32::NEG_INFINITY);
+    ids.fold(none, |best, &id| better(best, (score(id), id))).1
 }

@@ -115,15 +115,15 @@ impl Summaries {
         })
     }
 
-    /// Whether this fits beside what is there.
-    pub fn fits(&self, wanted: &[Wanted], vocab: usize) -> bool {
-        let ids: usize = wanted.iter().map(|want| want.ids.len()).sum();
-        let top: usize = wanted.iter().map(|want| want.top.min(vocab)).sum();
-        wanted.len() <= self.words.len() && ids <= self.ids.len() && top <= self.top_ids.len()
+    /// Whether there is room for this much.
+    pub fn fits(&self, rows: usize, ids: usize, top: usize) -> bool {
+        rows <= self.words.len() && ids <= self.ids.len() && top <= self.top_ids.len()
     }
 
     fn set(&mut self, wanted: &[Wanted], vocab: usize) -> Result<()> {
-        assert!(self.fits(wanted, vocab), "summaries beyond their memory");
+        let ids = wanted.iter().map(|want| want.ids.len()).sum();
+        let top = wanted.iter().map(|want| want.top.min(vocab)).sum();
+        assert!(self.fits(wanted.len(), ids, top), "summaries beyond their memory");
         let (mut ids, mut first_top) = (Vec::new(), 0);
         self.wanted.clear();
         for want in wanted {
@@ -172,7 +172,8 @@ impl SummaryStaging {
             Summary {
                 logsumexp,
                 entropy,
-                logits: self.id_logits.get()[want.first_id as usize..][..want.ids as usize].to_vec(),
+                logits: self.id_logits.get()[want.first_id as usize..][..want.ids as usize]
+                    .to_vec(),
                 top: top.map(|(&id, &logit)| (id, logit - logsumexp)).collect(),
             }
         };
@@ -196,7 +197,8 @@ pub fn summarize(
         Id::Token(token) => (token as usize) < vocab,
         Id::Drawn(draw) => (draw as usize) < tokens.len(),
     };
-    let fits = |want: &Wanted| (want.row + 1) * vocab <= logits.len() && want.ids.iter().all(id_fits);
+    let fits =
+        |want: &Wanted| (want.row + 1) * vocab <= logits.len() && want.ids.iter().all(id_fits);
     assert!(wanted.iter().all(fits), "rows or ids of summaries");
     out.set(wanted, vocab)?;
     match device {

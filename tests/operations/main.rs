@@ -15,5 +15,8 @@ mod reference;
 mod attention;
 mod logits;
 mod matmul;
+mod probe;
+mod ptx;
 mod stream;
+#[allow(dead_code, reason = "shared with another test binary")]
 mod tools;

@@ -220,8 +220,7 @@ impl Gated {
         for (row, x) in self.x.chunks_exact(k).enumerate() {
             let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
             let ((gate, gate_size), (up, up_size)) = (outputs(&x, &gate), outputs(&x, &up));
-            for (column, &want) in gated(&gate, &up, |x| define(activation, x)).iter().enumerate()
-            {
+            for (column, &want) in gated(&gate, &up, |x| define(activation, x)).iter().enumerate() {
                 let gate_error = SLOPE * chain_error(k) * gate_size[column];
                 let up_error = chain_error(k) * up_size[column];
                 let carried =

@@ -137,7 +137,7 @@ fn swizzled(values: &[f32], rows: usize, k_tiles: usize) -> Vec<f32> {
     let mut out = vec![0.0; values.len()];
     for (at, &value) in values.iter().enumerate() {
         let (row, k) = (at / (64 * k_tiles), at % (64 * k_tiles));
-        let chunk = k % 64 / 8 ^ row % 8;
+        let chunk = (k % 64 / 8) ^ (row % 8);
         out[(k / 64 * rows + row) * 64 + chunk * 8 + k % 8] = value;
     }
     out
@@ -352,7 +352,7 @@ fn mix(mut z: u64) -> u64 {
 /// Element (row, k) of a random weight of standard deviation 1: four of the eight bytes of a word
 /// that is mixed from seed, row and k / 2; the lower ones for even k.
 fn random_element(seed: u64, row: u64, k: u64) -> f32 {
-    let counter = row << 32 | k / 2 * 2;
+    let counter = (row << 32) | (k / 2 * 2);
     let word = mix(mix(seed).wrapping_add(counter.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let bytes = word.to_le_bytes();
     let half = if k.is_multiple_of(2) { &bytes[..4] } else { &bytes[4..] };

@@ -72,7 +72,8 @@ pub fn kernel_devices() -> Vec<(String, Device)> {
         Ok(gpu) => {
             for (path, name) in paths.into_iter().filter(|(path, _)| *path != gpu.path()) {
                 let gpu = Cuda::gpu(0).unwrap();
-                let gpu = gpu.with_path(path).map(|gpu| (format!("GPU, {name}"), Device::Cuda(gpu)));
+                let gpu =
+                    gpu.with_path(path).map(|gpu| (format!("GPU, {name}"), Device::Cuda(gpu)));
                 devices.extend(gpu);
             }
             devices.push(("GPU".into(), Device::Cuda(gpu)));

@@ -134,13 +134,7 @@ impl<const R: usize, T: Float> Kernel for Of<'_, R, T> {
 impl<T: Float> Fold<'_, T> {
     /// Folds those of `valid` positions from `start` on that are not before `seen`.
     #[inline(always)]
-    fn tile<const R: usize>(
-        &self,
-        start: usize,
-        valid: usize,
-        seen: usize,
-        state: &mut State<R>,
-    ) {
+    fn tile<const R: usize>(&self, start: usize, valid: usize, seen: usize, state: &mut State<R>) {
         let head_dim = self.cache.shape.head_dim;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let isa = self.isa;
