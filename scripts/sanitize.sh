@@ -36,7 +36,7 @@ build=(cargo test --release --locked --features host-kernels --test operations -
 log=$target/build.log
 "${build[@]}" --no-run 2>&1 | tee "$log"
 tests=$(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' "$log")
-if ! nm -u "$tests" | grep -q __asan_report_store; then
+if [[ $(nm -u "$tests") != *__asan_report_store* ]]; then
     echo "sanitize.sh: $tests is not instrumented" >&2
     exit 1
 fi

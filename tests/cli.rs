@@ -486,7 +486,9 @@ fn doctor_and_lists_are_data() {
     assert_eq!(findings["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(findings["demo_model"]["present"], false);
     assert_eq!((&findings["model"]["layers"], &findings["model"]["dim"]), (&json!(3), &json!(48)));
-    assert_eq!(findings["devices"][1]["note"], "not in this build");
+    let cuda = &findings["devices"][1];
+    assert_eq!(cuda["name"], "cuda");
+    assert!(cuda["available"].is_boolean() && cuda["note"].as_str().unwrap().len() > 10, "{cuda}");
     let output = inkling(folder.path()).args(["run", "--list"]).output().unwrap();
     let listed = text(&output.stdout);
     assert!(listed.contains("injected-thoughts: ") && listed.contains("demo: "), "{listed}");

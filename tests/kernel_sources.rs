@@ -34,7 +34,9 @@ fn kernels() -> Vec<Source> {
 
 /// The operations and what tests launch, in one text.
 fn operations() -> String {
-    sources("src/ops", &["rs"]).into_iter().map(|source| source.text).collect()
+    let folders = ["src/ops", "src/ops/attention", "src/ops/matmul"];
+    let files = folders.into_iter().flat_map(|folder| sources(folder, &["rs"]));
+    files.map(|source| source.text).collect()
 }
 
 fn is_word(c: char) -> bool {

@@ -203,7 +203,7 @@ fn an_entry_of_minus_infinity_is_never_drawn() {
 
 /// The id of the largest logit / T + Gumbel draw, the lowest of equals.
 fn exhaustive(logits: &[f32], gumbels: &[f32], temperature: f32) -> usize {
-    let mut best = (f32::NEG_INFINITY, 0);
+    let mut best = (f32::NEG_INFINITY, NO_TOKEN as f32 as usize);
     for (id, (logit, gumbel)) in logits.iter().zip(gumbels).enumerate() {
         let score = logit / temperature + gumbel;
         if score > best.0 {

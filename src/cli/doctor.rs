@@ -147,8 +147,11 @@ fn cuda_support() -> DeviceSupport {
             (false, words.collect::<Vec<_>>().join("; "))
         }
     };
-    let kernels = gpu_kernels();
-    DeviceSupport { name: format!("cuda ({kernels} kernels)"), available, note }
+    let note = match gpu_kernels() {
+        0 => note,
+        kernels => format!("{note} ({kernels} kernels in this build)"),
+    };
+    DeviceSupport { name: "cuda".into(), available, note }
 }
 
 fn cpu() -> Cpu {
@@ -237,7 +240,7 @@ fn lines(findings: &Findings) -> Vec<String> {
     }
     for device in devices {
         let state = match (device.available, device.note.as_str()) {
-            (true, note) if device.name.starts_with("cuda") => note,
+            (true, note) if device.name == "cuda" => note,
             (true, _) => "yes",
             (false, note) => note,
         };
