@@ -214,15 +214,6 @@ __device__ inline void bulk_copy(void* smem, const void* global, unsigned bytes,
     shim::bulk_copy(smem, global, bytes, bar);
 #endif
 }
-// Orders this thread's ordinary accesses to shared memory with later accesses of the async proxy (bulk
-// copies and wgmma operands). Needed after writing with st.shared or cp.async what wgmma reads: fence,
-// barrier, wgmma. The shim does not check it.
-__device__ inline void fence_proxy_async() {
-#if defined(__CUDACC__)
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // ---- wgmma: a warpgroup (4 warps, the first's index a multiple of 4) multiplies from shared memory.
 
 // Describes a K-major operand at `smem`: 8-row groups of 1024 bytes, rows of 128 bytes (64 k of bf16), the

@@ -306,6 +306,7 @@ fn heads_of(
             heads,
             qkv: &mut qkv,
             at: &at,
+            norms: None,
             rope: &rope,
             layer: 0,
             cache: &mut cache,

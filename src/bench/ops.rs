@@ -341,7 +341,7 @@ impl Run<'_> {
             let heads = c.heads;
             rope_append(
                 device,
-                RopeAppend { rows, heads, qkv, at: &at, rope: &rope, layer: 0, cache },
+                RopeAppend { rows, heads, qkv, at: &at, norms: None, rope: &rope, layer: 0, cache },
             )
         })?;
         let bytes = rows * (8 * width + 4 * c.kv_heads * c.head_dim);
@@ -409,8 +409,16 @@ impl Run<'_> {
             let list = RowList { slot: vec![slot; rows], position, receipt };
             let at = Rows::upload(device, &list)?;
             let (qkv, cache) = (&mut qkv, &mut *cache);
-            let operands =
-                RopeAppend { rows, heads: 0, qkv, at: &at, rope: &rope, layer: 0, cache };
+            let operands = RopeAppend {
+                rows,
+                heads: 0,
+                qkv,
+                at: &at,
+                norms: None,
+                rope: &rope,
+                layer: 0,
+                cache,
+            };
             rope_append(device, operands)?;
             device.synchronize()?;
         }

@@ -3,17 +3,27 @@
 //!
 //! A [`Cuda`] has one stream, which orders all its work; one thread owns it.
 
-use std::{cell::RefCell, collections::HashMap, marker::PhantomData, sync::Arc, time::Instant};
+mod memory;
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
 
 use cudarc::{
     driver::{
         CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaStream, DeviceRepr, DriverError,
-        LaunchConfig, PushKernelArg, result,
+        LaunchConfig, PushKernelArg,
         sys::{CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags},
         sys::{CUstreamCaptureMode, is_culib_present},
     },
     nvrtc::Ptx,
 };
+
+use memory::Ring;
+pub(super) use memory::{Memory, Pinned};
 
 use super::Element;
 use crate::error::{Error, Result};
@@ -71,6 +81,15 @@ struct Gpu {
     capability: (i32, i32),
     multiprocessors: u32,
     graphs: RefCell<HashMap<u64, CudaGraph>>,
+    ring: Arc<Mutex<Ring>>,
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // Nothing may run when the kernels are unloaded, and no graph may be left that names them.
+        self.stream.context().record_err(self.stream.synchronize());
+        self.graphs.borrow_mut().clear();
+    }
 }
 
 // SAFETY: `CudaGraph` holds raw handles, which any one thread at a time may use; a `Gpu` is not
@@ -174,8 +193,8 @@ impl Cuda {
             }
         }
         let path = if capability == (9, 0) { MatrixPath::Wgmma } else { MatrixPath::Mma };
-        let graphs = RefCell::default();
-        let gpu = Gpu { stream, functions, name, capability, multiprocessors, graphs };
+        let (graphs, ring) = (RefCell::default(), Arc::new(Mutex::new(Ring::new(&stream)?)));
+        let gpu = Gpu { stream, functions, name, capability, multiprocessors, graphs, ring };
         Ok(Self { backend: Backend::Gpu(Box::new(gpu)), path })
     }
 
@@ -303,7 +322,7 @@ impl Cuda {
     }
 
     /// Runs `work`, which queues the same kernels with the same parameters each time it is called
-    /// with this key. On a GPU it is recorded the second time and replayed from then on.
+    /// with this key. On a GPU it is recorded the first time, and replayed from then on.
     ///
     /// # Errors
     /// What `work` returns, and what recording or replaying fails with.
@@ -341,44 +360,14 @@ impl Cuda {
     }
 
     /// `len` zeros in the GPU's memory; `None` on the processor.
-    pub(super) fn zeroed<T>(&self, len: usize) -> Result<Option<Memory<T>>> {
+    pub(super) fn zeroed<T: Element>(&self, len: usize) -> Result<Option<Memory<T>>> {
         let Some(gpu) = self.as_gpu() else { return Ok(None) };
-        let bytes = (len * size_of::<T>()).max(1);
-        let context = gpu.stream.context();
-        let memory = |error| {
-            let free = context.mem_get_info().map_or(0, |(free, _)| free);
-            failed("not enough GPU memory", error)
-                .at(gpu.name.clone())
-                .expected(format!("{bytes} bytes"))
-                .got(format!("{free} bytes free"))
-                .hint("lower --max-batch, or free memory that other programs hold")
-        };
-        context.bind_to_thread().map_err(|error| gpu.lost(error))?;
-        // SAFETY: the size is not zero.
-        let address = unsafe { result::malloc_sync(bytes) }.map_err(memory)?;
-        let (stream, element) = (Arc::clone(&gpu.stream), PhantomData);
-        let memory = Memory { address, len, stream, element };
-        // SAFETY: `bytes` bytes were just allocated.
-        unsafe { result::memset_d8_async(address, 0, bytes, gpu.stream.cu_stream()) }
-            .map_err(|error| gpu.lost(error))?;
-        Ok(Some(memory))
+        Memory::zeroed(&gpu.stream, &gpu.ring, &gpu.name, len).map(Some)
     }
 
     /// Pinned host memory; `None` on the processor.
-    pub(super) fn pinned<T>(&self, len: usize) -> Result<Option<Pinned<T>>> {
-        let Some(gpu) = self.as_gpu() else { return Ok(None) };
-        let bytes = (len * size_of::<T>()).max(1);
-        let context = Arc::clone(gpu.stream.context());
-        context.bind_to_thread().map_err(|error| gpu.lost(error))?;
-        // SAFETY: the size is not zero; without flags the memory is cached, so quick to read.
-        let start = unsafe { result::malloc_host(bytes, 0) };
-        let start = start.map_err(|error| {
-            failed("not enough host memory that the GPU can write", error)
-                .expected(format!("{bytes} bytes"))
-        })?;
-        // SAFETY: `bytes` bytes were just allocated.
-        unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, bytes) };
-        Ok(Some(Pinned { start: start.cast(), len, context }))
+    pub(super) fn pinned<T: Element>(&self, len: usize) -> Result<Option<Pinned<T>>> {
+        self.as_gpu().map(|gpu| Pinned::new(gpu.stream.context(), len)).transpose()
     }
 }
 
@@ -439,121 +428,3 @@ impl Mark {
 struct Arg<P>(P);
 // SAFETY: plain numbers, as `Params` promises.
 unsafe impl<P: Params> DeviceRepr for Arg<P> {}
-
-/// An array in the GPU's memory.
-pub(super) struct Memory<T> {
-    address: u64,
-    len: usize,
-    stream: Arc<CudaStream>,
-    element: PhantomData<T>,
-}
-
-impl<T: Element> Memory<T> {
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(super) fn address(&self) -> u64 {
-        self.address
-    }
-
-    fn at(&self, start: usize) -> u64 {
-        self.address + (start * size_of::<T>()) as u64
-    }
-
-    fn copy(&self, copied: std::result::Result<(), DriverError>) -> Result<()> {
-        let name = || self.stream.context().name().unwrap_or_default();
-        copied.map_err(|error| failed("a copy to or from the GPU has failed", error).at(name()))
-    }
-
-    pub(super) fn write(&mut self, start: usize, data: &[T]) -> Result<()> {
-        if data.is_empty() {
-            return Ok(());
-        }
-        self.copy(self.stream.context().bind_to_thread())?;
-        // SAFETY: inside the allocation (asserted by the caller). From pageable memory the driver
-        // has copied `data` to its own staging memory when the call returns.
-        self.copy(unsafe {
-            result::memcpy_htod_async(self.at(start), data, self.stream.cu_stream())
-        })
-    }
-
-    pub(super) fn read(&self, start: usize, out: &mut [T]) -> Result<()> {
-        if out.is_empty() {
-            return Ok(());
-        }
-        self.copy(self.stream.context().bind_to_thread())?;
-        // SAFETY: inside the allocation (asserted by the caller), and `out` outlives the copy.
-        self.copy(unsafe {
-            result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
-        })?;
-        self.copy(self.stream.synchronize())
-    }
-
-    pub(super) fn copy_from(&mut self, from: &Self) -> Result<()> {
-        self.copy(self.stream.context().bind_to_thread())?;
-        let bytes = self.len * size_of::<T>();
-        // SAFETY: both are as long (asserted by the caller).
-        self.copy(unsafe {
-            result::memcpy_dtod_async(self.address, from.address, bytes, self.stream.cu_stream())
-        })
-    }
-
-    pub(super) fn fetch(
-        &self,
-        start: usize,
-        len: usize,
-        to: &mut Pinned<T>,
-        at: usize,
-    ) -> Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        self.copy(self.stream.context().bind_to_thread())?;
-        // SAFETY: inside both allocations (asserted by the caller). Who reads `to` has waited.
-        self.copy(unsafe {
-            let out = std::slice::from_raw_parts_mut(to.start.add(at), len);
-            result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
-        })
-    }
-}
-
-impl<T> Drop for Memory<T> {
-    fn drop(&mut self) {
-        let context = self.stream.context();
-        context.record_err(context.bind_to_thread());
-        // SAFETY: allocated in `zeroed`; freeing waits for what still uses it.
-        context.record_err(unsafe { result::free_sync(self.address) });
-    }
-}
-
-/// Pinned host memory.
-pub(super) struct Pinned<T> {
-    start: *mut T,
-    len: usize,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: it owns its elements, which are plain numbers.
-unsafe impl<T: Element> Send for Pinned<T> {}
-
-impl<T: Element> Pinned<T> {
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(super) fn get(&self) -> &[T] {
-        // SAFETY: `len` elements are owned and initialised, and no copy into them is under way
-        // (the caller has waited).
-        unsafe { std::slice::from_raw_parts(self.start, self.len) }
-    }
-}
-
-impl<T> Drop for Pinned<T> {
-    fn drop(&mut self) {
-        // A copy into it may still be under way.
-        self.context.record_err(self.context.synchronize());
-        // SAFETY: allocated in `pinned`.
-        self.context.record_err(unsafe { result::free_host(self.start.cast()) });
-    }
-}

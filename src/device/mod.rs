@@ -290,6 +290,8 @@ unsafe impl Element for f32 {}
 // SAFETY: likewise.
 unsafe impl Element for half::bf16 {}
 // SAFETY: likewise.
+unsafe impl Element for u8 {}
+// SAFETY: likewise.
 unsafe impl Element for u32 {}
 // SAFETY: likewise.
 unsafe impl Element for i32 {}

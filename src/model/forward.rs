@@ -184,7 +184,8 @@ pub fn forward<T: Float>(
         s.write_stream(device, config, hooks, 2 * l, (n, entered), &w.attn_norm)?;
         matmul(device, n, &s.x, &w.qkv, &mut s.qkv)?;
         let (qkv, at, rope) = (&mut s.qkv, &s.at, &s.rope);
-        rope_append(device, RopeAppend { rows: n, heads, qkv, at, rope, layer: l, cache })?;
+        let norms = None;
+        rope_append(device, RopeAppend { rows: n, heads, qkv, at, norms, rope, layer: l, cache })?;
         let (qkv, plan, out) = (&s.qkv, &mut s.plan, &mut s.attn);
         let (soft_cap, window) = (None, None);
         let of =

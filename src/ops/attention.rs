@@ -24,6 +24,8 @@ pub const PAGE: usize = 16;
 pub const TILE: usize = 64;
 /// Positions after which the fold is restarted.
 pub const CHUNK: usize = 1024;
+/// Up to so many blocks a layer, a slot's table is written in one piece.
+const FEW_BLOCKS: usize = 64;
 /// The widest head.
 pub const MAX_HEAD_DIM: usize = 256;
 
@@ -111,13 +113,21 @@ impl<T: Float> Cache<T> {
     pub fn set_tables(&mut self, slot: usize, lists: &[Vec<u32>]) -> Result<()> {
         let CacheShape { layers, blocks, .. } = self.shape;
         assert!(lists.len() == layers && slot < self.shape.slots, "{} layers", lists.len());
+        let pages = self.shape.pages as u32;
+        for list in lists {
+            assert!(list.len() <= blocks, "{} pages", list.len());
+            assert!(list.iter().all(|&page| page < pages), "page");
+        }
+        let first = slot * layers * blocks;
+        if blocks > FEW_BLOCKS {
+            let mut lists = lists.iter().enumerate();
+            return lists.try_for_each(|(l, list)| self.tables.write(first + l * blocks, list));
+        }
         let mut table = vec![0; layers * blocks];
         for (list, to) in lists.iter().zip(table.chunks_exact_mut(blocks)) {
-            assert!(list.len() <= blocks, "{} pages", list.len());
-            assert!(list.iter().all(|&page| (page as usize) < self.shape.pages), "page");
             to[..list.len()].copy_from_slice(list);
         }
-        self.tables.write(slot * layers * blocks, &table)
+        self.tables.write(first, &table)
     }
 
     pub(super) fn tables(&self) -> Tables<'_> {

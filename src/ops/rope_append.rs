@@ -1,16 +1,17 @@
-//! Rotates queries and keys (Su et al. 2021, eq. 34, halves as Hugging Face lays them out) and
-//! appends keys and values to the cache.
+//! Normalises queries and keys (where a model does), rotates them (Su et al. 2021, eq. 34, halves as
+//! Hugging Face lays them out) and appends keys and values to the cache.
 
 use super::{
     Float,
     attention::Cache,
+    math::sum_of_squares,
     matmul::Dtype,
     rows::{NONE, Rows},
 };
 use crate::{
     device::{
         Buffer, Cuda, Device,
-        cpu::{Cpu, Shared},
+        cpu::{Cpu, Kernel, Shared},
         cuda::{Launch, Params},
     },
     error::Result,
@@ -55,6 +56,16 @@ impl RopeTable {
     }
 }
 
+/// Root-mean-square norms of every query and every key, before they are turned (Qwen 3, Gemma 3).
+pub struct HeadNorms {
+    /// (`head_dim`,)
+    pub q: Buffer<f32>,
+    /// (`head_dim`,)
+    pub k: Buffer<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 /// Operands of [`rope_append`].
 pub struct RopeAppend<'a, T> {
     /// Rows `0..rows` are active.
@@ -65,6 +76,8 @@ pub struct RopeAppend<'a, T> {
     pub qkv: &'a mut Buffer<f32>,
     /// Which rows these are.
     pub at: &'a Rows,
+    /// Norms of queries and keys.
+    pub norms: Option<&'a HeadNorms>,
     /// The angles.
     pub rope: &'a RopeTable,
     /// The block whose keys and values they are.
@@ -83,6 +96,8 @@ pub fn rope_append<T: Float>(device: &Device, p: RopeAppend<'_, T>) -> Result<()
     let width = (p.heads + 2 * shape.kv_heads) * shape.head_dim;
     assert!(p.qkv.len() >= p.rows * width && 2 * p.rope.half == shape.head_dim, "qkv, rope");
     assert!(p.at.len() >= p.rows && p.layer < shape.layers, "rows, layer");
+    let fits = |norms: &HeadNorms| norms.q.len().min(norms.k.len()) == shape.head_dim;
+    assert!(p.norms.is_none_or(fits), "norms");
     match device {
         Device::Cpu(cpu) => on_cpu(cpu, p),
         Device::Cuda(cuda) => return launch(cuda, p),
@@ -91,7 +106,7 @@ pub fn rope_append<T: Float>(device: &Device, p: RopeAppend<'_, T>) -> Result<()
 }
 
 fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
-    let RopeAppend { rows, heads, qkv, at, rope, layer, cache } = p;
+    let RopeAppend { rows, heads, qkv, at, norms, rope, layer, cache } = p;
     let shape = cache.shape;
     let (head_dim, kv_heads) = (shape.head_dim, shape.kv_heads);
     let width = (heads + 2 * kv_heads) * head_dim;
@@ -109,6 +124,13 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
             let position = at.position.host()[row] as usize;
             let (q, kv) = values.split_at_mut(heads * head_dim);
             let (k, v) = kv.split_at_mut(kv_heads * head_dim);
+            if let Some(norms) = norms {
+                for (heads, gain) in [(&mut *q, &norms.q), (&mut *k, &norms.k)] {
+                    for head in heads.chunks_exact_mut(head_dim) {
+                        cpu.isa().run(Normalise { head, gain: gain.host(), eps: norms.eps });
+                    }
+                }
+            }
             for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
                 rope.rotate(position, head);
             }
@@ -130,6 +152,26 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
             }
         }
     });
+}
+
+struct Normalise<'a> {
+    head: &'a mut [f32],
+    gain: &'a [f32],
+    eps: f32,
+}
+
+impl Kernel for Normalise<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let squares = sum_of_squares(self.head);
+        // A head too large for f32 must not pass for one of zeros.
+        let mean = if squares.is_finite() { squares / self.head.len() as f32 } else { f32::NAN };
+        let inverse = 1.0 / (mean + self.eps).sqrt();
+        for (v, gain) in self.head.iter_mut().zip(self.gain) {
+            *v = *v * inverse * gain;
+        }
+    }
 }
 
 /// Mirror of `RopeAppendParams`.
@@ -169,8 +211,8 @@ fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
         position: p.at.position.address(),
         tables: p.cache.tables_address(),
         pages: p.cache.address_mut(),
-        q_norm: 0,
-        k_norm: 0,
+        q_norm: p.norms.map_or(0, |norms| norms.q.address()),
+        k_norm: p.norms.map_or(0, |norms| norms.k.address()),
         rows: p.rows as i32,
         heads: p.heads as i32,
         kv_heads: shape.kv_heads as i32,
@@ -178,7 +220,7 @@ fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
         layer: p.layer as i32,
         layers: shape.layers as i32,
         blocks: shape.blocks as i32,
-        eps: 0.0,
+        eps: p.norms.map_or(0.0, |norms| norms.eps),
     };
     let lanes = (shape.head_dim / 8).next_power_of_two();
     let heads = p.heads + 2 * shape.kv_heads;

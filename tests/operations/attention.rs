@@ -8,13 +8,13 @@ use inkling::{
             Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, attention,
         },
         copy_pages::copy_pages,
-        rope_append::{RopeAppend, RopeTable, rope_append},
+        rope_append::{HeadNorms, RopeAppend, RopeTable, rope_append},
         rows::{RowList, Rows},
     },
 };
 
 use crate::{
-    reference::ops::{attention as attend, rope},
+    reference::ops::{attention as attend, rms_norm, rope},
     tools::{Numbers, Stored, U, close, first_difference, nan_activations, nans},
     tools::{on_every_device, read, read_rows, sizes, upload, widen},
 };
@@ -54,9 +54,22 @@ fn append<T: Stored>(
     rope: &RopeTable,
     cache: &mut Cache<T>,
 ) {
+    append_normed(device, heads, qkv, list, None, rope, cache);
+}
+
+fn append_normed<T: Stored>(
+    device: &Device,
+    heads: usize,
+    qkv: &mut Buffer<f32>,
+    list: &RowList,
+    norms: Option<&HeadNorms>,
+    rope: &RopeTable,
+    cache: &mut Cache<T>,
+) {
     let at = Rows::upload(device, list).unwrap();
     let rows = list.slot.len();
-    let operands = RopeAppend { rows, heads, qkv, at: &at, rope, layer: LAYER, cache };
+    let at = &at;
+    let operands = RopeAppend { rows, heads, qkv, at, norms, rope, layer: LAYER, cache };
     rope_append(device, operands).unwrap();
 }
 
@@ -174,7 +187,10 @@ impl Case {
     ) -> Vec<f32> {
         let count = list.slot.len();
         let state = self.heads * (256 + 2);
-        let mut plan = AttentionPlan::new(device, (count, count), state, true).unwrap();
+        let mut slots: Vec<u32> = list.slot.clone();
+        slots.sort_unstable();
+        slots.dedup();
+        let mut plan = AttentionPlan::new(device, (count, slots.len()), state, true).unwrap();
         let group = self.heads / self.kv_heads;
         plan.set(&Items::build(list, group, plan.capacity(), shared)).unwrap();
         let mut out = nan_activations::<T>(device, count + 1, self.out_width());
@@ -314,6 +330,53 @@ fn attention_is_softmax_of_scores_times_values() {
     }
 }
 
+/// Each query and key is divided by its root mean square before it is turned; values are not.
+#[test]
+fn queries_and_keys_are_normalised_before_they_are_turned() {
+    const EPS: f32 = 1e-5;
+    for (kv_heads, group, head_dim) in [(2, 3, 16), (2, 2, 24), (1, 5, 80), (1, 1, 256)] {
+        let case = Case::new(kv_heads, group, head_dim);
+        let (width, count, half) = (case.width(), 20, head_dim / 2);
+        let mut numbers = Numbers::new(head_dim as u64);
+        let gains = [numbers.with_outliers(head_dim, 9.0), numbers.with_outliers(head_dim, 9.0)];
+        let outputs = on_every_device::<bf16>(0, |device| {
+            let rope = RopeTable::new(device, BLOCKS * PAGE, head_dim, THETA).unwrap();
+            let mut cache = case.cache::<bf16>(device, &rope);
+            let [q, k] = [0, 1].map(|i| upload::<f32>(device, &gains[i], 0));
+            let norms = HeadNorms { q, k, eps: EPS };
+            let mut qkv = upload::<f32>(device, &case.qkv[..count * width], 0);
+            let list = rows(SLOT, 0..count);
+            append_normed(device, case.heads, &mut qkv, &list, Some(&norms), &rope, &mut cache);
+            vec![read(&qkv)]
+        });
+        let turned = (case.heads + kv_heads) * head_dim;
+        for (device, outputs) in outputs {
+            let all = outputs[0].chunks_exact(width).zip(case.qkv.chunks_exact(width));
+            for (position, (got, row)) in all.enumerate() {
+                assert_eq!(first_difference(&got[turned..], &row[turned..]), None, "{device}: v");
+                for (head, values) in row[..turned].chunks_exact(head_dim).enumerate() {
+                    let gain = widen(&gains[usize::from(head >= case.heads)]);
+                    let normed = rms_norm(&widen(values), &gain, f64::from(EPS));
+                    let mut want = normed.clone();
+                    rope(&mut want, head_dim, position, THETA);
+                    for (i, &want) in want.iter().enumerate() {
+                        let size = normed[i % half].abs() + normed[i % half + half].abs();
+                        // The norm's chain of squares, then the turn; angles are below 20.
+                        let tolerance = (head_dim + 16 + 4 + 4 * 20) as f64 * U * size;
+                        let got = got[head * head_dim + i];
+                        close(
+                            &format_args!("{device} {position} {head} {i}"),
+                            got,
+                            want,
+                            tolerance,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn soft_caps_and_sliding_windows() {
     for (soft_cap, window) in [(Some(3.0), None), (None, Some(1)), (Some(30.0), Some(100))] {
@@ -398,6 +461,20 @@ fn rows_do_not_depend_on_how_they_are_divided() {
                     let shared = |slot| if slot == 3 { alone(slot) } else { prefix };
                     let together = case.attend_rows(device, &queries, &single, shared, &cache);
                     assert_eq!(first_difference(&together, &one_by_one), None, "{end}: {tiles}");
+                    if end > 100 {
+                        // Behind rows of another sequence, more than there are sharers.
+                        let before = RowList {
+                            slot: [vec![NOISE; 40], single.slot.clone()].concat(),
+                            position: (0..40).chain(single.position.clone()).collect(),
+                            receipt: vec![-1; 46],
+                        };
+                        let zeros = vec![0.0; 40 * width];
+                        let rows = [&zeros[..], &rotated[(end - 6) * width..end * width]].concat();
+                        let rows = upload::<f32>(device, &rows, 0);
+                        let behind = case.attend_rows(device, &rows, &before, shared, &cache);
+                        let behind = &behind[40 * case.out_width()..];
+                        assert_eq!(first_difference(behind, &one_by_one), None, "{end}: {tiles}");
+                    }
                 }
             }
             vec![rotated]

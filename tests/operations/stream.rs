@@ -121,6 +121,8 @@ const POSITION: [u32; ROWS] = [3, 4, 5, 9, 0, 7, 2];
 /// Slot 0 has five operations, slot 1 two, slot 2 none.
 const RECEIPT: [i32; ROWS] = [0, 5, 10, 15, 20, 22, -1];
 const RECEIPTS: usize = 24;
+/// Of the row that does nothing.
+const UNTOUCHED: f32 = 7.0;
 /// Rows of the captures' destination.
 const CAPTURED: usize = 9;
 
@@ -207,9 +209,12 @@ impl Case {
         let at = Rows::upload(device, &RowList { slot, position, receipt }).unwrap();
         let mut branch = self.branch.clone();
         branch[self.branch_rows * dim..].fill(f32::NAN);
-        let branch = upload::<f32>(device, &branch, dim);
+        // The row that does nothing would show it if it did something.
+        branch.extend(vec![1.0; dim]);
+        let branch = upload::<f32>(device, &branch, 0);
         let gain = upload::<f32>(device, &self.gain, 0);
-        let mut resid = upload::<f32>(device, &self.resid, dim);
+        let stream = [&self.resid[..], &vec![UNTOUCHED; dim]].concat();
+        let mut resid = upload::<f32>(device, &stream, 0);
         let mut captured: Buffer<f32> = nans(device, CAPTURED * dim);
         let mut norms: Buffer<f32> = nans(device, ROWS + 4);
         let unset: Vec<Receipt> = vec![[f32::NAN; 2]; RECEIPTS];
@@ -325,7 +330,8 @@ impl Case {
         for (receipt, seen) in receipts.chunks_exact(2).zip(&seen) {
             assert!(*seen || all_nan(receipt), "{case}: an operation that does not act here");
         }
-        assert!(all_nan(&resid[ROWS * dim..]) && all_nan(&x[ROWS * dim..]), "{case}: beyond");
+        assert!(resid[ROWS * dim..].iter().all(|v| *v == UNTOUCHED), "{case}: beyond");
+        assert!(all_nan(&x[ROWS * dim..]), "{case}: beyond");
         assert!(norms[ROWS].is_nan(), "{case}: beyond");
         self.check_captures(&case, resid, &captured);
     }

@@ -203,7 +203,7 @@ impl AttentionPlan {
             firsts: [Vec::new(), Vec::new()],
             prefixes: 0,
             total: Buffer::zeroed(device, used(if long { rows * state } else { 0 }))?,
-            open: Buffer::zeroed(device, used(single * state))?,
+            open: Buffer::zeroed(device, used(rows * state))?,
         })
     }
 
