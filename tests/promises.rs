@@ -311,6 +311,39 @@ fn check_numbers(what: &str, options: &Options) {
     assert_same(what, &run_on(&engine, &jobs), &want);
 }
 
+/// A device that fails ends every job with its error, those that come later too; what was done
+/// before is as it would have been.
+#[cfg(feature = "host-kernels")]
+#[test]
+fn a_device_that_fails_ends_every_job_with_its_error() {
+    let model = Model::open(&folder("plain")).unwrap();
+    let jobs = variety("plain", &model);
+    let healthy = Options { device: DeviceKind::HostKernels, max_batch: 4, ..options() };
+    let want = run(&model, &healthy, &jobs);
+    for (launches, behind) in [(30, false), (500, false), (500, true)] {
+        let failing = Options { fail_after: Some(launches), behind, ..healthy.clone() };
+        let engine = Engine::start(&model, &failing).unwrap();
+        let (mut done, mut failed) = (0, 0);
+        let check = |at: usize, result: inkling::error::Result<Finished>| {
+            match result {
+                Ok(finished) => {
+                    assert_eq!(finished.outcome, want[at].outcome, "job {at}");
+                    done += 1;
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains("made to fail"), "{error}");
+                    failed += 1;
+                }
+            }
+            Ok(())
+        };
+        engine.run_all(jobs.clone(), check).unwrap();
+        assert!(done + failed == jobs.len() && failed > 0, "{done} done, {failed} failed");
+        assert!(launches < 100 || done > 0, "the test no longer fails in the middle");
+        assert!(engine.run(jobs[0].clone()).is_err());
+    }
+}
+
 /// A stream beyond f32, drawn from with every filter, only scored, or only watched.
 #[test]
 fn a_stream_beyond_f32_is_an_error_however_it_is_read() {

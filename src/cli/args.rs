@@ -17,6 +17,8 @@ use crate::{
     ops::matmul::Dtype,
 };
 
+/// Sequences that fill a GPU.
+const GPU_BATCH: usize = 1024;
 /// f32s for matmuls of up to 2,048 rows of 8,192.
 const CPU_WORKSPACE: usize = (2048 + 8) * 8192;
 
@@ -61,20 +63,23 @@ pub struct EngineArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<usize>,
-    /// The most sequences in one step
-    #[arg(long, value_name = "N", default_value_t = Options::default().max_batch,
-          value_parser = at_least_one)]
-    pub max_batch: usize,
+    /// The most sequences in one step [default: 64; 1024 on a GPU]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub max_batch: Option<usize>,
 }
 
 impl EngineArgs {
     /// As the engine takes them.
     pub fn options(&self) -> Options {
+        let default = match self.device {
+            DeviceKind::Cuda(_) => GPU_BATCH,
+            DeviceKind::Cpu | DeviceKind::HostKernels => Options::default().max_batch,
+        };
         Options {
             device: self.device,
             dtype: self.dtype,
             threads: self.threads,
-            max_batch: self.max_batch,
+            max_batch: self.max_batch.unwrap_or(default),
             ..Options::default()
         }
     }

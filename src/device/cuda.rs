@@ -6,7 +6,7 @@
 mod memory;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     sync::{Arc, Mutex},
     time::Instant,
@@ -66,6 +66,8 @@ pub enum MatrixPath {
 pub struct Cuda {
     backend: Backend,
     path: MatrixPath,
+    /// Launches until it fails, see [`Cuda::failing_after`].
+    remaining: Cell<Option<u64>>,
 }
 
 enum Backend {
@@ -195,7 +197,7 @@ impl Cuda {
         let path = if capability == (9, 0) { MatrixPath::Wgmma } else { MatrixPath::Mma };
         let (graphs, ring) = (RefCell::default(), Arc::new(Mutex::new(Ring::new(&stream)?)));
         let gpu = Gpu { stream, functions, name, capability, multiprocessors, graphs, ring };
-        Ok(Self { backend: Backend::Gpu(Box::new(gpu)), path })
+        Ok(Self { backend: Backend::Gpu(Box::new(gpu)), path, remaining: Cell::new(None) })
     }
 
     /// The kernels on the processor.
@@ -204,7 +206,7 @@ impl Cuda {
     /// This build has none.
     #[cfg(feature = "host-kernels")]
     pub fn host(path: MatrixPath) -> Result<Self> {
-        Ok(Self { backend: Backend::Host, path })
+        Ok(Self { backend: Backend::Host, path, remaining: Cell::new(None) })
     }
 
     /// The kernels on the processor.
@@ -228,6 +230,13 @@ impl Cuda {
         }
         self.path = path;
         Ok(self)
+    }
+
+    /// Fails after so many launches, as a GPU does that is lost: for tests.
+    #[must_use]
+    pub fn failing_after(self, launches: Option<u64>) -> Self {
+        self.remaining.set(launches);
+        self
     }
 
     /// Which matrix kernels run.
@@ -288,6 +297,10 @@ impl Cuda {
     ) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
+        }
+        match self.remaining.get() {
+            Some(0) => return Err(Error::new("the device was made to fail").at(kernel)),
+            remaining => self.remaining.set(remaining.map(|launches| launches - 1)),
         }
         match &self.backend {
             Backend::Gpu(gpu) => {

@@ -66,6 +66,9 @@ pub struct Options {
     /// Whether a step is queued before the results of the one before are read also where that
     /// gains nothing. Results are the same, bit for bit.
     pub behind: bool,
+    /// Launches of kernels after which the device fails, for tests.
+    #[doc(hidden)]
+    pub fail_after: Option<u64>,
     /// Whether injections act. Without, jobs are planned as with them, for measurements of what they
     /// cost.
     pub hooks: bool,
@@ -83,6 +86,7 @@ impl Default for Options {
             isa: None,
             matrix_path: None,
             behind: false,
+            fail_after: None,
             hooks: true,
         }
     }
@@ -272,7 +276,7 @@ fn open(config: &ModelConfig, options: &Options, threads: usize) -> Result<Devic
         _ => Cuda::host(options.matrix_path.unwrap_or(MatrixPath::Wgmma))?,
     };
     let path = options.matrix_path.unwrap_or(cuda.path());
-    Ok(Device::Cuda(cuda.with_path(path)?))
+    Ok(Device::Cuda(cuda.with_path(path)?.failing_after(options.fail_after)))
 }
 
 /// Refuses sizes that the kernels do not take.
