@@ -190,10 +190,10 @@ def head_and_sample(steps):
     return ratios[-1], f"{common[-1]} rows; all {min(ratios):.3f} to {max(ratios):.3f}"
 
 
-def step_overhead(batch):
+def step_overhead(name):
     def measure(steps):
-        step = steps.ops("decode_step", rows=lambda rows: rows == batch)[0]
-        return number(step, "seconds", "decode_step") / number(step, "kernel_seconds", "decode_step"), ""
+        wall, device = steps.number(name, "decode_s"), steps.number(name, "decode_device_s")
+        return wall / device, "the device's time includes what lies between the kernels of a recorded step"
 
     return measure
 
@@ -232,8 +232,8 @@ GOALS = [
     Goal("K4", "shared-prefix attention ÷ torch's over expanded KV", prefix_attention, 3, 4),
     Goal("K5", "residual_norm, all rows injected and captured: bytes per second ÷ copy", residual_norm, 0.90, 0.95),
     Goal("K6", "output head and sampling ÷ output head", head_and_sample, 1.05, 1.02, at_most=True),
-    Goal("K7, 1", "decode step ÷ its kernels, 1 row", step_overhead(1), 1.15, 1.08, at_most=True),
-    Goal("K7, 1024", "decode step ÷ its kernels, 1024 rows", step_overhead(1024), 1.03, 1.01, at_most=True),
+    Goal("K7, 1", "decode steps, wall ÷ device, 1 row", step_overhead("w3"), 1.15, 1.08, at_most=True),
+    Goal("K7, 1024", "decode steps, wall ÷ device, W2", step_overhead("w2"), 1.03, 1.01, at_most=True),
     Goal("E1", "W2, trials/s", lambda steps: (steps.number("w2", "trials_per_s"), ""), 200, 280, gpu="H100"),
     Goal("E2", "W2 ÷ transformers and a hook", against_transformers, 12, 20),
     Goal("E3", "W2 ÷ nothing shared", against_no_share, 2.2, 2.7),

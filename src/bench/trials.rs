@@ -46,6 +46,10 @@ pub struct WorkloadReport {
     pub prompt_s: f64,
     /// Steps of drawn tokens only.
     pub decode_s: f64,
+    /// That the device worked on steps; the rest is the host's planning and handing out.
+    pub device_s: f64,
+    /// That the device worked on steps of drawn tokens only.
+    pub decode_device_s: f64,
     /// Of matmuls.
     pub flops_per_s: f64,
     /// Steps.
@@ -183,6 +187,8 @@ fn report(
         wall_s,
         prompt_s: after.prompt_seconds - before.prompt_seconds,
         decode_s: after.decode_seconds - before.decode_seconds,
+        device_s: after.device_seconds - before.device_seconds,
+        decode_device_s: after.decode_device_seconds - before.decode_device_seconds,
         flops_per_s: flops / wall_s,
         steps: after.steps - before.steps,
         rows: after.rows - before.rows,

@@ -273,6 +273,8 @@ fn print(
     output.line(format!("{:.1} new tokens a second", r.new_tokens_per_s))?;
     let (prompt, decode) = (r.prompt_s, r.decode_s);
     output.line(format!("steps with prompts {prompt:.2} s, of drawn tokens only {decode:.2} s"))?;
+    let host = (1.0 - r.device_s / r.wall_s) * 100.0;
+    output.line(format!("planning and handing out {host:.1} % of the time"))?;
     let (flops, ceiling, share) = (r.flops_per_s / 1e9, ceiling / 1e9, share * 100.0);
     output.line(format!("matmuls {flops:.1} GFLOP/s, {share:.0} % of {ceiling:.1}"))?;
     let (rows, saved) = (r.layer_rows, r.layer_rows_saved);

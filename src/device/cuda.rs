@@ -1,7 +1,8 @@
 //! All of CUDA: the driver, memory, kernels and graphs. The same kernels also run on the
 //! processor (feature `host-kernels`), through a shim that is compiled with them.
 //!
-//! A [`Cuda`] has one stream, which orders all its work; one thread owns it.
+//! A [`Cuda`] has one stream, which orders all its work, and one for copies of captured rows to
+//! the host, which run beside it; one thread owns both.
 
 mod memory;
 
@@ -78,6 +79,8 @@ enum Backend {
 
 struct Gpu {
     stream: Arc<CudaStream>,
+    /// Only copies to the host that [`Cuda::drain`] queues.
+    copies: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     name: String,
     capability: (i32, i32),
@@ -89,7 +92,9 @@ struct Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         // Nothing may run when the kernels are unloaded, and no graph may be left that names them.
-        self.stream.context().record_err(self.stream.synchronize());
+        for stream in [&self.stream, &self.copies] {
+            stream.context().record_err(stream.synchronize());
+        }
         self.graphs.borrow_mut().clear();
     }
 }
@@ -161,9 +166,11 @@ impl Cuda {
         }
         let start = |error| failed("the GPU cannot be used", error);
         let context = CudaContext::new(ordinal).map_err(start)?;
-        // SAFETY: no buffer exists yet, and the one stream made next orders every later access.
+        // SAFETY: no buffer exists yet; the first stream made next orders every later access, but
+        // for those that `drain` orders by an event and its caller by a mark.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(start)?; // the default one can't be captured
+        let copies = context.new_stream().map_err(start)?;
         let capability = context.compute_capability().map_err(start)?;
         let name = context.name().map_err(start)?;
         if capability < OLDEST {
@@ -196,7 +203,8 @@ impl Cuda {
         }
         let path = if capability == (9, 0) { MatrixPath::Wgmma } else { MatrixPath::Mma };
         let (graphs, ring) = (RefCell::default(), Arc::new(Mutex::new(Ring::new(&stream)?)));
-        let gpu = Gpu { stream, functions, name, capability, multiprocessors, graphs, ring };
+        let gpu =
+            Gpu { stream, copies, functions, name, capability, multiprocessors, graphs, ring };
         Ok(Self { backend: Backend::Gpu(Box::new(gpu)), path, remaining: Cell::new(None) })
     }
 
@@ -370,6 +378,22 @@ impl Cuda {
         let flags = CUevent_flags::CU_EVENT_DEFAULT;
         let event = gpu.stream.record_event(Some(flags)).map_err(|error| gpu.lost(error))?;
         Ok(Mark(Point::Event(event)))
+    }
+
+    /// Queues a copy to the host behind all that is queued now and beside what is queued later;
+    /// gives its end.
+    pub(super) fn drain<T: Element>(
+        &self,
+        from: &Memory<T>,
+        (start, len): (usize, usize),
+        to: &mut Pinned<T>,
+    ) -> Result<Mark> {
+        let gpu = self.as_gpu().expect("memory of a GPU belongs to a GPU");
+        let lost = |error| gpu.lost(error);
+        let written = gpu.stream.record_event(None).map_err(lost)?;
+        gpu.copies.wait(&written).map_err(lost)?;
+        from.fetch_on(&gpu.copies, (start, len), (to, 0))?;
+        Ok(Mark(Point::Event(gpu.copies.record_event(None).map_err(lost)?)))
     }
 
     /// `len` zeros in the GPU's memory; `None` on the processor.

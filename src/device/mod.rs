@@ -187,6 +187,26 @@ impl<T: Element> Buffer<T> {
         }
     }
 
+    /// Queues a copy like [`Buffer::fetch`] that runs beside the work queued after it; gives its
+    /// end. Nothing may write these elements before.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub(crate) fn drain(
+        &self,
+        device: &Device,
+        (start, len): (usize, usize),
+        to: &mut Staging<T>,
+    ) -> Result<cuda::Mark> {
+        assert!(start + len <= self.len() && len <= to.len(), "drain beyond an end");
+        match (device, &self.memory, &mut to.memory) {
+            (Device::Cuda(cuda), Memory::Gpu(memory), StagingMemory::Pinned(to)) => {
+                cuda.drain(memory, (start, len), to)
+            }
+            _ => self.fetch(start, len, to, 0).map(|()| cuda::Mark::now()),
+        }
+    }
+
     /// Overwrites all of it with another of the same length, after what was queued before.
     ///
     /// # Errors

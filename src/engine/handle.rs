@@ -15,82 +15,17 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    batch::bucket,
     core::{Command, Core, Submission},
     hooks,
-    sequence::{continuations, rows_of},
+    setup::{Limits, Options, open},
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::{
-        Cpu, Cuda, Device, DeviceKind,
-        cpu::{Isa, thread_pool},
-        cuda::MatrixPath,
-    },
+    device::{Device, cpu::thread_pool},
     error::{Error, Result},
-    model::{
-        Model, ModelConfig, Tokenizer,
-        forward::{Sizes, workspace},
-        weights::Weights,
-    },
-    ops::{
-        Float,
-        attention::{MAX_HEAD_DIM, PAGE},
-        matmul::Dtype,
-        residual_norm::MAX_KERNEL_DIM,
-        sample::MAX_KERNEL_VOCAB,
-    },
+    model::{Model, ModelConfig, Tokenizer, weights::Weights},
+    ops::{Float, matmul::Dtype},
 };
-
-/// How an engine is set up.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Where it runs.
-    pub device: DeviceKind,
-    /// Type of weights, matmul inputs and cache.
-    pub dtype: Dtype,
-    /// Threads; `None`: one a core.
-    pub threads: Option<usize>,
-    /// Sequences at a time.
-    pub max_batch: usize,
-    /// Bytes for keys and values; `None`: 2 GiB, or what [`Options::max_batch`] sequences of the
-    /// model's context need where that is less.
-    pub kv_bytes: Option<u64>,
-    /// Whether jobs share what is clean. Tokens, logits and captures are the same, bit for bit;
-    /// only a receipt's reference norm is unknown where no clean run was needed.
-    pub share: bool,
-    /// `None`: the best this machine has. Results are the same, bit for bit.
-    pub isa: Option<Isa>,
-    /// Which matrix kernels the CUDA devices use; `None`: the GPU's best.
-    pub matrix_path: Option<MatrixPath>,
-    /// Whether a step is queued before the results of the one before are read also where that
-    /// gains nothing. Results are the same, bit for bit.
-    pub behind: bool,
-    /// Launches of kernels after which the device fails, for tests.
-    #[doc(hidden)]
-    pub fail_after: Option<u64>,
-    /// Whether injections act. Without, jobs are planned as with them, for measurements of what they
-    /// cost.
-    pub hooks: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            device: DeviceKind::Cpu,
-            dtype: Dtype::Bf16,
-            threads: None,
-            max_batch: 64,
-            kv_bytes: None,
-            share: true,
-            isa: None,
-            matrix_path: None,
-            behind: false,
-            fail_after: None,
-            hooks: true,
-        }
-    }
-}
 
 /// What the bits of results depend on beside the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,199 +60,11 @@ pub struct Stats {
     pub prompt_seconds: f64,
     /// Time spent on steps of drawn tokens only.
     pub decode_seconds: f64,
-}
-
-/// What is taken at start.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Sequences at a time.
-    pub slots: usize,
-    /// Rows a step.
-    pub rows: usize,
-    /// Positions of a sequence.
-    pub positions: usize,
-    /// Cache pages, each of one layer.
-    pub pages: usize,
-    /// Captured rows a step.
-    pub capture_rows: usize,
-    /// Pages of cached residual rows.
-    pub residual_pages: usize,
-    /// Operations of a sequence.
-    pub ops: usize,
-    /// Vectors in the bank.
-    pub vectors: usize,
-    /// Receipts a step.
-    pub receipts: usize,
-    /// Rows of logits made at a time.
-    pub head_rows: usize,
-    /// Tokens drawn at a time.
-    pub draws: usize,
-    /// Ids at a time whose logits are wanted.
-    pub ids: usize,
-    /// Most likely tokens at a time that are wanted.
-    pub top: usize,
-    /// Whether jobs share what is clean.
-    pub share: bool,
-    /// See [`Options::behind`].
-    pub behind: bool,
-    /// See [`Options::hooks`].
-    pub hooks: bool,
-}
-
-/// Rows of a step, and of logits made at a time: enough to read weights seldom.
-const CPU_ROWS: (usize, usize) = (512, 64);
-/// Likewise; a GPU computes a hundred rows in the time it reads the weights.
-const GPU_ROWS: (usize, usize) = (4096, 1024);
-/// Likewise, for tests.
-const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
-const DEFAULT_KV_BYTES: u64 = 2 << 30;
-const CAPTURE_BYTES: usize = 64 << 20;
-
-impl Limits {
-    fn new(config: &ModelConfig, options: &Options, device: &Device) -> Result<Self> {
-        let c = config;
-        let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
-        let page_bytes = 2 * PAGE * c.kv_heads * c.head_dim * element;
-        let blocks = c.context.div_ceil(PAGE);
-        // Every sequence's own pages and its prompt's clean ones, at full length.
-        let most = (2 * options.max_batch + 1) * c.layers * blocks;
-        let bytes = match options.kv_bytes {
-            Some(bytes) => bytes,
-            None => default_kv_bytes(device)?,
-        };
-        let pages = ((bytes / page_bytes as u64) as usize).min(most);
-        let sites = 2 * c.layers + 1;
-        // Every site and branch of a row, the final norm among them.
-        let taps = 2 * sites + 1;
-        let ops = 4 * sites;
-        let (rows, head_rows) = step_rows(options);
-        Ok(Self {
-            slots: options.max_batch,
-            rows,
-            positions: c.context,
-            pages,
-            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(2 * taps),
-            residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
-            ops,
-            vectors: (4 * options.max_batch).max(ops),
-            receipts: 8 * rows + ops,
-            head_rows,
-            draws: 1 << 16,
-            ids: 1 << 17,
-            top: 1 << 16,
-            share: options.share,
-            behind: options.behind,
-            hooks: options.hooks,
-        })
-    }
-
-    /// The sizes of what a step reads and writes.
-    pub(super) fn sizes(&self, layers: usize) -> Sizes {
-        Sizes {
-            rows: self.rows,
-            slots: self.slots,
-            positions: self.positions,
-            captured: self.capture_rows + self.residual_pages * PAGE,
-            entries: self.capture_rows + self.rows * (layers + 1),
-            receipts: self.receipts,
-            head_rows: self.head_rows,
-        }
-    }
-
-    /// Refuses a job that could never get its memory.
-    fn check(&self, job: &Job, config: &ModelConfig) -> Result<()> {
-        let blocks = rows_of(job).div_ceil(PAGE);
-        let prompt = job.tokens.len().div_ceil(PAGE);
-        let children = if continuations(job) > 1 { blocks } else { 0 };
-        let pages = (prompt + blocks + children) * config.layers;
-        if pages > self.pages {
-            return Err(Error::new("a sequence does not fit into the cache")
-                .expected(format!("at most {} pages of 16 positions at one layer", self.pages))
-                .got(format!("{pages} for {} positions", rows_of(job)))
-                .hint("give the cache more memory, or shorten the prompt or max_tokens"));
-        }
-        if job.capture.len() > self.capture_rows {
-            return Err(Error::new("too many captures in one request")
-                .expected(format!("at most {}", self.capture_rows))
-                .got(job.capture.len()));
-        }
-        let ids = job.watch.len() + job.score.len() + job.n as usize;
-        let top = job.logprobs.unwrap_or(0) as usize;
-        if job.n as usize > self.draws || ids > self.ids || top > self.top {
-            return Err(Error::new("too many samples, scores or log-probabilities in one request")
-                .expected(format!("at most {} samples and {} ids in all", self.draws, self.ids))
-                .got(format!("{} samples and {ids} ids", job.n)));
-        }
-        if job.inject.len() > self.ops {
-            return Err(Error::new("too many injections in one request")
-                .expected(format!("at most {}", self.ops))
-                .got(job.inject.len()));
-        }
-        Ok(())
-    }
-}
-
-/// The device that the options ask for.
-fn open(config: &ModelConfig, options: &Options, threads: usize) -> Result<Device> {
-    if options.device == DeviceKind::Cpu {
-        let isa = options.isa.unwrap_or_else(Isa::detect);
-        let (rows, head_rows) = step_rows(options);
-        return Ok(Device::Cpu(Cpu::new(isa, threads, workspace(config, rows.max(head_rows)))?));
-    }
-    if options.dtype == Dtype::F32 {
-        return Err(Error::new("the CUDA kernels have no f32")
-            .at("--dtype")
-            .expected("bf16")
-            .hint("--device cpu has f32, for exact comparisons"));
-    }
-    check_kernels(config)?;
-    let cuda = match options.device {
-        DeviceKind::Cuda(ordinal) => Cuda::gpu(ordinal)?,
-        _ => Cuda::host(options.matrix_path.unwrap_or(MatrixPath::Wgmma))?,
-    };
-    let path = options.matrix_path.unwrap_or(cuda.path());
-    Ok(Device::Cuda(cuda.with_path(path)?.failing_after(options.fail_after)))
-}
-
-/// Refuses sizes that the kernels do not take.
-fn check_kernels(config: &ModelConfig) -> Result<()> {
-    let refuse = |what: &str, expected: String, got: usize| {
-        Err(Error::new(format!("the CUDA kernels do not take this {what}"))
-            .expected(expected)
-            .got(got)
-            .hint("use --device cpu"))
-    };
-    let (dim, head_dim) = (config.dim, config.head_dim);
-    if !dim.is_multiple_of(8) || dim > MAX_KERNEL_DIM {
-        return refuse("width", format!("a multiple of 8 up to {MAX_KERNEL_DIM}"), dim);
-    }
-    if !head_dim.is_multiple_of(8) || head_dim > MAX_HEAD_DIM {
-        return refuse("head size", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), head_dim);
-    }
-    if config.vocab > MAX_KERNEL_VOCAB {
-        return refuse("vocabulary", format!("at most {MAX_KERNEL_VOCAB} tokens"), config.vocab);
-    }
-    Ok(())
-}
-
-/// Rows of a step, and of logits made at a time.
-fn step_rows(options: &Options) -> (usize, usize) {
-    let (rows, head_rows) = match options.device {
-        DeviceKind::Cpu => CPU_ROWS,
-        DeviceKind::Cuda(_) => GPU_ROWS,
-        DeviceKind::HostKernels => HOST_KERNEL_ROWS,
-    };
-    (rows.max(bucket(options.max_batch)), head_rows)
-}
-
-/// Bytes that a GPU keeps free beside the cache for what a step reads and writes.
-const GPU_RESERVE: usize = 4 << 30;
-
-/// Bytes for keys and values where none are asked for.
-fn default_kv_bytes(device: &Device) -> Result<u64> {
-    let Device::Cuda(cuda) = device else { return Ok(DEFAULT_KV_BYTES) };
-    let free = cuda.facts()?.map(|facts| facts.memory.0.saturating_sub(GPU_RESERVE) as u64);
-    Ok(free.map_or(DEFAULT_KV_BYTES, |free| free / 10 * 9))
+    /// Time that the device spent on steps, of all that was spent; the rest is planning, handing
+    /// out and waiting.
+    pub device_seconds: f64,
+    /// Time that the device spent on steps of drawn tokens only.
+    pub decode_device_seconds: f64,
 }
 
 /// A finished job.

@@ -11,12 +11,14 @@ mod outputs;
 mod prompts;
 pub mod resolve;
 mod sequence;
+mod setup;
 mod step;
 mod types;
 pub mod vectors;
 
-pub use handle::{Engine, Fingerprint, Finished, Limits, Options, Stats};
+pub use handle::{Engine, Fingerprint, Finished, Stats};
 pub use hooks::{norm, site_name};
+pub use setup::{Limits, Options};
 pub use types::*;
 
 pub use crate::{device::DeviceKind, ops::matmul::Dtype};

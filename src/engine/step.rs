@@ -29,13 +29,15 @@ struct Take {
     capture: usize,
     /// Which of the capture's positions.
     index: usize,
-    /// Row of the capture buffer.
+    /// Row of the step's part of the capture buffer.
     from: usize,
 }
 
 /// What a step will do.
 #[derive(Default)]
 struct Plan {
+    /// Which of the two outputs it writes.
+    turn: usize,
     rows: Vec<PlannedRow>,
     /// (tap, row, destination).
     captures: Vec<(u32, u32, u32)>,
@@ -61,8 +63,12 @@ pub(super) struct InFlight {
     chunks: Vec<HeadChunk>,
     /// Which of the two outputs it writes.
     turn: usize,
-    /// Its end; `None` where nothing is queued.
-    end: Option<Mark>,
+    /// Whether it has rows of drawn tokens only.
+    is_decoding: bool,
+    /// Its begin on the device.
+    begin: Mark,
+    /// Its ends, of its work and of its captures' copies.
+    ends: [Mark; 2],
 }
 
 impl<T: Float> Core<T> {
@@ -95,7 +101,7 @@ impl<T: Float> Core<T> {
         self.stats.steps += 1;
         self.stats.rows += plan.rows.len() as u64;
         self.stats.layer_rows += step.active[..layers].iter().sum::<usize>() as u64;
-        let turn = self.stats.steps as usize % 2;
+        let turn = plan.turn;
         let chunks = self.plan_heads(&plan.rows, &plan.heads);
         self.stats.head_rows += plan.heads.len() as u64;
         let receipts = step.rows.receipt.clone();
@@ -112,6 +118,7 @@ impl<T: Float> Core<T> {
         if is_recorded {
             step.items.fill_up(step.rows.slot.len(), group);
         }
+        let begin = self.device.mark()?;
         self.state.set(&step)?;
         if is_recorded {
             self.run_recorded(&step, &chunks[0], &place, turn)?;
@@ -144,13 +151,11 @@ impl<T: Float> Core<T> {
             norms.fetch(0, norms.len(), &mut outputs.norms, 0)?;
         }
         self.state.receipts.fetch(0, step.receipts, &mut outputs.receipts, 0)?;
-        self.state.captured.fetch(0, plan.takes.len() * dim, &mut outputs.captured, 0)?;
-        let end = match &self.device {
-            Device::Cpu(_) => None,
-            Device::Cuda(cuda) => Some(cuda.mark()?),
-        };
-        let (rows, takes) = (plan.rows, plan.takes);
-        Ok(InFlight { rows, takes, receipts, place, chunks, turn, end })
+        let captured = (self.limits.capture_row(turn, 0) * dim, plan.takes.len() * dim);
+        let drained = self.state.captured.drain(&self.device, captured, &mut outputs.captured)?;
+        let ends = [self.device.mark()?, drained];
+        let (rows, takes, is_decoding) = (plan.rows, plan.takes, self.is_decoding);
+        Ok(InFlight { rows, takes, receipts, place, chunks, turn, is_decoding, begin, ends })
     }
 
     /// Whether a step is only drawn tokens' rows, so that its launches can be recorded.
@@ -222,9 +227,10 @@ impl<T: Float> Core<T> {
 
     /// Waits for a step, and hands out what it gave.
     fn collect(&mut self, step: InFlight) -> Result<()> {
-        if let Some(end) = &step.end {
-            end.wait()?;
-        }
+        step.ends.iter().try_for_each(Mark::wait)?;
+        let seconds = step.begin.seconds_to(&step.ends[0])?;
+        self.stats.device_seconds += seconds;
+        self.stats.decode_device_seconds += if step.is_decoding { seconds } else { 0.0 };
         self.collect_rows(&step);
         self.collect_captures(&step);
         for (at, chunk) in step.chunks.iter().enumerate() {
@@ -248,7 +254,7 @@ impl<T: Float> Core<T> {
 
     /// One row of every sample, then as many rows of the others as fit.
     fn plan_rows(&mut self) -> Plan {
-        let mut plan = Plan::default();
+        let mut plan = Plan { turn: (self.stats.steps + 1) as usize % 2, ..Plan::default() };
         for decode in [true, false] {
             for slot in 0..self.slots.len() {
                 let Some(sequence) = &self.slots[slot] else { continue };
@@ -294,7 +300,7 @@ impl<T: Float> Core<T> {
                 let clean = self.prompts.get(key);
                 for &layer in layers {
                     let kept = clean.and_then(|clean| clean.residual_row(layer, position));
-                    let to = kept.map(|kept| (self.limits.capture_rows + kept) as u32);
+                    let to = kept.map(|kept| self.limits.residual_row(kept) as u32);
                     plan.captures.extend(to.map(|to| (4 * layer as u32, row, to)));
                 }
             }
@@ -306,7 +312,7 @@ impl<T: Float> Core<T> {
                     let kept = clean.and_then(|clean| clean.residual_row(own.cut, position));
                     let kept = kept.expect("a job starts when its residual rows are cached");
                     entry = own.cut;
-                    source = Source::Cached((self.limits.capture_rows + kept) as u32);
+                    source = Source::Cached(self.limits.residual_row(kept) as u32);
                 }
                 let Some(wants) = self.plan_captures(plan, *job, position, row) else {
                     return false;
@@ -356,7 +362,8 @@ impl<T: Float> Core<T> {
                 None => logits = true,
                 Some(tap) => {
                     let from = plan.takes.len();
-                    plan.captures.push((tap as u32, row, from as u32));
+                    let to = self.limits.capture_row(plan.turn, from);
+                    plan.captures.push((tap as u32, row, to as u32));
                     plan.takes.push(Take { job, capture, index, from });
                 }
             }

@@ -84,7 +84,7 @@ pub struct State<T> {
     selected: Activations<T>,
     /// (head rows, vocab)
     pub logits: Buffer<f32>,
-    /// (capture rows, dim): captured rows, and the cached residuals of clean runs.
+    /// (capture rows, dim): captured rows of two steps, and the cached residuals of clean runs.
     pub captured: Buffer<f32>,
     /// (sites, rows): ‖h‖ of every row at every site.
     pub norms: Buffer<f32>,

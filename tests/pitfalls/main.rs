@@ -6,12 +6,15 @@
 mod common;
 mod tiny;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use common::demo_model;
 use inkling::{
     engine::{
-        Finished, Injection, Job, norm,
+        DeviceKind, Dtype, Finished, Injection, Job, norm,
         resolve::resolve,
         vectors::{VectorFiles, VectorSet},
     },
@@ -494,4 +497,40 @@ fn pitfall_11_no_double_bos() {
         let opening = prompt.pieces.iter().filter(|piece| *piece == "<|im_start|>").count();
         assert_eq!(opening, turns);
     }
+}
+
+/// A crash in the middle costs hours where a run cannot be gone on with. Here the device is lost
+/// after so many kernels: at the start, while vectors are made, and among the trials.
+#[cfg(feature = "host-kernels")]
+#[test]
+fn a_lost_device_leaves_a_folder_that_resumes_to_the_same_content() {
+    let model_folder = chat_folder();
+    let model = Model::open(model_folder.path()).unwrap();
+    let protocol = tiny::protocol(r#"["Bread"]"#, "[0, 2]", "[1.0]");
+    let on_kernels = |fail_after| {
+        start(&model, |options| {
+            options.device = DeviceKind::HostKernels;
+            options.dtype = Dtype::Bf16;
+            options.fail_after = fail_after;
+        })
+    };
+    let lines = |dir: &Path| {
+        let text = fs_err::read_to_string(dir.join("trials.jsonl")).unwrap_or_default();
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    let whole = model_folder.path().join("whole");
+    tiny::run_into(&whole, &protocol, &model, &on_kernels(None)).unwrap();
+    let dir = model_folder.path().join("lost");
+    let mut kept = Vec::new();
+    let mut launches = 0;
+    while let Err(error) = tiny::run_into(&dir, &protocol, &model, &on_kernels(Some(launches))) {
+        assert!(error.to_string().contains("made to fail"), "{error}");
+        kept.push(lines(&dir).len());
+        launches += 100;
+    }
+    let trials = lines(&whole).len();
+    assert!(kept[0] == 0 && kept.iter().any(|&n| n > 0 && n < trials), "kept {kept:?} of {trials}");
+    assert_eq!(lines(&dir), lines(&whole));
 }

@@ -7,6 +7,7 @@ use std::{
 
 use inkling::{
     engine::{Capture, Dtype, Engine, Injection, Job, Options},
+    error::Result,
     experiment::{self, folder, protocol::Protocol, results::Run},
     model::Model,
     request::{CaptureSite, Op, Sampling, Site, StrengthMode},
@@ -185,16 +186,21 @@ pub fn protocol(words: &str, layers: &str, doses: &str) -> Protocol {
     Protocol::parse(&text.replace("DOSES", doses), "tiny.toml").unwrap()
 }
 
+/// Runs a protocol into a folder, or the rest of it.
+pub fn run_into(dir: &Path, protocol: &Protocol, model: &Model, engine: &Engine) -> Result<()> {
+    let summary =
+        experiment::run(protocol, model, engine, dir, experiment::Ways::default(), &mut ())?;
+    assert!(summary.failed.is_empty(), "{:?}", summary.failed);
+    Ok(())
+}
+
 /// Runs a protocol on the tiny chat model, so many sequences at a time.
 pub fn run(protocol: &Protocol, max_batch: usize) -> Run {
     let folder = chat_folder();
     let model = Model::open(folder.path()).unwrap();
     let engine = start(&model, |options| options.max_batch = max_batch);
     let dir: &Path = &folder.path().join("run");
-    let summary =
-        experiment::run(protocol, &model, &engine, dir, experiment::Ways::default(), &mut ())
-            .unwrap();
-    assert!(summary.failed.is_empty(), "{:?}", summary.failed);
+    run_into(dir, protocol, &model, &engine).unwrap();
     folder::load(dir).unwrap()
 }
 

@@ -160,6 +160,16 @@ impl<T: Element> Memory<T> {
         to: &mut Pinned<T>,
         at: usize,
     ) -> Result<()> {
+        self.fetch_on(&self.stream, (start, len), (to, at))
+    }
+
+    /// As [`Memory::fetch`], in another stream's order.
+    pub(super) fn fetch_on(
+        &self,
+        stream: &CudaStream,
+        (start, len): (usize, usize),
+        (to, at): (&mut Pinned<T>, usize),
+    ) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -167,7 +177,7 @@ impl<T: Element> Memory<T> {
         // SAFETY: inside both allocations (asserted by the caller). Who reads `to` has waited.
         self.copy(unsafe {
             let out = std::slice::from_raw_parts_mut(to.start.add(at), len);
-            result::memcpy_dtoh_async(out, self.at(start), self.stream.cu_stream())
+            result::memcpy_dtoh_async(out, self.at(start), stream.cu_stream())
         })
     }
 }
