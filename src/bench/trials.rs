@@ -193,6 +193,6 @@ fn report(
         steps: after.steps - before.steps,
         rows: after.rows - before.rows,
         layer_rows,
-        layer_rows_saved: after.layer_rows_saved - before.layer_rows_saved,
+        layer_rows_saved: after.layer_rows_saved() - before.layer_rows_saved(),
     }
 }

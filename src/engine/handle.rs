@@ -50,8 +50,10 @@ pub struct Stats {
     pub rows: u64,
     /// Rows × layers computed.
     pub layer_rows: u64,
-    /// Rows × layers that clean runs saved.
-    pub layer_rows_saved: u64,
+    /// Rows × layers of prompts among them.
+    pub prompt_layer_rows: u64,
+    /// Rows × layers that the same prompts would be, each computed by itself.
+    pub unshared_prompt_layer_rows: u64,
     /// Tokens drawn.
     pub tokens: u64,
     /// Rows of which logits were made.
@@ -65,6 +67,13 @@ pub struct Stats {
     pub device_seconds: f64,
     /// Time that the device spent on steps of drawn tokens only.
     pub decode_device_seconds: f64,
+}
+
+impl Stats {
+    /// Rows × layers that sharing has saved.
+    pub fn layer_rows_saved(&self) -> u64 {
+        self.unshared_prompt_layer_rows.saturating_sub(self.prompt_layer_rows)
+    }
 }
 
 /// A finished job.

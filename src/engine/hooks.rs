@@ -1,6 +1,8 @@
 //! A job's injections and captures -> rows of the device's tables, and receipts back. Pure
 //! functions over plain data.
 
+use std::sync::Arc;
+
 use super::types::{Capture, Injection, Job, Receipt};
 use crate::{
     error::{Error, Result},
@@ -58,6 +60,66 @@ pub fn is_live(injection: &Injection) -> bool {
     injection.strength != 0.0
 }
 
+/// The injections that change something, in their order.
+pub fn live(job: &Job) -> impl Iterator<Item = &Injection> {
+    job.inject.iter().filter(|injection| is_live(injection))
+}
+
+fn is_same_injection(a: &Injection, b: &Injection) -> bool {
+    let what = |i: &Injection| (i.site, i.layer, i.op, i.mode, i.from, i.to, i.strength.to_bits());
+    let bits = |v: &f32| v.to_bits();
+    what(a) == what(b)
+        && (Arc::ptr_eq(&a.vector, &b.vector)
+            || a.vector.iter().map(bits).eq(b.vector.iter().map(bits)))
+}
+
+/// Whether two jobs' prompts, injected, are the same rows.
+pub fn have_same_prompt(a: &Job, b: &Job) -> bool {
+    a.tokens == b.tokens
+        && a.capture == b.capture
+        && live(a).count() == live(b).count()
+        && live(a).zip(live(b)).all(|(a, b)| is_same_injection(a, b))
+}
+
+/// Whether two jobs of the same prompt, injected, are continued in the same way too.
+pub fn are_continued_alike(a: &Job, b: &Job) -> bool {
+    a.sampling == b.sampling
+        && (a.n, a.logprobs) == (b.n, b.logprobs)
+        && (&a.stop, &a.score, &a.watch) == (&b.stop, &b.score, &b.watch)
+}
+
+/// Whether a job takes a captured row from its prompt's clean run: one before the first row, or
+/// below the first layer, that it computes itself.
+pub fn is_clean(tap: usize, position: usize, own: Own) -> bool {
+    let (site, is_branch) = (tap / 2, tap % 2 == 1);
+    // The branch into the first site of the cut was added by the clean run.
+    position < own.start || site < 2 * own.cut || site == 2 * own.cut && is_branch
+}
+
+/// A captured row that is a clean run's: which of the job's captures, which of its positions, and
+/// the row's tap and position.
+#[derive(Clone, Copy, Debug)]
+pub struct CleanRow {
+    /// Index into `Job::capture`.
+    pub capture: usize,
+    /// Index into `Capture::positions`.
+    pub index: usize,
+    /// Tap and position.
+    pub at: (u32, u32),
+}
+
+/// The captured rows that a job takes from its prompt's clean run.
+pub fn clean_rows(job: &Job, own: Own, layers: usize) -> impl Iterator<Item = CleanRow> {
+    job.capture.iter().enumerate().flat_map(move |(capture, wanted)| {
+        let tap = tap_index(wanted, layers);
+        let positions = wanted.positions.iter().enumerate();
+        positions.filter_map(move |(index, &position)| {
+            let tap = tap.filter(|&tap| is_clean(tap, position, own))?;
+            Some(CleanRow { capture, index, at: (tap as u32, position as u32) })
+        })
+    })
+}
+
 /// See [`Own`]. Without sharing a job computes its whole prompt.
 pub fn own_part(job: &Job, layers: usize, share: bool) -> Own {
     let prompt = job.tokens.len();
@@ -65,19 +127,14 @@ pub fn own_part(job: &Job, layers: usize, share: bool) -> Own {
         return Own { start: 0, cut: 0 };
     }
     let mut own = Own { start: prompt - 1, cut: layers };
-    for injection in job.inject.iter().filter(|i| is_live(i) && i.from < prompt) {
+    for injection in live(job).filter(|injection| injection.from < prompt) {
         own.start = own.start.min(injection.from);
         own.cut = own.cut.min(site_index(injection.site, injection.layer) / 2);
     }
-    for capture in &job.capture {
-        let Some(&first) = capture.positions.first() else { continue };
-        own.start = own.start.min(first);
-        own.cut = own.cut.min(match capture.site {
-            CaptureSite::ResidPost => capture.layer.unwrap_or(0) + 1,
-            CaptureSite::FinalNorm | CaptureSite::Logits => layers,
-            _ => capture.layer.unwrap_or(0),
-        });
-    }
+    // Clean runs keep rows of the stream, not what the head makes of them.
+    let ends = job.capture.iter().filter(|capture| !capture.site.has_layer());
+    let first = ends.filter_map(|capture| capture.positions.first()).min();
+    own.start = first.map_or(own.start, |&first| own.start.min(first));
     own
 }
 
@@ -255,29 +312,30 @@ pub fn scale(injection: &Injection, clean: Option<CleanNorms>) -> Result<(f32, b
 pub struct Planned {
     /// Site along the stream.
     pub site: usize,
-    /// Index into `Job::inject`.
+    /// Which of the job's live injections.
     pub injection: usize,
     /// For the device.
     pub op: HookOp,
 }
 
 /// The operations of a job by site (in the order of its injections at each), with `row(i)` the
-/// bank row of injection i's vector.
+/// bank row of the vector of live injection i.
 pub fn plan(
     job: &Job,
     clean: Option<CleanNorms>,
     mut row: impl FnMut(usize) -> u32,
 ) -> Result<Vec<Planned>> {
     let mut planned = Vec::new();
-    for (at, injection) in job.inject.iter().enumerate().filter(|(_, i)| is_live(i)) {
+    let injections = job.inject.iter().enumerate().filter(|(_, injection)| is_live(injection));
+    for (number, (at, injection)) in injections.enumerate() {
         let (scale, relative) =
             scale(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
         let to = injection.to.map_or(u32::MAX, |to| u32::try_from(to).unwrap_or(u32::MAX));
         let relative = u32::from(relative);
-        let op = HookOp { vector: row(at), from: injection.from as u32, to, scale, relative };
+        let op = HookOp { vector: row(number), from: injection.from as u32, to, scale, relative };
         planned.push(Planned {
             site: site_index(injection.site, injection.layer),
-            injection: at,
+            injection: number,
             op,
         });
     }
@@ -316,8 +374,9 @@ pub fn receipts(
     tallies: &[Tally],
 ) -> Vec<Receipt> {
     let receipt = |(at, injection): (usize, &Injection)| {
-        let tally = planned.iter().position(|p| p.injection == at).map(|p| tallies[p]);
-        let tally = tally.unwrap_or_default();
+        let number = job.inject[..at].iter().filter(|injection| is_live(injection)).count();
+        let planned = planned.iter().position(|p| p.injection == number && is_live(injection));
+        let tally = planned.map(|p| tallies[p]).unwrap_or_default();
         let mean = |sum: f64| (tally.touched > 0).then(|| (sum / tally.touched as f64) as f32);
         let (s, length) = (f64::from(injection.strength.abs()), norm(&injection.vector));
         let reference = references[at];

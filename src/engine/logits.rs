@@ -8,7 +8,7 @@ use super::{
     core::Core,
     outputs::HeadRow,
     sequence::{Child, Role, Sequence, samples},
-    types::{FirstToken, TokenLogprob},
+    types::{FirstToken, Job, TokenLogprob},
 };
 use crate::{
     error::Result,
@@ -44,8 +44,9 @@ impl<T: Float> Core<T> {
         let mut chunks: Vec<HeadChunk> = Vec::new();
         for &row in heads {
             let row = rows[row as usize];
-            let draws = self.plan_draws(&row);
-            let wanted = self.plan_summary(&row, draws.len());
+            let jobs = self.first_of(&row);
+            let draws = self.plan_draws(&row, &jobs);
+            let wanted = self.plan_summary(&row, &jobs);
             let (ids, top) = wanted.as_ref().map_or((0, 0), |w| (w.ids.len(), w.top));
             let fits = chunks.last().is_some_and(|chunk| {
                 let rows = chunk.wanted.len() + usize::from(wanted.is_some());
@@ -60,7 +61,7 @@ impl<T: Float> Core<T> {
             (chunk.ids, chunk.top) = (chunk.ids + ids, chunk.top + top);
             let (at, first) = (chunk.rows.len(), chunk.draws.len());
             let summary = wanted.is_some().then_some(chunk.wanted.len());
-            chunk.rows.push(HeadRow { row, draws: (first, draws.len()), summary });
+            chunk.rows.push(HeadRow { row, jobs, draws: (first, draws.len()), summary });
             chunk.draws.extend(draws.into_iter().map(|draw| Draw { row: at as u32, ..draw }));
             chunk.wanted.extend(wanted.map(|mut wanted| {
                 wanted.row = at;
@@ -75,53 +76,64 @@ impl<T: Float> Core<T> {
         chunks
     }
 
+    /// The jobs that a row is the last prompt row of.
+    fn first_of(&self, row: &PlannedRow) -> Vec<(usize, Arc<Job>)> {
+        let trunk = match self.sequence_of(row).map(|sequence| &sequence.role) {
+            Some(Role::Trunk(trunk)) => &self.trunks[trunk],
+            _ => return Vec::new(),
+        };
+        if row.position as usize + 1 < trunk.key.len() {
+            return Vec::new();
+        }
+        trunk.jobs.iter().map(|&job| (job, Arc::clone(self.jobs[&job].job()))).collect()
+    }
+
     /// The draws of a row; their `row` is not known yet.
-    fn plan_draws(&mut self, row: &PlannedRow) -> Vec<Draw> {
+    fn plan_draws(&mut self, row: &PlannedRow, jobs: &[(usize, Arc<Job>)]) -> Vec<Draw> {
         let Some(sequence) = &mut self.slots[row.slot as usize] else { return Vec::new() };
         match &sequence.role {
-            Role::Trunk(job) => {
-                let job = &self.jobs[job].pending.job;
-                if row.position as usize + 1 < job.tokens.len() {
-                    return Vec::new();
-                }
-                let count = samples(job) as u32;
-                (0..count).map(|i| draw(&job.sampling, NONE, i, 0)).collect()
+            Role::Trunk(_) => {
+                let jobs = jobs.iter().map(|(_, job)| job);
+                let draws = |job: &Arc<Job>| {
+                    let sampling = job.sampling;
+                    (0..samples(job) as u32).map(move |i| draw(&sampling, NONE, i, 0))
+                };
+                jobs.flat_map(draws).collect()
             }
             Role::Sample(child) => {
-                let sampling = &self.jobs[&child.job].pending.job.sampling;
+                let sampling = &self.jobs[&child.job].job().sampling;
                 let drawn = child.tokens.len() + sequence.queued;
                 sequence.queued += 1;
                 vec![draw(sampling, row.slot, child.index as u32, drawn as u32)]
             }
-            Role::Clean(..) | Role::Score(_) => Vec::new(),
+            Role::Clean(_) | Role::Score(_) => Vec::new(),
         }
     }
 
     /// What is wanted of a row's logits, counting its draws from 0.
-    fn plan_summary(&self, row: &PlannedRow, draws: usize) -> Option<Wanted> {
+    fn plan_summary(&self, row: &PlannedRow, jobs: &[(usize, Arc<Job>)]) -> Option<Wanted> {
         let sequence = self.sequence_of(row)?;
-        let drawn = (0..draws as u32).map(Id::Drawn);
         let (ids, top) = match &sequence.role {
-            Role::Clean(..) => return None,
-            Role::Trunk(job) => {
-                let job = &self.jobs[job].pending.job;
-                if row.position as usize + 1 < job.tokens.len() {
-                    return None;
-                }
-                let given = job.score.iter().map(|tokens| tokens[0]);
-                let mut ids: Vec<Id> =
-                    job.watch.iter().copied().chain(given).map(Id::Token).collect();
-                if job.logprobs.is_some() {
-                    ids.extend(drawn);
+            Role::Clean(_) => return None,
+            Role::Trunk(_) => {
+                let (mut ids, mut draws) = (Vec::new(), 0);
+                for (_, job) in jobs {
+                    let count = samples(job) as u32;
+                    let given = job.score.iter().map(|tokens| tokens[0]);
+                    ids.extend(job.watch.iter().copied().chain(given).map(Id::Token));
+                    if job.logprobs.is_some() {
+                        ids.extend((draws..draws + count).map(Id::Drawn));
+                    }
+                    draws += count;
                 }
                 if ids.is_empty() {
                     return None;
                 }
-                (ids, job.logprobs.unwrap_or(0))
+                (ids, jobs.iter().filter_map(|(_, job)| job.logprobs).max().unwrap_or(0))
             }
             Role::Sample(child) => {
-                let top = self.jobs[&child.job].pending.job.logprobs?;
-                (drawn.collect(), top)
+                let top = self.jobs[&child.job].job().logprobs?;
+                (vec![Id::Drawn(0)], top)
             }
             Role::Score(child) => {
                 let next = child.tokens[row.position as usize + 1 - self.prompt_of(child)];
@@ -132,7 +144,7 @@ impl<T: Float> Core<T> {
     }
 
     fn prompt_of(&self, child: &Child) -> usize {
-        self.jobs[&child.job].pending.job.tokens.len()
+        self.jobs[&child.job].job().tokens.len()
     }
 
     /// Hands out what a row's logits gave.
@@ -145,16 +157,11 @@ impl<T: Float> Core<T> {
         let tokens = &tokens[head.draws.0..][..head.draws.1];
         let summary = head.summary.map(|at| &summaries[at]);
         match &mut sequence.role {
-            Role::Clean(..) => {}
-            Role::Trunk(job) => {
-                let job = *job;
-                if row.position as usize + 1 == self.jobs[&job].pending.job.tokens.len() {
-                    self.first_tokens(job, tokens, summary);
-                }
-            }
+            Role::Clean(_) => {}
+            Role::Trunk(_) => self.first_tokens(&head.jobs, tokens, summary),
             Role::Sample(child) => {
                 let token = tokens[0];
-                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0])));
+                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0], s.top.len())));
                 child.tokens.push(token);
                 self.report_token(child, token);
                 sequence.tokens.push(token);
@@ -164,7 +171,7 @@ impl<T: Float> Core<T> {
                 if summary.is_some_and(|s| !s.logsumexp.is_finite()) {
                     self.broken.push(child.job);
                 }
-                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0])));
+                child.logprobs.extend(summary.map(|s| chosen(s, s.logits[0], s.top.len())));
             }
         }
         self.slots[row.slot as usize] = Some(sequence);
@@ -175,12 +182,12 @@ impl<T: Float> Core<T> {
         let vocab = self.config.vocab;
         for (at, head) in heads.iter().enumerate() {
             let position = head.row.position as usize;
-            let job = match self.sequence_of(&head.row).map(|s| &s.role) {
-                Some(Role::Trunk(job)) => *job,
+            let trunk = match self.sequence_of(&head.row).map(|s| &s.role) {
+                Some(Role::Trunk(trunk)) => *trunk,
                 _ => continue,
             };
-            let Some(active) = self.jobs.get_mut(&job) else { continue };
-            for (capture, out) in active.pending.job.capture.iter().zip(&mut active.captures) {
+            let Some(trunk) = self.trunks.get_mut(&trunk) else { continue };
+            for (capture, out) in trunk.job.capture.iter().zip(&mut trunk.captures) {
                 if capture.site == CaptureSite::Logits
                     && let Ok(index) = capture.positions.binary_search(&position)
                 {
@@ -192,37 +199,70 @@ impl<T: Float> Core<T> {
         Ok(())
     }
 
-    /// The prompt's last row: the first token of every continuation.
-    fn first_tokens(&mut self, id: usize, tokens: &[u32], summary: Option<&Summary>) {
-        let Some(active) = self.jobs.get_mut(&id) else { return };
-        let job = Arc::clone(&active.pending.job);
-        let count = samples(&job);
-        if summary.is_some_and(|summary| !summary.logsumexp.is_finite()) {
+    /// The prompt's last row: the first token of every continuation of its jobs.
+    fn first_tokens(
+        &mut self,
+        jobs: &[(usize, Arc<Job>)],
+        mut tokens: &[u32],
+        summary: Option<&Summary>,
+    ) {
+        let summary = summary.cloned().unwrap_or_default();
+        let mut logits = &summary.logits[..];
+        for (id, job) in jobs {
+            let drawn_logits = if job.logprobs.is_some() { samples(job) } else { 0 };
+            let watched = logits.split_off(..job.watch.len()).unwrap_or_default();
+            let scored = logits.split_off(..job.score.len()).unwrap_or_default();
+            let drawn = logits.split_off(..drawn_logits).unwrap_or_default();
+            let tokens = tokens.split_off(..samples(job)).unwrap_or_default();
+            if self.jobs.contains_key(id) {
+                let first = First { watched, scored, drawn };
+                self.start_continuations(*id, job, tokens, &first, &summary);
+            }
+        }
+    }
+
+    /// Hands a job what its prompt's last row gave.
+    fn start_continuations(
+        &mut self,
+        id: usize,
+        job: &Job,
+        tokens: &[u32],
+        first: &First,
+        summary: &Summary,
+    ) {
+        let is_read =
+            !(first.watched.is_empty() && first.scored.is_empty() && first.drawn.is_empty());
+        if is_read && !summary.logsumexp.is_finite() {
             self.broken.push(id);
         }
-        let summary = summary.cloned().unwrap_or_default();
-        let (watch, rest) = summary.logits.split_at(job.watch.len().min(summary.logits.len()));
-        if !job.watch.is_empty() {
+        let top = job.logprobs.unwrap_or(0) as usize;
+        let of = |logit: f32| chosen(summary, logit, top);
+        if let Some(active) = self.jobs.get_mut(&id).filter(|_| !job.watch.is_empty()) {
             active.first = Some(FirstToken {
-                watch: watch.to_vec(),
+                watch: first.watched.to_vec(),
                 logsumexp: summary.logsumexp,
                 entropy: summary.entropy,
             });
         }
-        let (scored, drawn) = rest.split_at(job.score.len().min(rest.len()));
         for (index, &token) in tokens.iter().enumerate() {
-            let logprobs = drawn.get(index).map(|&logit| chosen(&summary, logit));
-            let logprobs = logprobs.into_iter().collect();
+            let logprobs = first.drawn.get(index).map(|&logit| of(logit)).into_iter().collect();
             let child = Child { job: id, index, tokens: vec![token], logprobs };
             self.report_token(&child, token);
             self.continue_or_finish(child);
         }
         for (at, given) in job.score.iter().enumerate() {
-            let logprobs = vec![chosen(&summary, scored[at])];
-            let child = Child { job: id, index: count + at, tokens: given.clone(), logprobs };
-            self.continue_or_finish(child);
+            let logprobs = vec![of(first.scored[at])];
+            let index = tokens.len() + at;
+            self.continue_or_finish(Child { job: id, index, tokens: given.clone(), logprobs });
         }
     }
+}
+
+/// Logits of a prompt's last row that a job wants.
+struct First<'a> {
+    watched: &'a [f32],
+    scored: &'a [f32],
+    drawn: &'a [f32],
 }
 
 /// Sample i of a job draws with its own seed; the first with the job's.
@@ -246,6 +286,7 @@ fn draw(sampling: &Sampling, slot: u32, sample: u32, index: u32) -> Draw {
     }
 }
 
-fn chosen(summary: &Summary, logit: f32) -> TokenLogprob {
-    TokenLogprob { logprob: logit - summary.logsumexp, top: summary.top.clone() }
+fn chosen(summary: &Summary, logit: f32, top: usize) -> TokenLogprob {
+    let top = summary.top.iter().take(top).copied().collect();
+    TokenLogprob { logprob: logit - summary.logsumexp, top }
 }

@@ -1,5 +1,6 @@
 //! The step loop behind a `Send` handle: jobs in, events out. Nothing here knows what a trial is.
 
+mod admission;
 mod bank;
 mod batch;
 mod core;

@@ -1,7 +1,9 @@
 //! What comes back from a step. On a GPU a step's results are copied to the host while the next
 //! one runs, so two sets of host memory take turns.
 
-use super::batch::PlannedRow;
+use std::sync::Arc;
+
+use super::{batch::PlannedRow, types::Job};
 use crate::{
     device::{Device, Staging},
     error::Result,
@@ -80,6 +82,8 @@ impl Outputs {
 pub struct HeadRow {
     /// Which of the step's planned rows.
     pub row: PlannedRow,
+    /// The jobs whose prompt it ends: their first tokens are drawn from it.
+    pub jobs: Vec<(usize, Arc<Job>)>,
     /// First of its draws in its chunk, and how many.
     pub draws: (usize, usize),
     /// Which of the chunk's summaries is its.

@@ -23,11 +23,32 @@ pub struct CleanPrompt {
     pub norms: Vec<f32>,
     /// Residual rows at `resid_pre.L`, by L.
     residuals: HashMap<usize, Residual>,
-    /// A sequence computes it now.
-    pub running: bool,
+    /// Captured rows, by tap and position.
+    captured: HashMap<(u32, u32), Box<[f32]>>,
+    /// What the sequence that computes it now keeps.
+    pub running: Option<CleanRun>,
     /// Jobs whose prompt rows are still to come.
     pub users: usize,
     last_used: u64,
+}
+
+/// What a clean run under way keeps beside keys, values and norms.
+#[derive(Debug, Default)]
+pub struct CleanRun {
+    /// Layers whose residual rows are kept.
+    pub layers: Vec<usize>,
+    /// (position, tap) of captured rows, ascending.
+    pub captures: Vec<(u32, u32)>,
+}
+
+impl CleanRun {
+    /// Taps that are captured at a position.
+    pub fn taps(&self, position: usize) -> impl Iterator<Item = u32> {
+        let position = position as u32;
+        let first = self.captures.partition_point(|&(at, _)| at < position);
+        let here = self.captures[first..].iter().take_while(move |&&(at, _)| at == position);
+        here.map(|&(_, tap)| tap)
+    }
 }
 
 /// Residual rows of positions `from..`, in pages of [`PAGE`] rows.
@@ -45,10 +66,25 @@ impl CleanPrompt {
         Some(residual.pages[at / PAGE] as usize * PAGE + at % PAGE)
     }
 
-    /// Whether a job can start from it.
-    pub fn serves(&self, own: Own) -> bool {
-        !self.running
+    /// Whether a job can start from it, its own part and its clean captured rows being these.
+    pub fn serves(&self, own: Own, mut rows: impl Iterator<Item = (u32, u32)>) -> bool {
+        self.running.is_none()
             && (own.cut == 0 || self.residuals.get(&own.cut).is_some_and(|r| r.from <= own.start))
+            && rows.all(|at| self.captured.contains_key(&at))
+    }
+
+    /// A captured row, by tap and position.
+    pub fn captured(&self, at: (u32, u32)) -> Option<&[f32]> {
+        self.captured.get(&at).map(Box::as_ref)
+    }
+
+    /// Whether it is being computed, or jobs still read it.
+    pub fn is_used(&self) -> bool {
+        self.users > 0 || self.running.is_some()
+    }
+
+    fn captured_bytes(&self) -> usize {
+        self.captured.values().map(|row| size_of_val(&**row)).sum()
     }
 
     /// The norms, for `prompt` positions.
@@ -63,13 +99,23 @@ pub struct Prompts {
     entries: HashMap<Key, CleanPrompt>,
     /// Pages of residual rows.
     rows: PagePool,
+    /// Of captured rows.
+    captured_bytes: usize,
     clock: u64,
 }
+
+/// Bytes of captured rows that are kept while nobody uses them.
+const CAPTURED_BYTES: usize = 1 << 30;
 
 impl Prompts {
     /// Room for `row_pages` pages of residual rows.
     pub fn new(row_pages: usize) -> Self {
-        Self { entries: HashMap::new(), rows: PagePool::new(row_pages), clock: 0 }
+        Self {
+            entries: HashMap::new(),
+            rows: PagePool::new(row_pages),
+            captured_bytes: 0,
+            clock: 0,
+        }
     }
 
     /// The clean run of a prompt.
@@ -93,11 +139,58 @@ impl Prompts {
             pages,
             norms: vec![0.0; sites * key.len()],
             residuals: HashMap::new(),
-            running: true,
+            captured: HashMap::new(),
+            running: None,
             users: 0,
             last_used: self.clock,
         };
         self.entries.insert(key, entry);
+    }
+
+    /// The clean run that has most of the beginning of a prompt, and how many positions, less than
+    /// all.
+    pub fn longest_prefix(&self, key: &Key) -> Option<(&CleanPrompt, &Key, usize)> {
+        let common = |other: &Key| {
+            let equal = key[..key.len() - 1].iter().zip(other.iter());
+            equal.take_while(|(a, b)| a == b).count()
+        };
+        let ready = self.entries.iter().filter(|(_, entry)| entry.running.is_none());
+        let with_lengths = ready.map(|(other, entry)| (entry, other, common(other)));
+        with_lengths
+            .filter(|&(.., length)| length > 0)
+            .max_by_key(|&(entry, _, length)| (length, entry.last_used))
+    }
+
+    /// Takes over the norms of the first positions from another prompt that begins likewise.
+    pub fn copy_norms(&mut self, from: &Key, to: &Key, positions: usize) {
+        let Some(norms) = self.entries.get(from).map(|entry| &entry.norms) else { return };
+        let known: Vec<Vec<f32>> =
+            norms.chunks_exact(from.len()).map(|site| site[..positions].to_vec()).collect();
+        let Some(entry) = self.entries.get_mut(to) else { return };
+        for (site, known) in entry.norms.chunks_exact_mut(to.len()).zip(known) {
+            site[..positions].copy_from_slice(&known);
+        }
+    }
+
+    /// Keeps a captured row of a prompt's clean run; others make room for it.
+    pub fn keep_row(&mut self, key: &Key, at: (u32, u32), row: &[f32]) {
+        let Some(entry) = self.touch(key) else { return };
+        if entry.captured.insert(at, row.into()).is_none() {
+            self.captured_bytes += size_of_val(row);
+        }
+        while self.captured_bytes > CAPTURED_BYTES && self.evict_captured(key) {}
+    }
+
+    /// Drops the captured rows of the least recently used prompt that nobody uses.
+    fn evict_captured(&mut self, keep: &Key) -> bool {
+        let idle = self
+            .entries
+            .iter_mut()
+            .filter(|(key, entry)| *key != keep && !entry.is_used() && !entry.captured.is_empty());
+        let Some((_, oldest)) = idle.min_by_key(|(_, entry)| entry.last_used) else { return false };
+        self.captured_bytes -= oldest.captured_bytes();
+        oldest.captured.clear();
+        true
     }
 
     /// Takes room for residual rows of positions `from..` at as many of `layers`, in order, as
@@ -128,9 +221,10 @@ impl Prompts {
     /// Frees residual rows that nobody waits for: the least recently used prompt's, or, last of
     /// all, those of this prompt's other layers.
     fn evict_residuals(&mut self, keep: &Key, layers: &[usize]) -> bool {
-        let idle = self.entries.iter_mut().filter(|(key, entry)| {
-            *key != keep && entry.users == 0 && !entry.running && !entry.residuals.is_empty()
-        });
+        let idle = self
+            .entries
+            .iter_mut()
+            .filter(|(key, entry)| *key != keep && !entry.is_used() && !entry.residuals.is_empty());
         if let Some((_, entry)) = idle.min_by_key(|(_, entry)| entry.last_used) {
             for (_, residual) in entry.residuals.drain() {
                 residual.pages.iter().for_each(|&page| self.rows.release(page));
@@ -155,6 +249,7 @@ impl Prompts {
     /// Forgets a prompt whose run could not be started.
     pub fn remove(&mut self, pool: &mut PagePool, key: &Key) {
         let Some(entry) = self.entries.remove(key) else { return };
+        self.captured_bytes -= entry.captured_bytes();
         entry.pages.release(pool);
         for residual in entry.residuals.into_values() {
             residual.pages.iter().for_each(|&page| self.rows.release(page));
@@ -167,20 +262,14 @@ impl Prompts {
         if pool.available() >= wanted {
             return true;
         }
-        let idle = self
-            .entries
-            .iter()
-            .filter(|(key, entry)| *key != keep && entry.users == 0 && !entry.running);
+        let idle = self.entries.iter().filter(|(key, entry)| *key != keep && !entry.is_used());
         let pages = idle.flat_map(|(_, entry)| entry.pages.layers.iter().flatten());
         let reclaimable = pages.filter(|&&page| pool.is_held_once(page)).count();
         if pool.available() + reclaimable < wanted {
             return false;
         }
         while pool.available() < wanted {
-            let idle = self
-                .entries
-                .iter()
-                .filter(|(key, entry)| *key != keep && entry.users == 0 && !entry.running);
+            let idle = self.entries.iter().filter(|(key, entry)| *key != keep && !entry.is_used());
             let oldest = idle.min_by_key(|(_, entry)| entry.last_used).map(|(key, _)| key.clone());
             let Some(oldest) = oldest else { return false };
             self.remove(pool, &oldest);

@@ -28,45 +28,87 @@ pub struct Pending {
     pub own: Own,
     /// Whether it starts from a clean run, or needs its norms.
     pub needs_clean: bool,
+    /// The clean mean norm of each injection's window, where it is known; none before it starts.
+    pub references: Vec<Option<f64>>,
 }
 
-/// A job that runs.
+/// A prompt with its injections, computed once for all jobs that have it.
 #[derive(Debug)]
-pub struct Active {
-    /// As it was submitted.
-    pub pending: Pending,
+pub struct Trunk {
+    /// The jobs that run. When the last one ends, so does this.
+    pub jobs: Vec<usize>,
+    /// The first of them: its prompt, live injections and captures are those of all.
+    pub job: Arc<Job>,
+    /// The prompt.
+    pub key: Key,
+    /// What of it is computed here.
+    pub own: Own,
+    /// Whether it holds the prompt's clean run.
+    pub holds_clean: bool,
     /// Its operations, by site.
     pub planned: Vec<Planned>,
-    /// The clean mean norm of each injection's window, where it is known.
-    pub references: Vec<Option<f64>>,
-    /// What its prompt rows saw.
-    pub trunk_tally: Vec<Tally>,
+    /// Which pages continuations share with others.
+    pub shared: SharedPrefix,
+    /// What its rows saw.
+    pub tally: Vec<Tally>,
+    /// One for each of the jobs' captures.
+    pub captures: Vec<Vec<f32>>,
+    /// Pages of the prompt, from its end to the last continuation's start.
+    pub pages: Option<PageTable>,
+    /// Whether its one continuation takes its pages over.
+    pub is_sole: bool,
+    /// Pages that one of its continuations needs.
+    pub child_pages: usize,
+}
+
+/// A job that runs, or several that are the same.
+#[derive(Debug)]
+pub struct Active {
+    /// Its prompt.
+    pub trunk: u64,
+    /// Who asked for it, at least one.
+    pub askers: Vec<Pending>,
     /// What each continuation saw: samples, then scores.
     pub tallies: Vec<Vec<Tally>>,
-    /// One for each of the job's captures.
-    pub captures: Vec<Vec<f32>>,
     /// The first token's distribution.
     pub first: Option<FirstToken>,
     /// Finished samples.
     pub samples: Vec<Option<Sample>>,
     /// Finished scores.
     pub scores: Vec<Option<Score>>,
-    /// Which pages its continuations share with others.
-    pub shared: SharedPrefix,
-    /// Pages of the prompt, from its end to the last continuation's start.
-    pub trunk: Option<PageTable>,
     /// Continuations that have not started.
     pub waiting: usize,
     /// Continuations that have not finished.
     pub unfinished: usize,
-    /// Pages that one of its continuations needs.
-    pub child_pages: usize,
 }
 
 impl Active {
-    /// Whether its one continuation takes the prompt's pages over.
-    pub fn is_sole(&self) -> bool {
-        continuations(&self.pending.job) == 1
+    /// A job of a prompt that is about to run.
+    pub fn new(trunk: u64, asker: Pending) -> Self {
+        let job = Arc::clone(&asker.job);
+        let count = continuations(&job);
+        Self {
+            trunk,
+            askers: vec![asker],
+            tallies: vec![Vec::new(); count],
+            first: None,
+            samples: vec![None; samples(&job)],
+            scores: vec![None; job.score.len()],
+            waiting: count,
+            unfinished: count,
+        }
+    }
+
+    /// What was asked for.
+    pub fn job(&self) -> &Arc<Job> {
+        &self.askers[0].job
+    }
+
+    /// Tells all who asked.
+    pub fn tell(&self, event: impl Fn(&Pending) -> Event) {
+        for asker in &self.askers {
+            drop(asker.events.send((asker.tag, event(asker))));
+        }
     }
 }
 
@@ -102,10 +144,10 @@ pub struct Child {
 /// What a sequence is for.
 #[derive(Debug)]
 pub enum Role {
-    /// A prompt's clean run, with the layers whose residual rows are kept.
-    Clean(Key, Vec<usize>),
-    /// A job's prompt.
-    Trunk(usize),
+    /// A prompt's clean run.
+    Clean(Key),
+    /// A prompt with its injections.
+    Trunk(u64),
     /// A sample.
     Sample(Child),
     /// A given continuation.

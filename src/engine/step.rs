@@ -3,8 +3,9 @@
 use super::{
     batch::{PlannedRow, bucket, build, fill_up},
     core::Core,
-    hooks::tap_index,
+    hooks::{is_clean, tap_index},
     logits::HeadChunk,
+    prompts::Key,
     sequence::{Child, Role, Sequence, samples},
     types::{Event, Finish, Sample, Score},
 };
@@ -20,15 +21,19 @@ use crate::{
         sample::{Draw, NO_TOKEN, sample},
         summarize::summarize,
     },
-    request::CaptureSite,
 };
 
-/// A captured row on its way to a job.
+/// Whose a captured row is.
+enum Taker {
+    /// A capture of a prompt with injections, by number, and which of its positions.
+    Trunk { trunk: u64, capture: usize, index: usize },
+    /// A prompt's clean run; the row's tap and position.
+    Clean { key: Key, at: (u32, u32) },
+}
+
+/// A captured row on its way.
 struct Take {
-    job: usize,
-    capture: usize,
-    /// Which of the capture's positions.
-    index: usize,
+    taker: Taker,
     /// Row of the step's part of the capture buffer.
     from: usize,
 }
@@ -101,6 +106,9 @@ impl<T: Float> Core<T> {
         self.stats.steps += 1;
         self.stats.rows += plan.rows.len() as u64;
         self.stats.layer_rows += step.active[..layers].iter().sum::<usize>() as u64;
+        let of_prompts = plan.rows.iter().filter(|row| self.is_prompt(row));
+        self.stats.prompt_layer_rows +=
+            of_prompts.map(|row| (layers - row.entry as usize) as u64).sum::<u64>();
         let turn = plan.turn;
         let chunks = self.plan_heads(&plan.rows, &plan.heads);
         self.stats.head_rows += plan.heads.len() as u64;
@@ -162,6 +170,11 @@ impl<T: Float> Core<T> {
     fn is_recorded(&self, plan: &Plan, chunks: &[HeadChunk]) -> bool {
         let fits = bucket(plan.rows.len()) <= self.limits.rows.min(self.limits.head_rows);
         matches!(self.device, Device::Cuda(_)) && chunks.len() == 1 && fits && self.is_decoding
+    }
+
+    fn is_prompt(&self, row: &PlannedRow) -> bool {
+        let sequence = self.slots[row.slot as usize].as_ref();
+        sequence.is_some_and(|s| matches!(s.role, Role::Clean(_) | Role::Trunk(_)))
     }
 
     fn is_sample(&self, row: &PlannedRow) -> bool {
@@ -246,7 +259,7 @@ impl<T: Float> Core<T> {
         for job in std::mem::take(&mut self.broken) {
             let error = Error::new("the model's logits are not numbers")
                 .hint("an injection may be far too strong for the model's arithmetic");
-            self.drop_job(job, error);
+            self.drop_job(job, &error);
         }
         self.finish_sequences(&step.rows);
         Ok(())
@@ -278,7 +291,7 @@ impl<T: Float> Core<T> {
     fn plannable(&self, sequence: &Sequence) -> usize {
         let known = sequence.tokens.len();
         let Role::Sample(child) = &sequence.role else { return known };
-        let most = self.jobs[&child.job].pending.job.sampling.max_tokens as usize;
+        let most = self.jobs[&child.job].job().sampling.max_tokens as usize;
         let drawn = child.tokens.len() + sequence.queued;
         known + if drawn < most { sequence.queued } else { 0 }
     }
@@ -296,30 +309,30 @@ impl<T: Float> Core<T> {
         let (mut entry, mut source) = (0, sequence.tokens.get(position).map_or(drawn, known));
         let mut wants_logits = !matches!(sequence.role, Role::Clean(..));
         match &sequence.role {
-            Role::Clean(key, layers) => {
-                let clean = self.prompts.get(key);
-                for &layer in layers {
-                    let kept = clean.and_then(|clean| clean.residual_row(layer, position));
-                    let to = kept.map(|kept| self.limits.residual_row(kept) as u32);
-                    plan.captures.extend(to.map(|to| (4 * layer as u32, row, to)));
+            Role::Clean(key) => {
+                if !self.plan_clean(plan, key, position, row) {
+                    return false;
                 }
             }
-            Role::Trunk(job) => {
-                let active = &self.jobs[job];
-                let own = active.pending.own;
+            Role::Trunk(id) => {
+                let trunk = &self.trunks[id];
+                let own = trunk.own;
                 if own.cut > 0 {
-                    let clean = self.prompts.get(&active.pending.key);
+                    let clean = self.prompts.get(&trunk.key);
                     let kept = clean.and_then(|clean| clean.residual_row(own.cut, position));
                     let kept = kept.expect("a job starts when its residual rows are cached");
                     entry = own.cut;
                     source = Source::Cached(self.limits.residual_row(kept) as u32);
                 }
-                let Some(wants) = self.plan_captures(plan, *job, position, row) else {
+                let Some(wants) = self.plan_captures(plan, *id, position, row) else {
                     return false;
                 };
                 let is_last = position + 1 == sequence.tokens.len();
-                let follows = active.unfinished > 0 || !active.pending.job.watch.is_empty();
-                wants_logits = wants || is_last && follows;
+                let follows = |job: &usize| {
+                    let active = &self.jobs[job];
+                    active.unfinished > 0 || !active.job().watch.is_empty()
+                };
+                wants_logits = wants || is_last && trunk.jobs.iter().any(follows);
             }
             Role::Sample(_) | Role::Score(_) => {}
         }
@@ -337,38 +350,53 @@ impl<T: Float> Core<T> {
         true
     }
 
-    /// Plans the captures of a job's prompt row; gives whether its logits are captured, or `None`
-    /// where the capture buffer is full.
-    fn plan_captures(
-        &self,
-        plan: &mut Plan,
-        job: usize,
-        position: usize,
-        row: u32,
-    ) -> Option<bool> {
-        let captures = &self.jobs[&job].pending.job.capture;
-        let mut logits = false;
+    /// Plans what a clean run keeps of a row; gives whether there is room for it.
+    fn plan_clean(&self, plan: &mut Plan, key: &Key, position: usize, row: u32) -> bool {
+        let Some(clean) = self.prompts.get(key) else { return true };
+        let Some(run) = &clean.running else { return true };
+        if plan.takes.len() + run.taps(position).count() > self.limits.capture_rows {
+            return false;
+        }
+        for &layer in &run.layers {
+            let kept = clean.residual_row(layer, position);
+            let to = kept.map(|kept| self.limits.residual_row(kept) as u32);
+            plan.captures.extend(to.map(|to| (4 * layer as u32, row, to)));
+        }
+        for tap in run.taps(position) {
+            let taker = Taker::Clean { key: key.clone(), at: (tap, position as u32) };
+            self.plan_take(plan, taker, tap, row);
+        }
+        true
+    }
+
+    /// Plans the captures of a row of a prompt with injections; gives whether its logits are
+    /// captured, or `None` where the capture buffer is full.
+    fn plan_captures(&self, plan: &mut Plan, id: u64, position: usize, row: u32) -> Option<bool> {
+        let trunk = &self.trunks[&id];
         let hits = || {
-            captures.iter().enumerate().filter_map(move |(at, capture)| {
-                capture.positions.binary_search(&position).ok().map(|index| (at, capture, index))
+            trunk.job.capture.iter().enumerate().filter_map(move |(at, capture)| {
+                let index = capture.positions.binary_search(&position).ok()?;
+                Some((at, index, tap_index(capture, self.config.layers)))
             })
         };
-        let rows = hits().filter(|(_, capture, _)| capture.site != CaptureSite::Logits).count();
+        let own = |tap: &usize| !is_clean(*tap, position, trunk.own);
+        let rows = hits().filter(|(.., tap)| tap.as_ref().is_some_and(own)).count();
         if plan.takes.len() + rows > self.limits.capture_rows {
             return None;
         }
-        for (capture, wanted, index) in hits() {
-            match tap_index(wanted, self.config.layers) {
-                None => logits = true,
-                Some(tap) => {
-                    let from = plan.takes.len();
-                    let to = self.limits.capture_row(plan.turn, from);
-                    plan.captures.push((tap as u32, row, to as u32));
-                    plan.takes.push(Take { job, capture, index, from });
-                }
+        for (capture, index, tap) in hits() {
+            if let Some(tap) = tap.filter(own) {
+                let taker = Taker::Trunk { trunk: id, capture, index };
+                self.plan_take(plan, taker, tap as u32, row);
             }
         }
-        Some(logits)
+        Some(hits().any(|(.., tap)| tap.is_none()))
+    }
+
+    fn plan_take(&self, plan: &mut Plan, taker: Taker, tap: u32, row: u32) {
+        let from = plan.takes.len();
+        plan.captures.push((tap, row, self.limits.capture_row(plan.turn, from) as u32));
+        plan.takes.push(Take { taker, from });
     }
 
     /// Norms of clean runs, and what operations did.
@@ -378,7 +406,7 @@ impl<T: Float> Core<T> {
             let sequence = self.slots[row.slot as usize].as_mut();
             let Some(sequence) = sequence.filter(|s| s.id == row.sequence) else { continue };
             let (place, position) = (place as usize, row.position as usize);
-            if let Role::Clean(key, _) = &sequence.role {
+            if let Role::Clean(key) = &sequence.role {
                 let Some(clean) = self.prompts.touch(key) else { continue };
                 for site in 0..site_count(self.config.layers) {
                     clean.norms[site * key.len() + position] =
@@ -388,12 +416,12 @@ impl<T: Float> Core<T> {
             if step.receipts[place] < 0 {
                 continue;
             }
-            let job = match &sequence.role {
-                Role::Clean(..) => continue,
-                Role::Trunk(job) => *job,
-                Role::Sample(child) | Role::Score(child) => child.job,
+            let trunk = match &sequence.role {
+                Role::Clean(_) => continue,
+                Role::Trunk(trunk) => *trunk,
+                Role::Sample(child) | Role::Score(child) => self.jobs[&child.job].trunk,
             };
-            let planned = &self.jobs[&job].planned;
+            let planned = &self.trunks[&trunk].planned;
             for (at, (tally, planned)) in sequence.tally.iter_mut().zip(planned).enumerate() {
                 let [before, change] = outputs.receipts.get()[step.receipts[place] as usize + at];
                 tally.expected +=
@@ -411,9 +439,15 @@ impl<T: Float> Core<T> {
         let dim = self.config.dim;
         let captured = self.outputs[step.turn].captured.get();
         for take in &step.takes {
-            if let Some(active) = self.jobs.get_mut(&take.job) {
-                let out = &mut active.captures[take.capture][take.index * dim..][..dim];
-                out.copy_from_slice(&captured[take.from * dim..][..dim]);
+            let row = &captured[take.from * dim..][..dim];
+            match &take.taker {
+                Taker::Clean { key, at } => self.prompts.keep_row(key, *at, row),
+                Taker::Trunk { trunk, capture, index } => {
+                    if let Some(trunk) = self.trunks.get_mut(trunk) {
+                        let out = &mut trunk.captures[*capture][index * dim..][..dim];
+                        out.copy_from_slice(row);
+                    }
+                }
             }
         }
     }
@@ -423,15 +457,14 @@ impl<T: Float> Core<T> {
         if token == NO_TOKEN {
             self.broken.push(child.job);
         }
-        let pending = &self.jobs[&child.job].pending;
-        let event = Event::Token { sample: child.index as u32, token };
-        drop(pending.events.send((pending.tag, event)));
+        let sample = child.index as u32;
+        self.jobs[&child.job].tell(|_| Event::Token { sample, token });
     }
 
     /// A continuation that waits for a slot, unless its first token was its last.
     pub(super) fn continue_or_finish(&mut self, child: Child) {
         let done = match self.jobs.get(&child.job) {
-            Some(active) if child.index >= samples(&active.pending.job) => child.tokens.len() == 1,
+            Some(active) if child.index >= samples(active.job()) => child.tokens.len() == 1,
             _ => self.finish_of(&child).is_some(),
         };
         if !done {
@@ -446,7 +479,7 @@ impl<T: Float> Core<T> {
 
     /// Why a sample ends now, and its text where a stop text cut it.
     fn finish_of(&self, child: &Child) -> Option<(Finish, Option<String>)> {
-        let job = &self.jobs[&child.job].pending.job;
+        let job = self.jobs[&child.job].job();
         let last = *child.tokens.last()?;
         if !job.sampling.ignore_eos && self.config.stop_tokens.contains(&last) {
             return Some((Finish::Stop, None));
@@ -466,7 +499,7 @@ impl<T: Float> Core<T> {
     fn finish_child(&mut self, child: Child, tally: Vec<super::hooks::Tally>) {
         let finish = self.finish_of(&child);
         let Some(active) = self.jobs.get_mut(&child.job) else { return };
-        let count = samples(&active.pending.job);
+        let count = samples(active.job());
         active.tallies[child.index] = tally;
         active.unfinished -= 1;
         if child.index >= count {
@@ -498,14 +531,14 @@ impl<T: Float> Core<T> {
             };
             match role {
                 // The pages stay with the entry.
-                Role::Clean(key, _) => {
+                Role::Clean(key) => {
                     if let Some(clean) = self.prompts.touch(&key) {
-                        clean.running = false;
+                        clean.running = None;
                     }
                 }
-                Role::Trunk(job) => {
-                    self.trunk_done(job);
-                    self.finish_trunk(job, pages, tally);
+                Role::Trunk(trunk) => {
+                    self.trunk_done(trunk);
+                    self.finish_trunk(trunk, pages, tally);
                 }
                 Role::Sample(child) | Role::Score(child) => {
                     let job = child.job;
@@ -519,19 +552,21 @@ impl<T: Float> Core<T> {
 
     fn finish_trunk(
         &mut self,
-        job: usize,
+        id: u64,
         pages: super::kv::PageTable,
         tally: Vec<super::hooks::Tally>,
     ) {
-        let Some(active) = self.jobs.get_mut(&job) else { return };
-        active.trunk_tally = tally;
-        active.trunk = Some(pages);
-        let pending = &active.pending;
-        for (capture, data) in active.captures.drain(..).enumerate() {
-            drop(pending.events.send((pending.tag, Event::Capture { capture, data })));
+        let Some(trunk) = self.trunks.get_mut(&id) else { return };
+        trunk.tally = tally;
+        trunk.pages = Some(pages);
+        let jobs = trunk.jobs.clone();
+        for (capture, data) in std::mem::take(&mut trunk.captures).into_iter().enumerate() {
+            for job in &jobs {
+                self.jobs[job].tell(|_| Event::Capture { capture, data: data.clone() });
+            }
         }
-        self.settle_trunk(job);
-        self.finish_job(job);
+        self.settle_trunk(id);
+        jobs.into_iter().for_each(|job| self.finish_job(job));
     }
 
     fn finish_job(&mut self, job: usize) {

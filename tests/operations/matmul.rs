@@ -26,12 +26,14 @@ fn shapes() -> Vec<(usize, usize, usize)> {
     shapes
 }
 
-/// Likewise around the kernels' tiles: 8 to 256 rows, 64 and 128 features, 64 of k.
+/// Likewise around the kernels' tiles: 8 to 256 rows, 64 and 128 features, 64 of k. A block of the
+/// last two goes around its ring of stages, with several tiles and with one.
 fn kernel_shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(300, 136, 64), (257, 8, 128), (129, 200, 72)];
     for (n, k) in [(1, 8), (8, 64), (63, 72), (65, 136), (130, 320)] {
         shapes.extend([1, 7, 8, 9, 17, 33, 65, 130].map(|m| (m, n, k)));
     }
+    shapes.extend([(9, 1500, 136), (40, 64, 1000)]);
     shapes
 }
 

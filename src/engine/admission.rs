@@ -1,0 +1,400 @@
+//! Admission: which waiting jobs start, in which slots, with which pages. Jobs that have a prompt
+//! and its injections in common start together, from one pass over it.
+
+use std::sync::Arc;
+
+use super::{
+    core::Core,
+    hooks::{self, Own, Planned, Tally, are_continued_alike, clean_rows, have_same_prompt},
+    kv::PageTable,
+    prompts::{CleanRun, Key},
+    sequence::{Active, Child, Pending, Role, Sequence, Trunk, continuations, rows_of, samples},
+    types::{Event, Job},
+};
+use crate::{
+    error::{Error, Result},
+    ops::{
+        Float,
+        attention::{PAGE, SharedPrefix, TILE},
+        copy_pages::copy_pages,
+        hooks::site_count,
+    },
+    request::CaptureSite,
+};
+
+/// Waiting jobs that are looked at for one that can start.
+const LOOK_AHEAD: usize = 256;
+/// Clean runs at a time.
+const CLEAN_RUNS: usize = 8;
+
+/// Pages that a prompt and its continuations need.
+struct Room {
+    /// Of the prompt, or with its one continuation.
+    blocks: usize,
+    /// New pages among them, all layers.
+    fresh: usize,
+    /// New pages of each continuation.
+    child: usize,
+    is_sole: bool,
+}
+
+/// Positions of the prompt that a job shares with its clean run, at a layer.
+fn shared_positions(own: Own, prompt: usize, layer: usize) -> usize {
+    if layer < own.cut { prompt } else { own.start }
+}
+
+/// Whole blocks that a table shares where it shares so many positions, and whether one more is
+/// shared in part.
+fn shared_blocks(positions: usize) -> (usize, bool) {
+    (positions / PAGE, !positions.is_multiple_of(PAGE))
+}
+
+fn tiles(positions: usize) -> u32 {
+    (positions / TILE) as u32
+}
+
+impl<T: Float> Core<T> {
+    pub(super) fn free_slot(&self) -> Option<usize> {
+        self.slots.iter().position(Option::is_none)
+    }
+
+    /// Starts what can start: continuations first, then waiting jobs in order.
+    pub(super) fn admit(&mut self) -> Result<()> {
+        while let Some(child) = self.children.pop_front() {
+            if let Some(child) = self.start_child(child)? {
+                self.children.push_front(child);
+                return Ok(());
+            }
+        }
+        let mut at = 0;
+        while at < self.queue.len().min(LOOK_AHEAD) {
+            let pending = &self.queue[at];
+            if pending.needs_clean {
+                let (key, own, job) = (pending.key.clone(), pending.own, Arc::clone(&pending.job));
+                let rows = clean_rows(&job, own, self.config.layers).map(|row| row.at);
+                match self.prompts.get(&key) {
+                    Some(clean) if clean.serves(own, rows) => {}
+                    Some(clean) if clean.is_used() => {
+                        at += 1;
+                        continue;
+                    }
+                    _ => {
+                        if !self.start_clean(&key, own)? {
+                            return Ok(());
+                        }
+                        at += 1;
+                        continue;
+                    }
+                }
+            }
+            if !self.start_jobs(at)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a prompt's clean run, keeping what waiting jobs need of it.
+    fn start_clean(&mut self, key: &Key, own: Own) -> Result<bool> {
+        let runs = self.slots.iter().flatten().filter(|s| matches!(s.role, Role::Clean(..)));
+        let Some(slot) = self.free_slot().filter(|_| runs.count() < CLEAN_RUNS) else {
+            return Ok(false);
+        };
+        let waiting = || self.queue.iter().take(LOOK_AHEAD).filter(|pending| pending.key == *key);
+        let starting = || waiting().filter(|pending| pending.own.cut > 0);
+        let mut layers: Vec<usize> = starting().map(|pending| pending.own.cut).collect();
+        let from = starting().map(|pending| pending.own.start).min().unwrap_or(own.start);
+        layers.sort_unstable();
+        layers.dedup();
+        // The first job's layer first: it must have room.
+        layers.sort_by_key(|&layer| layer != own.cut);
+        let depth = self.config.layers;
+        let rows = waiting().flat_map(|pending| clean_rows(&pending.job, pending.own, depth));
+        let held = self.prompts.get(key);
+        let missing = rows.filter(|row| held.is_none_or(|held| held.captured(row.at).is_none()));
+        let mut captures: Vec<(u32, u32)> = missing.map(|row| (row.at.1, row.at.0)).collect();
+        captures.sort_unstable();
+        captures.dedup();
+
+        let is_new = held.is_none();
+        let Some(known) = (if is_new { self.insert_clean(key)? } else { Some(key.len() - 1) })
+        else {
+            return Ok(false);
+        };
+        let layers = self.prompts.reserve(key, &layers, from);
+        if own.cut > 0 && !layers.contains(&own.cut) {
+            if is_new {
+                self.prompts.remove(&mut self.pool, key);
+            }
+            return Ok(false);
+        }
+        let kept = if layers.is_empty() { known } else { from };
+        let first = captures.first().map_or(known, |&(position, _)| position as usize);
+        let next = known.min(kept).min(first);
+        let Some(entry) = self.prompts.touch(key) else { return Ok(false) };
+        entry.running = Some(CleanRun { layers, captures });
+        let pages = entry.pages.clone();
+        let sequence =
+            Sequence::new(Role::Clean(key.clone()), key.to_vec(), next, pages, Vec::new());
+        self.occupy(slot, sequence)?;
+        Ok(true)
+    }
+
+    /// Makes a new prompt's entry, with what another prompt's clean run has of its beginning; gives
+    /// how many positions those are, or `None` where there is no room.
+    fn insert_clean(&mut self, key: &Key) -> Result<Option<usize>> {
+        let (depth, blocks) = (self.config.layers, key.len().div_ceil(PAGE));
+        let from = self.prompts.longest_prefix(key).filter(|_| self.limits.share);
+        let from = from.map(|(_, from, known)| (from.clone(), known));
+        let shared = from.as_ref().map_or(0, |(_, known)| shared_blocks(*known).0);
+        let wanted = depth * (blocks - shared) + self.reserved;
+        // What is begun with must stay.
+        let keep = from.as_ref().map_or(key, |(from, _)| from);
+        if !self.prompts.make_room(&mut self.pool, wanted, keep) {
+            return Ok(None);
+        }
+        let Some((from, known)) = from else {
+            let pages = PageTable::take(&mut self.pool, depth, blocks);
+            self.prompts.insert(key.clone(), pages, site_count(depth));
+            return Ok(Some(0));
+        };
+        let Some(begun) = self.prompts.touch(&from) else { return Ok(None) };
+        let (pages, copies) =
+            PageTable::fork(&begun.pages, &mut self.pool, blocks, |_| shared_blocks(known));
+        copy_pages(&self.device, &copies, &mut self.cache)?;
+        self.prompts.insert(key.clone(), pages, site_count(depth));
+        self.prompts.copy_norms(&from, key, known);
+        Ok(Some(known))
+    }
+
+    /// The job at `at` and those behind it with the same prompt and injections, as many as may be
+    /// continued at a time: their places in the queue.
+    fn group(&self, at: usize) -> Vec<usize> {
+        let first = &self.queue[at];
+        let mut count = continuations(&first.job);
+        let mut group = vec![at];
+        if !self.limits.share {
+            return group;
+        }
+        for (place, other) in self.queue.iter().enumerate().take(LOOK_AHEAD).skip(at + 1) {
+            let more = continuations(&other.job);
+            if count + more <= self.limits.slots
+                && first.key == other.key
+                && have_same_prompt(&first.job, &other.job)
+            {
+                count += more;
+                group.push(place);
+            }
+        }
+        group
+    }
+
+    fn room(&self, own: Own, group: &[usize]) -> Room {
+        let jobs = || group.iter().map(|&place| &self.queue[place].job);
+        let (prompt, layers) =
+            (jobs().map(|job| job.tokens.len()).max().unwrap_or(0), self.config.layers);
+        let rows = jobs().map(|job| rows_of(job)).max().unwrap_or(0);
+        let children: usize = jobs().map(|job| continuations(job)).sum();
+        let is_sole = children == 1;
+        let blocks = if is_sole { rows } else { prompt }.div_ceil(PAGE);
+        let shared = |layer| shared_blocks(shared_positions(own, prompt, layer)).0;
+        let child = if children < 2 { 0 } else { (rows.div_ceil(PAGE) - prompt / PAGE) * layers };
+        let fresh = (0..layers).map(|layer| blocks - shared(layer)).sum();
+        Room { blocks, fresh, child, is_sole }
+    }
+
+    /// Starts the waiting job at `at` with those that share its prompt and injections: `true` it is
+    /// out of the queue, `false` there is no room now.
+    fn start_jobs(&mut self, at: usize) -> Result<bool> {
+        let Some(slot) = self.free_slot() else { return Ok(false) };
+        let group = self.group(at);
+        let pending = &self.queue[at];
+        let (job, key, own) = (Arc::clone(&pending.job), pending.key.clone(), pending.own);
+        let room = self.room(own, &group);
+        let wanted = room.fresh + room.child + self.reserved;
+        if self.bank.available() < hooks::live(&job).count()
+            || !self.prompts.make_room(&mut self.pool, wanted, &key)
+        {
+            return Ok(false);
+        }
+        let planned = match self.plan(&key, &job)? {
+            Ok(planned) => planned,
+            Err(error) => {
+                if let Some(pending) = self.queue.remove(at) {
+                    drop(pending.events.send((pending.tag, Event::Failed(error))));
+                }
+                return Ok(true);
+            }
+        };
+        let taken = group.iter().rev().filter_map(|&place| self.queue.remove(place));
+        let mut askers: Vec<Pending> = taken.collect();
+        askers.reverse();
+        self.reserved += room.child;
+        let trunk = self.start_trunk(slot, (&job, key, own), &room, planned)?;
+        let id = self.next_trunk;
+        self.next_trunk += 1;
+        let alone = askers.len() * job.tokens.len() * self.config.layers;
+        self.stats.unshared_prompt_layer_rows += alone as u64;
+        self.trunks.insert(id, trunk);
+        askers.into_iter().for_each(|asker| self.add_job(id, asker));
+        Ok(true)
+    }
+
+    /// Puts a prompt with its injections into a slot.
+    fn start_trunk(
+        &mut self,
+        slot: usize,
+        (job, key, own): (&Arc<Job>, Key, Own),
+        room: &Room,
+        planned: Vec<Planned>,
+    ) -> Result<Trunk> {
+        let (prompt, layers) = (job.tokens.len(), self.config.layers);
+        let forks = own.start > 0 || own.cut > 0;
+        let blocks = room.blocks;
+        let shared = |layer| shared_blocks(shared_positions(own, prompt, layer));
+        let (pages, copies) = match self.prompts.touch(&key).filter(|_| forks) {
+            Some(clean) => PageTable::fork(&clean.pages, &mut self.pool, blocks, shared),
+            None => (PageTable::take(&mut self.pool, layers, blocks), Vec::new()),
+        };
+        copy_pages(&self.device, &copies, &mut self.cache)?;
+        let clean = self.prompts.touch(&key).filter(|_| forks);
+        let prompt_shared = clean.map_or(SharedPrefix::default(), |clean| SharedPrefix {
+            group: clean.id << 1,
+            tiles_below: tiles(prompt),
+            tiles_above: tiles(own.start),
+            cut: own.cut as u32,
+        });
+        let width = |site: CaptureSite| match site {
+            CaptureSite::Logits => self.config.vocab,
+            _ => self.config.dim,
+        };
+        let zeros = |c: &super::types::Capture| vec![0.0; c.positions.len() * width(c.site)];
+        let mut captures: Vec<Vec<f32>> = job.capture.iter().map(zeros).collect();
+        if let Some(clean) = self.prompts.touch(&key).filter(|_| forks) {
+            clean.users += 1;
+            for row in clean_rows(job, own, layers) {
+                let values =
+                    clean.captured(row.at).expect("a job starts when its clean run has all");
+                captures[row.capture][row.index * values.len()..][..values.len()]
+                    .copy_from_slice(values);
+            }
+        }
+        let tally = vec![Tally::default(); planned.len()];
+        let role = Role::Trunk(self.next_trunk);
+        let sequence = Sequence::new(role, job.tokens.clone(), own.start, pages, tally.clone());
+        self.occupy(slot, Sequence { shared: prompt_shared, ..sequence })?;
+        self.write_ops(slot, &planned)?;
+        let shared = if room.is_sole {
+            prompt_shared
+        } else {
+            let (group, tiles) = (self.next_trunk << 1 | 1, tiles(prompt));
+            SharedPrefix { group, tiles_below: tiles, tiles_above: tiles, cut: 0 }
+        };
+        Ok(Trunk {
+            jobs: Vec::new(),
+            job: Arc::clone(job),
+            key,
+            own,
+            holds_clean: forks,
+            planned,
+            shared,
+            tally,
+            captures,
+            pages: None,
+            is_sole: room.is_sole,
+            child_pages: room.child,
+        })
+    }
+
+    /// A job of a prompt that has just started: a new one, or one more who asks for the same.
+    fn add_job(&mut self, trunk: u64, mut asker: Pending) {
+        let clean = self.prompts.get(&asker.key).filter(|_| asker.needs_clean);
+        let norms = clean.map(|clean| clean.norms(asker.key.len()));
+        let reference = |i| norms.and_then(|norms| norms.reference(i));
+        asker.references = asker.job.inject.iter().map(reference).collect();
+        let Some(of) = self.trunks.get_mut(&trunk) else { return };
+        let is_alike = |job: &&usize| are_continued_alike(self.jobs[*job].job(), &asker.job);
+        if let Some(job) = of.jobs.iter().find(is_alike).filter(|_| self.limits.share) {
+            self.jobs.get_mut(job).expect("it runs").askers.push(asker);
+            return;
+        }
+        of.jobs.push(self.next_job);
+        self.jobs.insert(self.next_job, Active::new(trunk, asker));
+        self.next_job += 1;
+    }
+
+    /// Resolves a job's operations and puts their vectors into the bank.
+    /// The inner error is the job's, the outer one the device's.
+    fn plan(&mut self, key: &Key, job: &Job) -> Result<std::result::Result<Vec<Planned>, Error>> {
+        let clean = self.prompts.get(key).filter(|clean| clean.running.is_none());
+        let clean = clean.map(|clean| clean.norms(key.len()));
+        // Refusals come before the bank is touched.
+        let mut planned = match hooks::plan(job, clean, |_| 0) {
+            Ok(planned) => planned,
+            Err(error) => return Ok(Err(error)),
+        };
+        if !self.limits.hooks {
+            planned.clear();
+        }
+        let dim = self.config.dim;
+        let vectors: Vec<_> = hooks::live(job).map(|injection| &injection.vector).collect();
+        for op in &mut planned {
+            let vector = vectors[op.injection];
+            let (row, new) = self.bank.take(vector);
+            if new {
+                self.hooks.vectors.write(row as usize * dim, vector)?;
+            }
+            op.op.vector = row;
+        }
+        Ok(Ok(planned))
+    }
+
+    fn write_ops(&mut self, slot: usize, planned: &[Planned]) -> Result<()> {
+        let ops: Vec<_> = planned.iter().map(|p| (p.site, p.op)).collect();
+        self.hooks.set(slot, &ops)
+    }
+
+    fn occupy(&mut self, slot: usize, sequence: Sequence) -> Result<()> {
+        self.cache.set_tables(slot, &sequence.pages.layers)?;
+        self.next_sequence += 1;
+        self.slots[slot] = Some(Sequence { id: self.next_sequence, ..sequence });
+        Ok(())
+    }
+
+    /// Starts a continuation; gives it back where there is no room.
+    fn start_child(&mut self, child: Child) -> Result<Option<Child>> {
+        let Some(slot) = self.free_slot() else { return Ok(Some(child)) };
+        let Some(active) = self.jobs.get_mut(&child.job) else { return Ok(None) };
+        let (id, job) = (active.trunk, Arc::clone(active.job()));
+        let Some(trunk) = self.trunks.get_mut(&id) else { return Ok(None) };
+        let prompt = job.tokens.len();
+        let pages = if trunk.is_sole {
+            trunk.pages.take().expect("a prompt's pages stay until its continuations start")
+        } else {
+            let blocks = rows_of(&job).div_ceil(PAGE);
+            let wanted = (blocks - prompt / PAGE) * self.config.layers;
+            if !self.prompts.make_room(&mut self.pool, wanted, &trunk.key) {
+                return Ok(Some(child));
+            }
+            let from = trunk.pages.as_ref().expect("likewise");
+            let shared = |_| shared_blocks(prompt);
+            let (pages, copies) = PageTable::fork(from, &mut self.pool, blocks, shared);
+            copy_pages(&self.device, &copies, &mut self.cache)?;
+            pages
+        };
+        active.waiting -= 1;
+        let (planned, shared) = (trunk.planned.clone(), trunk.shared);
+        self.settle_trunk(id);
+        let tally = vec![Tally::default(); planned.len()];
+        let mut tokens = job.tokens.clone();
+        let is_score = child.index >= samples(&job);
+        // The last given token needs no row: nothing follows it.
+        let fed = if is_score { child.tokens.len() - 1 } else { child.tokens.len() };
+        tokens.extend(&child.tokens[..fed]);
+        let role = if is_score { Role::Score(child) } else { Role::Sample(child) };
+        let sequence = Sequence::new(role, tokens, prompt, pages, tally);
+        self.occupy(slot, Sequence { shared, ..sequence })?;
+        self.write_ops(slot, &planned)?;
+        Ok(None)
+    }
+}

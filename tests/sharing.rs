@@ -1,0 +1,252 @@
+//! What jobs share changes nothing: random jobs in random batches, each against itself alone with
+//! nothing shared, bit for bit.
+
+#[path = "common/mod.rs"]
+#[allow(dead_code, reason = "shared by several test binaries")]
+mod common;
+
+use std::sync::Arc;
+
+use common::golden;
+use inkling::{
+    device::{DeviceKind, cuda::has_host_kernels},
+    engine::{Capture, Dtype, Engine, Finished, Injection, Job, Options},
+    model::{Model, ModelConfig},
+    request::{CaptureSite, Op, Sampling, Site, StrengthMode},
+};
+
+/// A stream of random choices.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, below: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % below
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.roll(from.len())]
+    }
+
+    fn happens(&mut self, percent: usize) -> bool {
+        self.roll(100) < percent
+    }
+}
+
+/// Prompts of which many have a beginning in common; some are the whole of another's beginning.
+fn prompts(dice: &mut Dice, vocab: usize) -> Vec<Vec<u32>> {
+    let mut prompts: Vec<Vec<u32>> = Vec::new();
+    for at in 0..7 {
+        let mut prompt = match at {
+            0 | 1 => Vec::new(),
+            _ => {
+                let parent = &prompts[dice.roll(prompts.len())];
+                parent[..1 + dice.roll(parent.len())].to_vec()
+            }
+        };
+        let more = if at < 2 { 30 + dice.roll(40) } else { dice.roll(25) };
+        prompt.extend((0..more).map(|_| dice.roll(vocab) as u32));
+        prompts.push(prompt);
+    }
+    prompts
+}
+
+fn vectors(dice: &mut Dice, dim: usize) -> Vec<Arc<[f32]>> {
+    let mut vector = || (0..dim).map(|_| dice.roll(2001) as f32 / 1000.0 - 1.0).collect();
+    (0..4).map(|_| vector()).collect()
+}
+
+fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]>]) -> Injection {
+    let from = dice.roll(prompt + 1);
+    let to = from + 1 + dice.roll(prompt);
+    let modes = [StrengthMode::Raw, StrengthMode::Unit, StrengthMode::Raw, StrengthMode::Reference];
+    // A reference needs a position of the prompt other than the first.
+    let mode =
+        if from < prompt && to > 1 && prompt > 1 { dice.pick(&modes) } else { StrengthMode::Raw };
+    Injection {
+        vector: Arc::clone(&vectors[dice.roll(vectors.len())]),
+        site: dice.pick(&[Site::ResidPre, Site::ResidMid, Site::ResidPost]),
+        layer: dice.roll(layers),
+        op: Op::Add,
+        strength: dice.pick(&[0.0, 0.5, 1.0, -2.0]),
+        mode,
+        from,
+        to: dice.happens(60).then_some(to),
+    }
+}
+
+fn capture(dice: &mut Dice, prompt: usize, layers: usize) -> Capture {
+    let site = dice.pick(&[
+        CaptureSite::ResidPre,
+        CaptureSite::ResidMid,
+        CaptureSite::ResidPost,
+        CaptureSite::AttnOut,
+        CaptureSite::MlpOut,
+        CaptureSite::FinalNorm,
+        CaptureSite::Logits,
+    ]);
+    let mut positions: Vec<usize> = (0..prompt).filter(|_| dice.happens(20)).collect();
+    if positions.is_empty() {
+        positions.push(dice.roll(prompt));
+    }
+    Capture { site, layer: site.has_layer().then(|| dice.roll(layers)), positions }
+}
+
+fn job(dice: &mut Dice, config: &ModelConfig, tokens: Vec<u32>, vectors: &[Arc<[f32]>]) -> Job {
+    let (prompt, layers) = (tokens.len(), config.layers);
+    let injections = dice.pick(&[0, 1, 1, 1, 2, 3]);
+    let captures = dice.pick(&[0, 0, 1, 3]);
+    let room = config.context - prompt;
+    let max_tokens = dice.roll(9).min(room) as u32;
+    Job {
+        inject: (0..injections).map(|_| injection(dice, prompt, layers, vectors)).collect(),
+        capture: (0..captures).map(|_| capture(dice, prompt, layers)).collect(),
+        sampling: Sampling {
+            seed: dice.roll(3) as u64,
+            max_tokens,
+            temperature: dice.pick(&[0.0, 1.0, 1.0]),
+            top_k: dice.pick(&[0, 0, 20]),
+            ignore_eos: dice.happens(50),
+            ..Sampling::default()
+        },
+        n: dice.pick(&[1, 1, 1, 3]),
+        logprobs: dice.pick(&[None, None, Some(0), Some(2)]),
+        score: if dice.happens(15) { vec![vec![3, 1, 4], vec![9]] } else { Vec::new() },
+        watch: if dice.happens(30) { vec![2, 7] } else { Vec::new() },
+        stop: Vec::new(),
+        tokens,
+    }
+}
+
+/// Random jobs. Every third one is an earlier one again, with another seed or another end, or with
+/// an injection of strength zero, or just the same.
+fn jobs(dice: &mut Dice, config: &ModelConfig, count: usize) -> Vec<Job> {
+    let (prompts, vectors) = (prompts(dice, config.vocab), vectors(dice, config.dim));
+    let mut jobs: Vec<Job> = Vec::new();
+    while jobs.len() < count {
+        if jobs.len() % 3 < 2 {
+            let tokens = prompts[dice.roll(prompts.len())].clone();
+            let job = job(dice, config, tokens, &vectors);
+            // A window behind the last row is refused, here as elsewhere.
+            let rows = job.tokens.len() + (job.sampling.max_tokens as usize).saturating_sub(1);
+            if job.inject.iter().all(|injection| injection.from < rows) {
+                jobs.push(job);
+            }
+            continue;
+        }
+        let mut again = jobs[dice.roll(jobs.len())].clone();
+        match dice.roll(4) {
+            0 => again.sampling.seed += 10,
+            1 => again.sampling.ignore_eos = !again.sampling.ignore_eos,
+            2 => {
+                let idle = injection(dice, again.tokens.len(), config.layers, &vectors);
+                let from = idle.from.min(again.tokens.len() - 1);
+                let mode = StrengthMode::Raw;
+                again.inject.insert(0, Injection { strength: 0.0, from, to: None, mode, ..idle });
+            }
+            _ => {}
+        }
+        jobs.push(again);
+    }
+    jobs
+}
+
+fn run(model: &Model, options: &Options, jobs: &[Job]) -> (Vec<Finished>, u64) {
+    let engine = Engine::start(model, options).unwrap();
+    let mut results = vec![None; jobs.len()];
+    let store = |at: usize, result: inkling::error::Result<Finished>| {
+        results[at] = Some(result?);
+        Ok(())
+    };
+    engine.run_all(jobs.to_vec(), store).unwrap();
+    let results = results.into_iter().map(Option::unwrap).collect();
+    (results, engine.stats().layer_rows_saved())
+}
+
+/// What is compared: all but the reference norms of receipts, which only clean runs know.
+fn comparable(mut finished: Finished) -> Finished {
+    for receipt in &mut finished.outcome.receipts {
+        receipt.reference_norm = None;
+    }
+    finished
+}
+
+fn check(name: &str, options: &Options, seeds: std::ops::Range<u64>, count: usize) {
+    let model = Model::open(&golden(name)).unwrap();
+    for seed in seeds {
+        let mut dice = Dice(seed);
+        let jobs = jobs(&mut dice, &model.config, count);
+        let alone = Engine::start(&model, &Options { share: false, ..options.clone() }).unwrap();
+        let want = jobs.iter().map(|job| comparable(alone.run(job.clone()).unwrap()));
+        let want: Vec<Finished> = want.collect();
+        let max_batch = dice.pick(&[1, 4, 16, 64]);
+        let (got, saved) = run(&model, &Options { max_batch, ..options.clone() }, &jobs);
+        assert!(saved > 0, "nothing was shared");
+        for (at, (got, want)) in got.into_iter().zip(&want).enumerate() {
+            let (got, job) = (comparable(got), &jobs[at]);
+            let what = format!("{name}, {options:?}, seed {seed}, batch {max_batch}, job {at}");
+            assert_eq!(got.outcome, want.outcome, "{what}: {job:?}");
+            assert!(got.captures == want.captures, "{what}, captures: {job:?}");
+        }
+    }
+}
+
+#[test]
+fn sharing_changes_nothing_in_bf16() {
+    let options = Options { threads: Some(2), ..Options::default() };
+    check("plain", &options, 0..12, 60);
+    check("mqa", &options, 12..18, 60);
+}
+
+#[test]
+fn sharing_changes_nothing_in_f32() {
+    let options = Options { threads: Some(2), dtype: Dtype::F32, ..Options::default() };
+    check("plain", &options, 20..28, 60);
+    check("sharded", &Options { behind: true, ..options }, 28..32, 60);
+}
+
+#[test]
+#[cfg_attr(not(feature = "host-kernels"), ignore = "needs host kernels")]
+fn sharing_changes_nothing_by_kernels() {
+    assert!(has_host_kernels());
+    let options =
+        Options { device: DeviceKind::HostKernels, threads: Some(2), ..Options::default() };
+    check("plain", &options, 40..42, 18);
+}
+
+/// Several seeds of one injected prompt are one pass over it, and equal jobs are one job.
+#[test]
+fn equal_prompts_are_computed_once() {
+    let model = Model::open(&golden("plain")).unwrap();
+    let (mut dice, config) = (Dice(7), &model.config);
+    let vectors = vectors(&mut dice, config.dim);
+    let tokens: Vec<u32> = (0..40).map(|at| at * 3 % 131).collect();
+    let inject = Injection {
+        site: Site::ResidPost,
+        layer: 1,
+        strength: 1.0,
+        mode: StrengthMode::Raw,
+        from: 20,
+        to: None,
+        ..injection(&mut dice, 40, config.layers, &vectors)
+    };
+    let sampling = Sampling { max_tokens: 5, ignore_eos: true, ..Sampling::default() };
+    let one = Job { tokens, inject: vec![inject], sampling, n: 1, ..Job::default() };
+    let seeded = |seed| Job { sampling: Sampling { seed, ..sampling }, ..one.clone() };
+    let seeds: Vec<Job> = (0..6).map(seeded).collect();
+    let engine =
+        Engine::start(&model, &Options { threads: Some(1), ..Options::default() }).unwrap();
+    let stats_of = |jobs: &[Job]| {
+        let before = engine.stats();
+        engine.run_all(jobs.to_vec(), |_, finished| finished.map(|_| ())).unwrap();
+        let after = engine.stats();
+        let rows = after.prompt_layer_rows - before.prompt_layer_rows;
+        (rows, after.tokens - before.tokens)
+    };
+    let layers = config.layers as u64;
+    // The clean run, and 20 rows above block 1.
+    assert_eq!(stats_of(&seeds), (40 * layers + 20 * (layers - 2), 6 * 5));
+    // The clean run is known now.
+    assert_eq!(stats_of(&[seeded(9), seeded(9), seeded(9)]), (20 * (layers - 2), 5));
+}
