@@ -42,7 +42,7 @@ fn prompts(dice: &mut Dice, vocab: usize) -> Vec<Vec<u32>> {
             0 | 1 => Vec::new(),
             _ => {
                 let parent = &prompts[dice.roll(prompts.len())];
-                parent[..1 + dice.roll(parent.len())].to_vec()
+                parent[..=dice.roll(parent.len())].to_vec()
             }
         };
         let more = if at < 2 { 30 + dice.roll(40) } else { dice.roll(25) };

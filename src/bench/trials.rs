@@ -88,17 +88,24 @@ impl Workload {
         Ok(())
     }
 
-    /// All trials.
-    pub fn jobs(&self, config: &ModelConfig) -> Vec<Job> {
-        let vectors: Vec<Arc<[f32]>> =
-            (0..self.vectors as u64).map(|seed| vector(config.dim, seed)).collect();
-        (0..self.trials).map(|trial| self.job(config, trial, &vectors)).collect()
+    /// The first `count` trials, made as they are asked for. Vectors that several trials share are
+    /// the same memory.
+    pub fn jobs(&self, config: &ModelConfig, count: usize) -> impl Iterator<Item = Job> {
+        let shared = if self.vectors < self.trials { self.vectors } else { 0 };
+        let shared: Vec<_> = (0..shared as u64).map(|seed| vector(config.dim, seed)).collect();
+        (0..count).map(move |trial| {
+            let vector = match shared.len() {
+                0 => vector(config.dim, trial as u64),
+                len => Arc::clone(&shared[trial % len]),
+            };
+            self.job(config, trial, Some(vector))
+        })
     }
 
-    fn job(&self, config: &ModelConfig, trial: usize, vectors: &[Arc<[f32]>]) -> Job {
+    fn job(&self, config: &ModelConfig, trial: usize, vector: Option<Arc<[f32]>>) -> Job {
         let tokens = (0..self.prompt_tokens).map(|at| ((at * 7919 + 17) % config.vocab) as u32);
-        let injection = vectors.get(trial % vectors.len().max(1)).map(|vector| Injection {
-            vector: Arc::clone(vector),
+        let injection = vector.map(|vector| Injection {
+            vector,
             site: Site::ResidPost,
             layer: self.layer,
             op: Op::Add,
@@ -135,11 +142,8 @@ impl Workload {
 pub fn trials(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
     let config = engine.config();
     workload.check(config)?;
-    let vectors: Vec<Arc<[f32]>> =
-        (0..workload.vectors as u64).map(|seed| vector(config.dim, seed)).collect();
     let run = |count: usize| {
-        let jobs = (0..count).map(|trial| workload.job(config, trial, &vectors));
-        engine.run_all(jobs, |_, finished| finished.map(|_| ()))
+        engine.run_all(workload.jobs(config, count), |_, finished| finished.map(|_| ()))
     };
     run(workload.trials.min(8))?;
     let (before, start) = (engine.stats(), Instant::now());
@@ -158,7 +162,7 @@ pub fn single(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
     let mut best: Option<WorkloadReport> = None;
     for _ in 0..3 {
         let (before, start) = (engine.stats(), Instant::now());
-        engine.run(workload.job(config, 0, &[]))?;
+        engine.run(workload.job(config, 0, None))?;
         let wall = start.elapsed().as_secs_f64();
         let report = report(&workload, config, (before, engine.stats()), wall);
         if best.as_ref().is_none_or(|best| report.wall_s < best.wall_s) {

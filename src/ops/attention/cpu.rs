@@ -1,6 +1,9 @@
-//! The fold on the processor: query heads of one row that share a key head, side by side.
+//! The fold on the processor: queries of rows side by side, so that a page of keys or values is
+//! widened once for all rows that see it, be they trials that share a prompt or the prompt's own.
 
-use super::{Attention, CHUNK, Cache, MAX_HEAD_DIM, PAGE, TILE};
+use std::cell::RefCell;
+
+use super::{Attention, CHUNK, Cache, PAGE, TILE};
 use crate::{
     device::cpu::{Cpu, Isa, Kernel, Shared},
     ops::{
@@ -11,183 +14,415 @@ use crate::{
     },
 };
 
-/// Query heads folded side by side.
-const GROUP: usize = 4;
+/// Queries of a block: rows, times their heads that share a key head. Their states stay in the L2
+/// cache.
+const QUERIES: usize = 48;
+/// Queries of a register tile.
+const SIDE_BY_SIDE: usize = 6;
+/// Pages of a tile.
+const PAGES: usize = TILE / PAGE;
+
+thread_local! {
+    /// What a block works in; grown once.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
-    let shape = p.cache.shape;
-    let (head_dim, kv_heads) = (shape.head_dim, shape.kv_heads);
-    let (width, group) = ((p.heads + 2 * kv_heads) * head_dim, p.heads / kv_heads);
-    let row_len = p.heads * head_dim;
-    let (slots, positions) = (p.at.slot.host(), p.at.position.host());
+    let kv_heads = p.cache.shape.kv_heads;
+    let group = p.heads / kv_heads;
+    let heads = group.min(QUERIES);
+    let rows = QUERIES / heads;
+    let head_blocks = group.div_ceil(heads);
     let out = Shared::new(p.out.host_mut());
-    let work = |row: usize| {
-        if slots[row] == NONE {
-            return;
-        }
-        let queries = &p.qkv.host()[row * width..][..row_len];
-        // SAFETY: each task has its own rows.
-        let out = unsafe { out.range(row * row_len, row_len) };
-        for first in (0..p.heads).step_by(group) {
-            for start in (first..first + group).step_by(GROUP) {
-                let count = GROUP.min(first + group - start);
-                let fold = Fold {
-                    isa: cpu.isa(),
-                    q: &queries[start * head_dim..][..count * head_dim],
-                    positions: positions[row] as usize + 1,
-                    slot: slots[row] as usize,
-                    layer: p.layer,
-                    kv_head: first / group,
-                    cache: p.cache,
-                    soft_cap: p.soft_cap,
-                    window: p.window,
-                    out: &mut out[start * head_dim..][..count * head_dim],
-                };
-                match count {
-                    1 => cpu.isa().run(Of::<1, T>(fold)),
-                    2 => cpu.isa().run(Of::<2, T>(fold)),
-                    3 => cpu.isa().run(Of::<3, T>(fold)),
-                    _ => cpu.isa().run(Of::<4, T>(fold)),
-                }
-            }
+    let (slots, positions) = (p.at.slot.host(), p.at.position.host());
+    let row_of = |row: usize| match slots[row] {
+        NONE => Row::default(),
+        slot => {
+            let positions = positions[row] as usize + 1;
+            let unseen = positions - p.window.unwrap_or(positions).min(positions);
+            Row { slot: slot as usize, positions, unseen }
         }
     };
-    cpu.parallel_chunks(p.rows, 4, |range| range.for_each(work));
+    let blocks = p.rows.div_ceil(rows);
+    cpu.parallel(blocks * kv_heads * head_blocks, |task| {
+        let (block, of_heads) = (task / (kv_heads * head_blocks), task % (kv_heads * head_blocks));
+        let (kv_head, first) = (of_heads / head_blocks, of_heads % head_blocks * heads);
+        let first_row = block * rows;
+        let mut list = [Row::default(); QUERIES];
+        let count = rows.min(p.rows - first_row);
+        list.iter_mut().zip(first_row..first_row + count).for_each(|(to, row)| *to = row_of(row));
+        let block = Block {
+            isa: cpu.isa(),
+            rows: &list[..count],
+            heads: heads.min(group - first),
+            kv_head,
+            layer: p.layer,
+            cache: p.cache,
+            soft_cap: p.soft_cap,
+        };
+        let head_dim = block.head_dim();
+        let head = kv_head * group + first;
+        SCRATCH.with_borrow_mut(|scratch| {
+            let needed = Scratch::len(head_dim);
+            if scratch.len() < needed {
+                scratch.resize(needed, 0.0);
+            }
+            let mut scratch = Scratch::cut(scratch, head_dim);
+            let width = (p.heads + 2 * kv_heads) * head_dim;
+            for row in 0..count {
+                let start = (first_row + row) * width + head * head_dim;
+                let queries = &p.qkv.host()[start..][..block.heads * head_dim];
+                scratch.queries[row * queries.len()..][..queries.len()].copy_from_slice(queries);
+            }
+            cpu.isa().run(Fold(&block, &mut scratch));
+            for (row, _) in block.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
+                let start = ((first_row + row) * p.heads + head) * head_dim;
+                let len = block.heads * head_dim;
+                // SAFETY: each task has its own rows and heads.
+                let out = unsafe { out.range(start, len) };
+                for (out, &v) in out.iter_mut().zip(&scratch.out[row * len..]) {
+                    *out = T::from_f32(v);
+                }
+            }
+        });
+    });
 }
 
-/// Query heads of one row that share a key head.
-struct Fold<'a, T> {
-    isa: Isa,
-    q: &'a [f32],
-    positions: usize,
+/// A row of the step.
+#[derive(Clone, Copy, Default)]
+struct Row {
     slot: usize,
-    layer: usize,
+    /// Positions up to its own; 0: nothing is computed.
+    positions: usize,
+    /// Positions before its window.
+    unseen: usize,
+}
+
+impl Row {
+    /// Positions of a page, from `start` on, that the row does not lie before.
+    #[inline(always)]
+    fn reached(&self, start: usize) -> usize {
+        self.positions.saturating_sub(start).min(PAGE)
+    }
+
+    /// Whether it sees something of the tile that starts here.
+    #[inline(always)]
+    fn sees(&self, tile: usize) -> bool {
+        self.positions > tile && self.unseen < tile + TILE
+    }
+
+    fn first_tile(&self) -> usize {
+        self.unseen / TILE * TILE
+    }
+}
+
+/// Rows, and those of their heads that share a key head. Query q is head q % heads of row
+/// q / heads.
+struct Block<'a, T> {
+    isa: Isa,
+    rows: &'a [Row],
+    heads: usize,
     kv_head: usize,
+    layer: usize,
     cache: &'a Cache<T>,
     soft_cap: Option<f32>,
-    window: Option<usize>,
-    out: &'a mut [T],
 }
 
-/// A fold of R query heads.
-struct Of<'a, const R: usize, T>(Fold<'a, T>);
-
-/// What the fold carries: max, sum and output of each head.
-struct State<const R: usize> {
-    max: [f32; R],
-    sum: [f32; R],
-    out: [[f32; MAX_HEAD_DIM]; R],
+/// What the fold carries, and works in.
+struct Scratch<'a> {
+    /// (queries, `head_dim`)
+    queries: &'a mut [f32],
+    /// (queries, TILE): scores, then their exponentials.
+    weights: &'a mut [f32],
+    /// (queries,)
+    max: &'a mut [f32],
+    /// (queries,)
+    sum: &'a mut [f32],
+    /// (queries, `head_dim`)
+    out: &'a mut [f32],
+    /// max, sum and out of the chunks before.
+    before: [&'a mut [f32]; 3],
+    /// A page of keys or values in f32, and what a ragged last column reads behind it.
+    page: &'a mut [f32],
 }
 
-impl<const R: usize> State<R> {
-    #[inline(always)]
-    fn new() -> Self {
-        Self { max: [f32::NEG_INFINITY; R], sum: [0.0; R], out: [[0.0; MAX_HEAD_DIM]; R] }
+impl<'a> Scratch<'a> {
+    fn sizes(head_dim: usize) -> [usize; 9] {
+        let (one, wide) = (QUERIES, QUERIES * head_dim);
+        [wide, QUERIES * TILE, one, one, wide, one, one, wide, (head_dim + 1) * PAGE + WIDTH]
     }
 
-    /// Folds a later chunk into this one.
-    #[inline(always)]
-    fn merge(&mut self, later: &Self, head_dim: usize) {
-        for r in 0..R {
-            let max = self.max[r].max(later.max[r]);
-            let (mine, theirs) = (exp(self.max[r] - max), exp(later.max[r] - max));
-            self.max[r] = max;
-            self.sum[r] = self.sum[r] * mine + later.sum[r] * theirs;
-            for d in 0..head_dim {
-                self.out[r][d] = self.out[r][d] * mine + later.out[r][d] * theirs;
-            }
-        }
+    fn len(head_dim: usize) -> usize {
+        Self::sizes(head_dim).iter().sum()
+    }
+
+    fn cut(mut all: &'a mut [f32], head_dim: usize) -> Self {
+        let mut next = |len: usize| all.split_off_mut(..len).unwrap_or_default();
+        let [queries, weights, max, sum, out, max_before, sum_before, out_before, page] =
+            Self::sizes(head_dim).map(&mut next);
+        Self { queries, weights, max, sum, out, before: [max_before, sum_before, out_before], page }
     }
 }
 
-impl<const R: usize, T: Float> Kernel for Of<'_, R, T> {
+/// Folds all queries of a block; `out` of the scratch is the result.
+struct Fold<'a, 'b, T>(&'a Block<'a, T>, &'a mut Scratch<'b>);
+
+impl<T: Float> Kernel for Fold<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        let fold = self.0;
-        let head_dim = fold.cache.shape.head_dim;
-        let mut total = State::<R>::new();
-        // Tiles that nothing is seen of change nothing.
-        let seen = fold.positions - fold.window.unwrap_or(fold.positions).min(fold.positions);
-        let first_chunk = seen / CHUNK * CHUNK;
-        for start in (first_chunk..fold.positions).step_by(CHUNK) {
-            let mut state = State::<R>::new();
-            let end = fold.positions.min(start + CHUNK);
-            for tile in (start.max(seen / TILE * TILE)..end).step_by(TILE) {
-                fold.tile::<R>(tile, TILE.min(end - tile), seen, &mut state);
+        let Self(block, scratch) = self;
+        let live = || block.rows.iter().filter(|row| row.positions > 0);
+        let end = live().map(|row| row.positions).max().unwrap_or(0);
+        let first = live().map(Row::first_tile).min().unwrap_or(0);
+        let queries = block.rows.len() * block.heads;
+        scratch.start(0..queries, block.head_dim());
+        for tile in (first..end).step_by(TILE) {
+            if tile.is_multiple_of(CHUNK) && tile > first {
+                block.close_chunk(tile, scratch);
             }
-            if start == first_chunk {
-                total = state;
-            } else {
-                total.merge(&state, head_dim);
-            }
+            block.scores(tile, scratch);
+            block.exponentials(tile, scratch);
+            block.values(tile, scratch);
         }
-        for r in 0..R {
-            let out = &mut fold.out[r * head_dim..][..head_dim];
-            for (out, &v) in out.iter_mut().zip(&total.out[r]) {
-                *out = T::from_f32(v / total.sum[r]);
-            }
+        block.finish(scratch);
+    }
+}
+
+impl Scratch<'_> {
+    /// Begins a fold of these queries.
+    #[inline(always)]
+    fn start(&mut self, queries: std::ops::Range<usize>, head_dim: usize) {
+        self.max[queries.clone()].fill(f32::NEG_INFINITY);
+        self.sum[queries.clone()].fill(0.0);
+        self.out[queries.start * head_dim..queries.end * head_dim].fill(0.0);
+    }
+
+    /// Puts a query's chunks so far, where there are any, before the one that has ended.
+    #[inline(always)]
+    fn merge(&mut self, q: usize, head_dim: usize, is_first: bool) {
+        if is_first {
+            return;
+        }
+        let [max_before, sum_before, out_before] = &mut self.before;
+        let range = q * head_dim..(q + 1) * head_dim;
+        let (out, before) = (&mut self.out[range.clone()], &out_before[range]);
+        let max = max_before[q].max(self.max[q]);
+        let (earlier, later) = (exp(max_before[q] - max), exp(self.max[q] - max));
+        self.max[q] = max;
+        self.sum[q] = sum_before[q] * earlier + self.sum[q] * later;
+        for (out, &before) in out.iter_mut().zip(before) {
+            *out = before * earlier + *out * later;
         }
     }
 }
 
-impl<T: Float> Fold<'_, T> {
-    /// Folds those of `valid` positions from `start` on that are not before `seen`.
+impl<T: Float> Block<'_, T> {
     #[inline(always)]
-    fn tile<const R: usize>(&self, start: usize, valid: usize, seen: usize, state: &mut State<R>) {
-        let head_dim = self.cache.shape.head_dim;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let isa = self.isa;
-        let mut weights = [[f32::NEG_INFINITY; TILE]; R];
-        let mut page = [0.0f32; (MAX_HEAD_DIM + 1) * PAGE];
-        for block in 0..valid.div_ceil(PAGE) {
-            widen(self.keys(start / PAGE + block), &mut page[..head_dim * PAGE]);
-            let q = Left { values: self.q, row_stride: head_dim, k_stride: 1 };
-            let mut scores = [[0.0f32; PAGE]; R];
-            tile(isa, head_dim, q, Right { values: &page, stride: PAGE }, &mut scores);
-            for r in 0..R {
-                let first = seen.saturating_sub(start + block * PAGE).min(PAGE);
-                for lane in first..PAGE.min(valid - block * PAGE) {
-                    weights[r][block * PAGE + lane] = self.capped(scores[r][lane] * scale);
-                }
+    fn head_dim(&self) -> usize {
+        self.cache.shape.head_dim
+    }
+
+    /// Whether the row sees nothing before the chunk that `tile` is in.
+    #[inline(always)]
+    fn is_first_chunk(row: &Row, tile: usize) -> bool {
+        row.first_tile() / CHUNK == tile / CHUNK
+    }
+
+    /// Before the first tile of a chunk: what was folded is kept, and a new fold begun.
+    #[inline(always)]
+    fn close_chunk(&self, tile: usize, scratch: &mut Scratch) {
+        let head_dim = self.head_dim();
+        for (at, row) in self.rows.iter().enumerate() {
+            if !row.sees(tile) || row.first_tile() >= tile {
+                continue;
+            }
+            let queries = at * self.heads..(at + 1) * self.heads;
+            for q in queries.clone() {
+                scratch.merge(q, head_dim, Self::is_first_chunk(row, tile - 1));
+                let [max, sum, out] = &mut scratch.before;
+                (max[q], sum[q]) = (scratch.max[q], scratch.sum[q]);
+                let range = q * head_dim..(q + 1) * head_dim;
+                out[range.clone()].copy_from_slice(&scratch.out[range]);
+            }
+            scratch.start(queries, head_dim);
+        }
+    }
+
+    /// Merges the last chunks, and divides.
+    #[inline(always)]
+    fn finish(&self, scratch: &mut Scratch) {
+        let head_dim = self.head_dim();
+        for (at, row) in self.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
+            for q in at * self.heads..(at + 1) * self.heads {
+                scratch.merge(q, head_dim, Self::is_first_chunk(row, row.positions - 1));
+                let sum = scratch.sum[q];
+                scratch.out[q * head_dim..][..head_dim].iter_mut().for_each(|v| *v /= sum);
             }
         }
-        for r in 0..R {
-            let tile_max = max(&weights[r]);
-            let new_max = if tile_max > state.max[r] { tile_max } else { state.max[r] };
-            let keep = exp(state.max[r] - new_max);
-            let mut lanes = [0.0f32; LANES];
-            for chunk in weights[r].as_chunks_mut::<LANES>().0 {
-                for lane in 0..LANES {
-                    chunk[lane] = exp(chunk[lane] - new_max);
-                    lanes[lane] += chunk[lane];
+    }
+
+    /// The page of a block of positions, and how many of them the row reaches; `None` where it sees
+    /// nothing of the tile or does not reach the block.
+    #[inline(always)]
+    fn page(&self, row: &Row, tile: usize, block: usize) -> Option<(usize, usize)> {
+        let reached = row.reached(tile + block * PAGE);
+        if !row.sees(tile) || reached == 0 {
+            return None;
+        }
+        let tables = self.cache.tables();
+        Some((tables.page(row.slot, self.layer, tile / PAGE + block), reached))
+    }
+
+    /// The rows from `first` on for which `what` is the same, and what it is.
+    #[inline(always)]
+    fn alike<K: PartialEq>(&self, first: usize, what: impl Fn(&Row) -> K) -> (usize, K) {
+        let key = what(&self.rows[first]);
+        let rest = &self.rows[first + 1..];
+        let same = rest.iter().take_while(|row| what(row) == key).count();
+        (first + 1 + same, key)
+    }
+
+    /// Scores of a tile; -infinity where a row does not see a position.
+    #[inline(always)]
+    fn scores(&self, tile: usize, scratch: &mut Scratch) {
+        let queries = self.rows.len() * self.heads;
+        scratch.weights[..queries * TILE].fill(f32::NEG_INFINITY);
+        for block in 0..PAGES {
+            let mut first = 0;
+            while first < self.rows.len() {
+                let page_of = |row: &Row| self.page(row, tile, block).map(|(page, _)| page);
+                let (end, page) = self.alike(first, page_of);
+                if let Some(page) = page {
+                    self.page_scores((tile, block), page, first..end, scratch);
                 }
-            }
-            state.max[r] = new_max;
-            state.sum[r] = state.sum[r] * keep + sum_lanes(lanes);
-            for out in &mut state.out[r][..head_dim] {
-                *out *= keep;
+                first = end;
             }
         }
-        for block in 0..valid.div_ceil(PAGE) {
-            let count = PAGE.min(valid - block * PAGE);
-            let values = &self.values(start / PAGE + block)[..count * head_dim];
-            widen(values, &mut page[..count * head_dim]);
-            let weights = &weights.as_flattened()[block * PAGE..];
-            let x = Left { values: weights, row_stride: TILE, k_stride: 1 };
+    }
+
+    #[inline(always)]
+    fn page_scores(
+        &self,
+        (tile, block): (usize, usize),
+        page: usize,
+        rows: std::ops::Range<usize>,
+        scratch: &mut Scratch,
+    ) {
+        let head_dim = self.head_dim();
+        let start = self.cache.shape.key(page, self.kv_head, 0);
+        let keys = &self.cache.pages.host()[start..][..head_dim * PAGE];
+        widen(keys, &mut scratch.page[..head_dim * PAGE]);
+        let mut q = rows.start * self.heads;
+        let end = rows.end * self.heads;
+        while q < end {
+            let count = SIDE_BY_SIDE.min(end - q);
+            let values = &scratch.queries[q * head_dim..(q + count) * head_dim];
+            let x = Left { values, row_stride: head_dim, k_stride: 1 };
+            let w = Right { values: &scratch.page[..head_dim * PAGE], stride: PAGE };
+            let mut scores = [[0.0f32; PAGE]; SIDE_BY_SIDE];
+            tile_of(self.isa, count, head_dim, x, w, &mut scores);
+            for (at, scores) in (q..).zip(&scores[..count]) {
+                let row = &self.rows[at / self.heads];
+                let first = row.unseen.saturating_sub(tile + block * PAGE).min(PAGE);
+                let last = row.reached(tile + block * PAGE);
+                let weights = &mut scratch.weights[at * TILE + block * PAGE..][..PAGE];
+                self.store(scores, first..last, weights);
+            }
+            q += count;
+        }
+    }
+
+    /// Scaled and capped scores of the lanes that are seen.
+    #[inline(always)]
+    fn store(&self, scores: &[f32; PAGE], lanes: std::ops::Range<usize>, weights: &mut [f32]) {
+        let scale = 1.0 / (self.head_dim() as f32).sqrt();
+        for lane in lanes {
+            weights[lane] = self.capped(scores[lane] * scale);
+        }
+    }
+
+    /// Scores become weights, and what was folded before is scaled to the new maximum.
+    #[inline(always)]
+    fn exponentials(&self, tile: usize, scratch: &mut Scratch) {
+        let head_dim = self.head_dim();
+        for (at, row) in self.rows.iter().enumerate() {
+            if !row.sees(tile) {
+                continue;
+            }
+            for q in at * self.heads..(at + 1) * self.heads {
+                let weights = &mut scratch.weights[q * TILE..][..TILE];
+                let tile_max = max(weights);
+                let old = scratch.max[q];
+                let new_max = if tile_max > old { tile_max } else { old };
+                let keep = exp(old - new_max);
+                let mut lanes = [0.0f32; LANES];
+                for chunk in weights.as_chunks_mut::<LANES>().0 {
+                    for lane in 0..LANES {
+                        chunk[lane] = exp(chunk[lane] - new_max);
+                        lanes[lane] += chunk[lane];
+                    }
+                }
+                scratch.max[q] = new_max;
+                scratch.sum[q] = scratch.sum[q] * keep + sum_lanes(lanes);
+                scratch.out[q * head_dim..][..head_dim].iter_mut().for_each(|out| *out *= keep);
+            }
+        }
+    }
+
+    /// Adds the weighted values of a tile.
+    #[inline(always)]
+    fn values(&self, tile: usize, scratch: &mut Scratch) {
+        for block in 0..PAGES {
+            let mut widened = None;
+            let mut first = 0;
+            while first < self.rows.len() {
+                // Rows that reach as far: beyond, the page may hold anything.
+                let (end, found) = self.alike(first, |row| self.page(row, tile, block));
+                if let Some((page, reached)) = found {
+                    if widened != Some(page) {
+                        let start = self.cache.shape.value(page, self.kv_head, 0);
+                        let len = self.head_dim() * PAGE;
+                        let values = &self.cache.pages.host()[start..][..len];
+                        widen(values, &mut scratch.page[..len]);
+                        widened = Some(page);
+                    }
+                    self.page_values(block, reached, first..end, scratch);
+                }
+                first = end;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn page_values(
+        &self,
+        block: usize,
+        positions: usize,
+        rows: std::ops::Range<usize>,
+        scratch: &mut Scratch,
+    ) {
+        let head_dim = self.head_dim();
+        let mut q = rows.start * self.heads;
+        let end = rows.end * self.heads;
+        while q < end {
+            let count = SIDE_BY_SIDE.min(end - q);
+            let values = &scratch.weights[q * TILE + block * PAGE..];
+            let x = Left { values, row_stride: TILE, k_stride: 1 };
             for d in (0..head_dim).step_by(WIDTH) {
                 // A ragged last column block reads on into the next row, and drops it.
-                let w = Right { values: &page[d..], stride: head_dim };
-                let mut sums = [[0.0f32; WIDTH]; R];
+                let w = Right { values: &scratch.page[d..], stride: head_dim };
                 let width = WIDTH.min(head_dim - d);
-                for r in 0..R {
-                    sums[r][..width].copy_from_slice(&state.out[r][d..d + width]);
+                let mut sums = [[0.0f32; WIDTH]; SIDE_BY_SIDE];
+                for (sums, q) in sums[..count].iter_mut().zip(q..) {
+                    sums[..width].copy_from_slice(&scratch.out[q * head_dim + d..][..width]);
                 }
-                tile(isa, count, x, w, &mut sums);
-                for r in 0..R {
-                    state.out[r][d..d + width].copy_from_slice(&sums[r][..width]);
+                tile_of(self.isa, count, positions, x, w, &mut sums);
+                for (sums, q) in sums[..count].iter().zip(q..) {
+                    scratch.out[q * head_dim + d..][..width].copy_from_slice(&sums[..width]);
                 }
             }
+            q += count;
         }
     }
 
@@ -198,18 +433,31 @@ impl<T: Float> Fold<'_, T> {
         let small = exp(-2.0 * (score / cap).abs());
         (cap * ((1.0 - small) / (1.0 + small))).copysign(score)
     }
+}
 
-    #[inline(always)]
-    fn keys(&self, block: usize) -> &[T] {
-        let page = self.cache.tables().page(self.slot, self.layer, block);
-        let start = self.cache.shape.key(page, self.kv_head, 0);
-        &self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE]
+/// The register tile of the first `count` rows.
+#[inline(always)]
+fn tile_of(
+    isa: Isa,
+    count: usize,
+    k: usize,
+    x: Left,
+    w: Right,
+    sums: &mut [[f32; WIDTH]; SIDE_BY_SIDE],
+) {
+    macro_rules! of {
+        ($count:literal) => {
+            if let Some(sums) = sums.first_chunk_mut::<$count>() {
+                tile(isa, k, x, w, sums);
+            }
+        };
     }
-
-    #[inline(always)]
-    fn values(&self, block: usize) -> &[T] {
-        let page = self.cache.tables().page(self.slot, self.layer, block);
-        let start = self.cache.shape.value(page, self.kv_head, 0);
-        &self.cache.pages.host()[start..][..self.cache.shape.head_dim * PAGE]
+    match count {
+        1 => of!(1),
+        2 => of!(2),
+        3 => of!(3),
+        4 => of!(4),
+        5 => of!(5),
+        _ => of!(6),
     }
 }
