@@ -1,20 +1,24 @@
 """Times Hugging Face transformers with a forward hook on the trials of `inkling bench trials`.
 
     python transformers_trials.py [--shape llama-3.1-8b] [--batches 32,128,256,512]
+    python transformers_trials.py --model HF_DIR --device cpu --dtype f32 --batches 32,64,96 \\
+        --prompt-tokens 180 --start 140 --new 60
 
-The model has random bf16 weights, made on the device, of the named sizes. A trial is a prompt of random tokens with a
-vector of its own added to one layer's output from a position on, through every generated token, sampled at temperature
-1 over the whole vocabulary with a KV cache. One batch is timed for each batch size, after a short one to warm up; the
-best size counts. On standard output one JSON object. Exits with an error when the hook did not change the rows it
-should have. `--device cpu --shape tiny --batches 2,4` only tries the script.
+The model is that of a Hugging Face folder, or has random weights, made on the device, of the named sizes. A trial is a
+prompt of random tokens with a vector of its own added to one layer's output from a position on, through every generated
+token, sampled at temperature 1 over the whole vocabulary with a KV cache; no trial stops early. One batch is timed for
+each batch size, after a short one to warm up; the best size counts. On standard output one JSON object. Exits with an
+error when the hook did not change the rows it should have. `--device cpu --shape tiny --batches 2,4` only tries the
+script.
 
-Needs: torch, transformers.
+Needs: torch, transformers; for --model also safetensors.
 """
 
 import argparse
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -48,6 +52,7 @@ SHAPES = {
         num_key_value_heads=2,
     ),
 }
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 @dataclass
@@ -70,10 +75,16 @@ class Injection:
 
 
 def build(options):
-    config = SHAPES[options.shape]
-    config.eos_token_id, config.bos_token_id, config.pad_token_id = None, None, 0  # nothing stops a trial early
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    dtype = DTYPES[options.dtype]
+    if options.model:
+        named = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(options.model, **named).to(options.device)
+    else:
+        with torch.device(options.device):
+            config = SHAPES[options.shape]
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    for config in (model.config, model.generation_config):  # nothing stops a trial early
+        config.eos_token_id, config.bos_token_id, config.pad_token_id = None, None, 0
     return model.eval()
 
 
@@ -81,7 +92,7 @@ def generate(model, options, batch, new):
     """Runs one batch; returns its seconds."""
     config = model.config
     prompt = torch.randint(config.vocab_size, (1, options.prompt_tokens), device=options.device)
-    vectors = torch.randn(batch, config.hidden_size, device=options.device, dtype=torch.bfloat16)
+    vectors = torch.randn(batch, config.hidden_size, device=options.device, dtype=model.dtype)
     injection = Injection(vectors, options.start)
     hook = model.model.layers[options.layer].register_forward_hook(injection)
     try:
@@ -118,7 +129,8 @@ def wait(options):
 def measure(model, options, batch):
     """The numbers of one batch size; of one that does not fit, only that."""
     try:
-        generate(model, options, batch, min(4, options.new))
+        # A whole prompt of a batch takes a processor as long as all its new tokens, and has little to warm up.
+        generate(model, options, batch if options.device == "cuda" else min(2, batch), min(4, options.new))
         took = generate(model, options, batch, options.new)
     except torch.OutOfMemoryError:
         return {"batch": batch, "out_of_memory": True}
@@ -130,8 +142,11 @@ def measure(model, options, batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--model", type=Path, metavar="HF_DIR")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="random weights; not with --model")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--threads", type=int, help="of a processor; torch's own choice otherwise")
     parser.add_argument("--prompt-tokens", type=int, default=300)
     parser.add_argument("--start", type=int, default=200)
     parser.add_argument("--layer", type=int, default=20)
@@ -142,6 +157,11 @@ def main():
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU")
+    if options.model and not options.model.is_dir():
+        raise SystemExit(f"no folder at {options.model}")
+    transformers.utils.logging.disable_progress_bar()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     begin = time.perf_counter()
     torch.manual_seed(0)
     model = build(options)
@@ -157,7 +177,9 @@ def main():
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "shape": options.shape,
+        "threads": torch.get_num_threads(),
+        "shape": options.model.name if options.model else options.shape,
+        "dtype": options.dtype,
         "weights": sum(weights.numel() for weights in model.parameters()),
     }
     asked = {name: getattr(options, name) for name in ("prompt_tokens", "start", "layer", "new")}
