@@ -158,8 +158,15 @@ def transformers(options, dtype):
 
 
 def llama(options, what, *more):
-    peer = (options.python, PEERS / "llama_decode.py", what, options.model, "--folder", options.work)
-    return Step(f"llama-{what}", lambda _: (*peer, "--threads", os.cpu_count(), *more), "llama")
+    """The first time all types and batches; then the best."""
+
+    def command(results):
+        peer = (options.python, PEERS / "llama_decode.py", what, options.model, "--folder", options.work)
+        found = [run["output"]["best"] for run in results.runs(f"llama-{what}")]
+        best = ("--types", found[0]["type"], "--batches", found[0].get("batch", 1)) if found else ()
+        return (*peer, "--threads", os.cpu_count(), *more, *best)
+
+    return Step(f"llama-{what}", command, "llama")
 
 
 def onednn(options):
@@ -185,7 +192,7 @@ def steps_of(options):
     return [
         transformers(options, "bf16"),
         transformers(options, "f32"),
-        Step("w1-no-share", w1(options, trials, "--no-share")),
+        Step("w1-no-share", w1(options, max(trials // 2, 1), "--no-share")),
         Step("w1", w1(options, trials)),
         Step("w1-vectors-one", w1(options, trials, "--vectors", 1)),
         Step("w1-hooks-off", w1(options, trials, "--hooks", "off")),
@@ -257,7 +264,7 @@ def arguments():
     options.rounds = options.rounds or (1 if quick else 3)
     options.trials = options.trials or (16 if quick else 256)
     options.batches = options.batches or ("4" if quick else "32,64,96")
-    options.wait = (0 if quick else 120) if options.wait is None else options.wait
+    options.wait = (0 if quick else 60) if options.wait is None else options.wait
     options.new = 8 if quick else 60
     if not options.report:
         if not (options.model and options.model.is_file()):
