@@ -60,6 +60,10 @@ pub struct EngineArgs {
     /// Type of the weights and the KV cache: bf16 or f32
     #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
+    /// What the processor's code is compiled for: amx, avx512, avx2 or portable, or amx-emulated, for
+    /// tests [default: the best this machine has]
+    #[arg(long, value_name = "SET")]
+    pub isa: Option<Isa>,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<usize>,
@@ -70,24 +74,34 @@ pub struct EngineArgs {
 
 impl EngineArgs {
     /// As the engine takes them.
-    pub fn options(&self) -> Options {
+    ///
+    /// # Errors
+    /// An instruction set for a device that has none.
+    pub fn options(&self) -> Result<Options> {
+        if let Some(isa) = self.isa.filter(|_| self.device != DeviceKind::Cpu) {
+            return Err(Error::new("only the processor's code has instruction sets")
+                .at("--isa")
+                .expected("none, or --device cpu")
+                .got(format!("{isa} with --device {}", self.device)));
+        }
         let default = match self.device {
             DeviceKind::Cuda(_) => GPU_BATCH,
             DeviceKind::Cpu | DeviceKind::HostKernels => Options::default().max_batch,
         };
-        Options {
+        Ok(Options {
             device: self.device,
             dtype: self.dtype,
+            isa: self.isa,
             threads: self.threads,
             max_batch: self.max_batch.unwrap_or(default),
             ..Options::default()
-        }
+        })
     }
 
     /// Loads the weights and starts the engine.
     pub fn start(&self, model: &Model) -> Result<Engine> {
         note(format!("loading {} ({}, {})", model.name, self.device, self.dtype));
-        Engine::start(model, &self.options())
+        Engine::start(model, &self.options()?)
     }
 }
 

@@ -189,7 +189,7 @@ fn start(
     positions: usize,
     change: impl FnOnce(&mut Options),
 ) -> Result<(Engine, String)> {
-    let mut options = subject.engine.options();
+    let mut options = subject.engine.options()?;
     change(&mut options);
     match &subject.shape {
         Some(shape) => {
@@ -258,7 +258,7 @@ fn print(
             device: fingerprint.device.clone(),
             arithmetic: fingerprint.isa.clone(),
             model,
-            max_batch: subject.engine.options().max_batch,
+            max_batch: subject.engine.options()?.max_batch,
             matmul_flops_per_s: ceiling,
             share_of_ceiling: share,
             workload: report,

@@ -149,7 +149,11 @@ impl Engine {
             Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
         })?;
         let arithmetic = match &core.device {
-            Device::Cpu(_) => "fma".into(), // every instruction set gives the same bits
+            // The other instruction sets give the same bits, and so do all with weights of f32.
+            Device::Cpu(cpu) if cpu.isa().has_tiles() && options.dtype == Dtype::Bf16 => {
+                "amx".into()
+            }
+            Device::Cpu(_) => "fma".into(),
             Device::Cuda(cuda) => cuda.arithmetic(),
         };
         let limits = core.limits;

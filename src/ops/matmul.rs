@@ -2,10 +2,11 @@
 //! CUDA kernels into tiles as tensor cores read them.
 //!
 //! On the processor every output element is a chain of fused multiply-adds in the order of k, cut
-//! into blocks of 256 whose sums are added in order; on a GPU it is one chain of 16-wide
-//! steps. Nothing depends on the number of rows, on the tile or on the threads, so a row's bits do
+//! into blocks of 256 whose sums are added in order; with AMX and bf16 weights a chain of 32-wide
+//! steps (see [`crate::device::cpu::Isa`]); on a GPU one of 16-wide steps. Nothing depends on the number of rows, on the tile or on the threads, so a row's bits do
 //! not depend on its batch.
 
+mod amx;
 mod cpu;
 mod kernels;
 
@@ -43,6 +44,8 @@ enum Storage {
     F32(Buffer<f32>),
     /// Likewise.
     Bf16(Buffer<bf16>),
+    /// `[n / 16][k / 32]` tiles of 16 pairs of k × 16 features × 2, as AMX reads them, zero-padded.
+    Pairs(Buffer<bf16>),
     /// `[n / 64][k / 64]` tiles of 64 × 64, zero-padded: in a tile, row r keeps its 8 chunks of 8
     /// elements at r · 64 + (chunk ^ (r % 8)) · 8.
     Tiles(Buffer<bf16>),
@@ -94,6 +97,11 @@ impl Weight {
                 let mut packed = Buffer::zeroed(device, len)?;
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::F32(packed)
+            }
+            (Device::Cpu(cpu), Dtype::Bf16) if cpu.isa().has_tiles() => {
+                let mut packed = Buffer::zeroed(device, amx::packed_len(n, k))?;
+                amx::pack(cpu, (n, k), read_row, packed.host_mut());
+                Storage::Pairs(packed)
             }
             (Device::Cpu(cpu), Dtype::Bf16) => {
                 let mut packed = Buffer::zeroed(device, len)?;
@@ -172,7 +180,9 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(packed) => packed.len() * 4,
-            Storage::Bf16(packed) | Storage::Tiles(packed) => packed.len() * 2,
+            Storage::Bf16(packed) | Storage::Pairs(packed) | Storage::Tiles(packed) => {
+                packed.len() * 2
+            }
         }
     }
 
@@ -191,6 +201,7 @@ impl Weight {
         match &self.storage {
             Storage::F32(packed) => read_strided(packed.host(), start, out),
             Storage::Bf16(packed) => read_strided(packed.host(), start, out),
+            Storage::Pairs(packed) => amx::read_row(packed.host(), row, out),
             Storage::Tiles(_) => unreachable!("a weight and its device"),
         }
     }

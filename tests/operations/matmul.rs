@@ -11,19 +11,25 @@ use inkling::{
 use crate::{
     reference::ops::{Matrix, gated, matmul as products, silu},
     tools::{Numbers, Stored, U, activations, all_nan, close, first_difference, kernel_devices},
-    tools::{nan_activations, nans, on_every_device, on_every_isa, read, read_rows, sizes},
+    tools::{nan_activations, nans, on_every_device, on_every_family, read, read_rows, sizes},
 };
 
-/// (m, n, k): x is (m, k), the weight (n, k). Around the register tile (6 rows), the pass over a
-/// panel (96 rows), the panel (16 columns) and the block of k (256).
+/// (m, n, k): x is (m, k), the weight (n, k). Around the register tile (6 or 8 rows, 16 with AMX),
+/// the pass over a panel (96 rows), the panel (16 columns), and the block of k (256; AMX: 32).
 fn shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(95, 17, 257), (96, 17, 40), (97, 17, 257), (200, 33, 40)];
+    shapes.extend([15, 16, 17, 31, 32, 33, 48].map(|m| (m, 49, 65)));
     for n in [1, 15, 16, 17, 33, 50] {
-        for k in [1, 255, 256, 257, 600] {
-            shapes.extend([1, 2, 5, 6, 7, 12, 13].map(|m| (m, n, k)));
+        for k in [1, 31, 32, 33, 255, 256, 257, 600] {
+            shapes.extend((1..=9).chain([12, 13]).map(|m| (m, n, k)));
         }
     }
     shapes
+}
+
+/// f32s that products of so many rows of so many elements need: the rows, or AMX's tiles of bf16.
+fn workspace(rows: usize, k: usize) -> usize {
+    (rows * k).max(rows.next_multiple_of(16) * k.next_multiple_of(32) / 2)
 }
 
 /// Likewise around the kernels' tiles: 8 to 256 rows, 64 and 128 features, 64 of k. A block of the
@@ -57,13 +63,15 @@ fn matrix<T: Stored>((rows, cols): (usize, usize), values: &[f32]) -> Matrix {
 }
 
 /// Of each output: its value, and the sum of its terms' sizes.
-fn outputs(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
+fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
     let size = Matrix { data: sizes(&weight.data), ..*weight };
     (products(x, weight), products(&sizes(x), &size))
 }
 
 /// A chain of k multiplications and additions, cut into at most three blocks on the processor; a
-/// tensor core may drop what falls below the largest of the 17 terms of a step, in f32.
+/// tensor core may drop what falls below the largest of the 17 terms of a step, in f32. With AMX a
+/// term goes through at most min(k, 16) roundings of its chain, those of k / 32 sums and one more: no
+/// more than k + 2. (Inputs are multiples of 2⁻²⁵, so no sum of products is denormal.)
 fn chain_error(k: usize) -> f64 {
     (2 * k + 4) as f64 * U
 }
@@ -96,19 +104,20 @@ fn check_matmul<T: Stored>(shapes: Vec<(usize, usize, usize)>, on: &[(String, De
         let bias = (m % 2 == 1).then_some(&bias[..]);
         let mut results = Vec::new();
         if on.is_empty() {
-            let mut outputs = on_every_isa((m + 6) * k, |device| {
+            results = on_every_family::<T>(workspace(m, k), |device| {
                 vec![multiply::<T>(device, &x, (n, k), &weight, bias)]
             });
-            results.push(("cpu", outputs.remove(0)));
         }
         for (name, device) in on {
-            results.push((name, multiply::<T>(device, &x, (n, k), &weight, bias)));
+            let product = multiply::<T>(device, &x, (n, k), &weight, bias);
+            results.push((name.clone(), vec![product]));
         }
         let weight = matrix::<T>((n, k), &weight);
-        for (name, got) in results {
+        for (name, outputs) in results {
+            let (name, got) = (&name, &outputs[0]);
             for (row, x) in x.chunks_exact(k).enumerate() {
                 let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
-                let (want, size) = outputs(&x, &weight);
+                let (want, size) = wanted(&x, &weight);
                 for (column, (&want, size)) in want.iter().zip(&size).enumerate() {
                     let bias = bias.map_or(0.0, |bias| f64::from(bias[column]));
                     let tolerance = chain_error(k) * (size + bias.abs());
@@ -139,7 +148,7 @@ fn matmul_of_bf16_by_kernels() {
 #[test]
 fn a_row_of_matmul_does_not_depend_on_its_batch() {
     check_rows::<f32>(100, &[0, 1, 5, 6, 95, 96, 99], (50, 600));
-    check_rows::<bf16>(270, &[0, 1, 7, 8, 63, 64, 127, 128, 269], (72, 200));
+    check_rows::<bf16>(270, &[0, 1, 7, 8, 15, 16, 63, 64, 127, 128, 269], (72, 200));
 }
 
 /// Alone, in batches of several tiles, and in one of all rows.
@@ -147,7 +156,7 @@ fn check_rows<T: Stored>(m: usize, rows: &[usize], (n, k): (usize, usize)) {
     let mut numbers = Numbers::new(1);
     let x = numbers.with_outliers(m * k, 1000.0);
     let weight = numbers.with_outliers(n * k, 1000.0);
-    on_every_device::<T>((m + 6) * k, |device| {
+    on_every_device::<T>(workspace(m, k), |device| {
         let multiply = |x: &[f32]| multiply::<T>(device, x, (n, k), &weight, None);
         let batch = multiply(&x);
         for &row in rows {
@@ -221,7 +230,7 @@ impl Gated {
         let up = matrix::<T>((width, k), &self.up);
         for (row, x) in self.x.chunks_exact(k).enumerate() {
             let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
-            let ((gate, gate_size), (up, up_size)) = (outputs(&x, &gate), outputs(&x, &up));
+            let ((gate, gate_size), (up, up_size)) = (wanted(&x, &gate), wanted(&x, &up));
             for (column, &want) in gated(&gate, &up, |x| define(activation, x)).iter().enumerate() {
                 let gate_error = SLOPE * chain_error(k) * gate_size[column];
                 let up_error = chain_error(k) * up_size[column];
@@ -244,9 +253,10 @@ impl Gated {
     fn check_everywhere<T: Stored>(&self, activation: Activation) {
         let kernels_take_it = self.k.is_multiple_of(8);
         let run = |device: &Device| vec![self.run::<T>(device, activation)];
+        let workspace = workspace(self.rows, self.k);
         let outputs = match kernels_take_it {
-            true => on_every_device::<T>((self.rows + 6) * self.k, run),
-            false => vec![("cpu".into(), on_every_isa((self.rows + 6) * self.k, run))],
+            true => on_every_device::<T>(workspace, run),
+            false => on_every_family::<T>(workspace, run),
         };
         for (name, outputs) in outputs {
             self.check::<T>(&name, activation, &outputs[0]);
@@ -268,7 +278,7 @@ fn define(activation: Activation, x: f64) -> f64 {
 fn gated_matmul_is_the_activation_of_gate_times_up() {
     for width in [16, 48, 80] {
         for k in [1, 17, 72, 256, 257] {
-            for rows in [1, 6, 7, 13] {
+            for rows in [1, 6, 7, 13, 17, 33] {
                 let case = Gated::new(rows, width, k);
                 case.check_everywhere::<f32>(Activation::Silu);
                 case.check_everywhere::<bf16>(Activation::Silu);

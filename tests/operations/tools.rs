@@ -42,19 +42,49 @@ pub fn device(isa: Isa, workspace: usize) -> Device {
     Device::Cpu(Cpu::new(isa, 1, workspace).unwrap())
 }
 
+/// The instruction sets of this machine by what bits products of `T` have: fused multiply-adds, and
+/// AMX's, which are emulated everywhere.
+pub fn families<T: Float>() -> Vec<(&'static str, Vec<Isa>)> {
+    let here = Isa::ALL.into_iter().filter(|isa| isa.check().is_ok());
+    let (tiles, others) = here.partition(|isa| T::DTYPE == Dtype::Bf16 && isa.has_tiles());
+    let families = vec![("cpu", others), ("cpu, AMX", tiles)];
+    families.into_iter().filter(|(_, isas): &(_, Vec<_>)| !isas.is_empty()).collect()
+}
+
 /// Runs a case on every instruction set of this machine: its outputs, the same bits on each.
 #[track_caller]
 pub fn on_every_isa(workspace: usize, case: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f32>> {
-    let outputs = case(&device(Isa::Portable, workspace));
-    let best = Isa::detect();
-    if best != Isa::Portable {
-        let others = case(&device(best, workspace));
+    let families = families::<f32>();
+    assert_eq!(families.len(), 1, "without products of bf16 all have the same bits");
+    on_isas(&families[0].1, workspace, case)
+}
+
+/// Likewise on these.
+#[track_caller]
+fn on_isas(
+    isas: &[Isa],
+    workspace: usize,
+    case: impl Fn(&Device) -> Vec<Vec<f32>>,
+) -> Vec<Vec<f32>> {
+    let outputs = case(&device(isas[0], workspace));
+    for &isa in &isas[1..] {
+        let others = case(&device(isa, workspace));
         assert_eq!(outputs.len(), others.len());
         for (at, (one, other)) in outputs.iter().zip(&others).enumerate() {
-            assert_eq!(first_difference(one, other), None, "output {at}: portable and {best}");
+            assert_eq!(first_difference(one, other), None, "output {at}: {} and {isa}", isas[0]);
         }
     }
     outputs
+}
+
+/// The outputs of a case with products of `T`, of each family of instruction sets.
+#[track_caller]
+pub fn on_every_family<T: Float>(
+    workspace: usize,
+    case: impl Fn(&Device) -> Vec<Vec<f32>>,
+) -> Vec<(String, Vec<Vec<f32>>)> {
+    let run = |(name, isas): (&str, Vec<_>)| (name.into(), on_isas(&isas, workspace, &case));
+    families::<T>().into_iter().map(run).collect()
 }
 
 /// Everything that runs the CUDA kernels: this processor, where the build has them for it, and the
@@ -90,7 +120,7 @@ pub fn on_every_device<T: Float>(
     workspace: usize,
     case: impl Fn(&Device) -> Vec<Vec<f32>>,
 ) -> Vec<(String, Vec<Vec<f32>>)> {
-    let mut outputs = vec![("cpu".to_owned(), on_every_isa(workspace, &case))];
+    let mut outputs = on_every_family::<T>(workspace, &case);
     if T::DTYPE == Dtype::Bf16 {
         let kernels = kernel_devices().into_iter();
         outputs.extend(kernels.map(|(name, device)| {

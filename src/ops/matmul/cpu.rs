@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use super::{Activation, PANEL, Storage, Weight};
+use super::{Activation, PANEL, Storage, Weight, amx};
 use crate::{
     device::{
         Buffer,
@@ -12,14 +12,18 @@ use crate::{
         Float,
         activations::Activations,
         math::exp,
-        tile::{Left, Right, tile, widen},
+        tile::{Left, Right, Wide, tile},
     },
 };
 
-/// Rows of a register tile: 6 × 16 f32 fill 12 of AVX2's 16 registers.
-const ROWS: usize = 6;
-/// Length of one accumulation in registers; a panel's block of f32 is 16 KiB, half of an L1.
+/// Length of one accumulation in registers.
 const K_BLOCK: usize = 256;
+
+/// Rows of a register tile: 6 × 16 f32 fill 12 of AVX2's 16 registers; with AVX-512 the 8 sums of a
+/// column are as many as two units of latency 4 work on at a time.
+fn tile_rows(isa: Isa) -> usize {
+    if isa.vectors() == Isa::Avx512 { 8 } else { 6 }
+}
 
 pub(super) fn matmul<T: Float>(
     cpu: &Cpu,
@@ -97,8 +101,8 @@ fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-2.0 * y))
 }
 
-/// Receives finished tiles: (first row, rows, first panel, (group · ROWS) × PANEL values).
-type Epilogue<'a> = dyn Fn(usize, usize, usize, &[[f32; PANEL]]) + Sync + 'a;
+/// Receives finished tiles: (first row, rows, first panel, (group · rows) × PANEL values).
+pub(super) type Epilogue<'a> = dyn Fn(usize, usize, usize, &[[f32; PANEL]]) + Sync + 'a;
 
 /// Computes all tiles of `group` panels side by side and hands them to `epilogue`.
 fn run<T: Float>(
@@ -112,41 +116,37 @@ fn run<T: Float>(
     if rows == 0 {
         return;
     }
+    if let Storage::Pairs(tiles) = &weight.storage {
+        return amx::run(cpu, rows, x, weight, tiles.host(), group, epilogue);
+    }
     let k = weight.k;
     let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-    let blocks = rows.div_ceil(ROWS);
-    assert!(workspace.len() >= blocks * ROWS * k, "matmul: workspace too small");
+    assert!(workspace.len() >= rows * k, "matmul: workspace too small");
     pack_rows(cpu, rows, k, x.host(), &mut workspace);
-    let packed = &workspace[..blocks * ROWS * k];
+    let product = Product { isa: cpu.isa(), rows, k, packed: &workspace[..rows * k], group };
     let groups = weight.n.div_ceil(PANEL) / group;
     // A few tasks a thread, so that a slow thread is helped out; at least one group each.
     let chunk = groups.div_ceil(cpu.threads() * 4).max(1);
     cpu.parallel_chunks(groups, chunk, |range| match &weight.storage {
-        Storage::F32(w) => range.for_each(|at| {
-            group_tiles(cpu, rows, k, packed, w.host(), at * group, group, epilogue);
-        }),
-        Storage::Bf16(w) => range.for_each(|at| {
-            group_tiles(cpu, rows, k, packed, w.host(), at * group, group, epilogue);
-        }),
-        Storage::Tiles(_) => unreachable!("a weight and its device"),
+        Storage::F32(w) => range.for_each(|at| product.group(w.host(), at * group, epilogue)),
+        Storage::Bf16(w) => range.for_each(|at| product.group(w.host(), at * group, epilogue)),
+        Storage::Pairs(_) | Storage::Tiles(_) => unreachable!("a weight and its device"),
     });
 }
 
-/// Packs x into `[rows / 6][k][6]` of f32, zero rows at the end.
+/// Packs x into `[rows / h][k][h]` of f32, h rows of a tile; the last tile has what rows are left.
 fn pack_rows<T: Float>(cpu: &Cpu, rows: usize, k: usize, x: &[T], packed: &mut [f32]) {
     let packed = Shared::new(packed);
-    let blocks = rows.div_ceil(ROWS);
+    let tile_rows = tile_rows(cpu.isa());
+    let blocks = rows.div_ceil(tile_rows);
     let pack = |block: usize| {
-        // SAFETY: each task has its own block.
-        let out = unsafe { packed.range(block * ROWS * k, ROWS * k) };
-        for row in 0..ROWS {
-            let at = block * ROWS + row;
-            if at < rows {
-                for (column, &v) in x[at * k..][..k].iter().enumerate() {
-                    out[column * ROWS + row] = v.to_f32();
-                }
-            } else {
-                (0..k).for_each(|column| out[column * ROWS + row] = 0.0);
+        let first = block * tile_rows;
+        let height = tile_rows.min(rows - first);
+        // SAFETY: each task has its own rows.
+        let out = unsafe { packed.range(first * k, height * k) };
+        for row in 0..height {
+            for (column, &v) in x[(first + row) * k..][..k].iter().enumerate() {
+                out[column * height + row] = v.to_f32();
             }
         }
     };
@@ -157,81 +157,89 @@ fn pack_rows<T: Float>(cpu: &Cpu, rows: usize, k: usize, x: &[T], packed: &mut [
     }
 }
 
-/// Rows that one pass over a panel covers: their tiles stay in the L1 and L2 caches.
-const ROW_GROUP: usize = 16 * ROWS;
+/// Rows that one pass over a panel covers, whole tiles: their sums stay in the L1 cache.
+const ROW_GROUP: usize = 96;
 
-#[expect(clippy::too_many_arguments, reason = "one task of `run`, which names them")]
-fn group_tiles<W: Float>(
-    cpu: &Cpu,
+/// x against groups of panels.
+struct Product<'a> {
+    isa: Isa,
     rows: usize,
     k: usize,
-    packed: &[f32],
-    weight: &[W],
-    first_panel: usize,
+    /// As [`pack_rows`] makes it.
+    packed: &'a [f32],
+    /// Panels side by side, one or two.
     group: usize,
-    epilogue: &Epilogue,
-) {
-    const TILES: usize = 2 * ROW_GROUP;
-    let mut unpacked = [[0.0f32; PANEL]; K_BLOCK];
-    let mut sums = [[0.0f32; PANEL]; TILES];
-    for first_row in (0..rows).step_by(ROW_GROUP) {
-        let blocks = (rows - first_row).min(ROW_GROUP).div_ceil(ROWS);
-        sums[..blocks * ROWS * group].fill([0.0; PANEL]);
-        for member in 0..group {
-            let panel = &weight[(first_panel + member) * k * PANEL..][..k * PANEL];
-            for start in (0..k).step_by(K_BLOCK) {
-                let len = K_BLOCK.min(k - start);
-                cpu.isa().run(Block {
-                    isa: cpu.isa(),
-                    weight: &panel[start * PANEL..][..len * PANEL],
-                    unpacked: &mut unpacked[..len],
-                    rows: &packed[first_row * k..][..blocks * ROWS * k],
-                    count: (rows - first_row).min(ROW_GROUP),
-                    offset: start,
-                    k,
-                    sums: &mut sums[member * ROWS..],
-                    stride: group * ROWS,
-                });
+}
+
+impl Product<'_> {
+    fn group<W: Wide>(&self, weight: &[W], first_panel: usize, epilogue: &Epilogue) {
+        let (k, group, tile_rows) = (self.k, self.group, tile_rows(self.isa));
+        let mut sums = [[0.0f32; PANEL]; 2 * ROW_GROUP];
+        for first_row in (0..self.rows).step_by(ROW_GROUP) {
+            let rows = (self.rows - first_row).min(ROW_GROUP);
+            sums[..rows * group].fill([0.0; PANEL]);
+            for member in 0..group {
+                let panel = &weight[(first_panel + member) * k * PANEL..][..k * PANEL];
+                for start in (0..k).step_by(K_BLOCK) {
+                    let len = K_BLOCK.min(k - start);
+                    self.isa.run(Block {
+                        isa: self.isa,
+                        weight: &panel[start * PANEL..][..len * PANEL],
+                        rows: &self.packed[first_row * k..][..rows * k],
+                        tile_rows,
+                        start,
+                        k,
+                        sums: &mut sums[..rows * group],
+                        group,
+                        member,
+                    });
+                }
             }
-        }
-        for block in 0..blocks {
-            let row = first_row + block * ROWS;
-            let tile = &sums[block * ROWS * group..][..ROWS * group];
-            epilogue(row, ROWS.min(rows - row), first_panel, tile);
+            for (at, tile) in sums[..rows * group].chunks(tile_rows * group).enumerate() {
+                epilogue(first_row + at * tile_rows, tile.len() / group, first_panel, tile);
+            }
         }
     }
 }
 
-/// One block of k of one panel against all row blocks: `sums[block] += x · W`.
+/// One block of k of one panel against all rows: `sums[tile] += x · W`.
 struct Block<'a, W> {
     isa: Isa,
+    /// (len, PANEL).
     weight: &'a [W],
-    unpacked: &'a mut [[f32; PANEL]],
     rows: &'a [f32],
-    count: usize,
-    offset: usize,
+    tile_rows: usize,
+    /// Where the block is in k.
+    start: usize,
     k: usize,
+    /// By tile, then by member of the group, then by row.
     sums: &'a mut [[f32; PANEL]],
-    stride: usize,
+    group: usize,
+    member: usize,
 }
 
-impl<W: Float> Kernel for Block<'_, W> {
+impl<W: Wide> Kernel for Block<'_, W> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        widen(self.weight, self.unpacked.as_flattened_mut());
-        let w = Right { values: self.unpacked.as_flattened(), stride: PANEL };
-        let len = self.unpacked.len();
-        for (block, rows) in self.rows.chunks_exact(ROWS * self.k).enumerate() {
-            let values = &rows[self.offset * ROWS..][..len * ROWS];
-            let x = Left { values, row_stride: 1, k_stride: ROWS };
-            let sums = &mut self.sums[block * self.stride..];
-            // Rows beyond the last are zero and nobody reads their sums.
-            match self.count - block * ROWS {
-                1 => add_tile::<1>(self.isa, len, x, w, sums),
-                2 => add_tile::<2>(self.isa, len, x, w, sums),
-                3 | 4 => add_tile::<4>(self.isa, len, x, w, sums),
-                _ => add_tile::<ROWS>(self.isa, len, x, w, sums),
+        let Self { isa, tile_rows, .. } = self;
+        let w = Right { values: self.weight, stride: PANEL };
+        let len = self.weight.len() / PANEL;
+        let tiles = self.rows.chunks(tile_rows * self.k);
+        for (rows, sums) in tiles.zip(self.sums.chunks_mut(tile_rows * self.group)) {
+            let height = sums.len() / self.group;
+            let values = &rows[self.start * height..][..len * height];
+            let x = Left { values, row_stride: 1, k_stride: height };
+            let sums = &mut sums[self.member * height..][..height];
+            match height {
+                1 => add_tile::<1, W>(isa, len, x, w, sums),
+                2 => add_tile::<2, W>(isa, len, x, w, sums),
+                3 => add_tile::<3, W>(isa, len, x, w, sums),
+                4 => add_tile::<4, W>(isa, len, x, w, sums),
+                5 => add_tile::<5, W>(isa, len, x, w, sums),
+                6 => add_tile::<6, W>(isa, len, x, w, sums),
+                7 => add_tile::<7, W>(isa, len, x, w, sums),
+                _ => add_tile::<8, W>(isa, len, x, w, sums),
             }
         }
     }
@@ -239,7 +247,13 @@ impl<W: Float> Kernel for Block<'_, W> {
 
 /// Adds the sum of one block of k, made from zero.
 #[inline(always)]
-fn add_tile<const R: usize>(isa: Isa, k: usize, x: Left, w: Right, sums: &mut [[f32; PANEL]]) {
+fn add_tile<const R: usize, W: Wide>(
+    isa: Isa,
+    k: usize,
+    x: Left,
+    w: Right<W>,
+    sums: &mut [[f32; PANEL]],
+) {
     let mut block = [[0.0; PANEL]; R];
     tile(isa, k, x, w, &mut block);
     for (sum, value) in sums[..R].as_flattened_mut().iter_mut().zip(block.as_flattened()) {
