@@ -250,3 +250,24 @@ fn equal_prompts_are_computed_once() {
     // The clean run is known now.
     assert_eq!(stats_of(&[seeded(9), seeded(9), seeded(9)]), (20 * (layers - 2), 5));
 }
+
+/// Jobs of one prompt that together want more logits of its last row than are read at once.
+#[test]
+fn more_watched_tokens_than_fit_are_more_passes() {
+    let model = Model::open(&golden("plain")).unwrap();
+    let watch: Vec<u32> = (0..10_000).map(|at| at % model.config.vocab as u32).collect();
+    let job = |at: usize| Job {
+        tokens: vec![1, 2, 3],
+        watch: watch[at..].to_vec(),
+        sampling: Sampling { max_tokens: 0, ..Sampling::default() },
+        n: 1,
+        ..Job::default()
+    };
+    let jobs: Vec<Job> = (0..20).map(job).collect();
+    let (got, _) = run(&model, &Options { threads: Some(1), ..Options::default() }, &jobs);
+    let first = got[0].outcome.first.clone().unwrap();
+    for (at, got) in got.iter().enumerate() {
+        let got = got.outcome.first.as_ref().unwrap();
+        assert!(got.watch == first.watch[at..], "job {at}");
+    }
+}

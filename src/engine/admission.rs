@@ -171,18 +171,22 @@ impl<T: Float> Core<T> {
     /// continued at a time: their places in the queue.
     fn group(&self, at: usize) -> Vec<usize> {
         let first = &self.queue[at];
-        let mut count = continuations(&first.job);
+        let ids = |job: &Job| job.watch.len() + job.score.len() + samples(job);
+        let (mut count, mut wanted) = (continuations(&first.job), ids(&first.job));
         let mut group = vec![at];
         if !self.limits.share {
             return group;
         }
         for (place, other) in self.queue.iter().enumerate().take(LOOK_AHEAD).skip(at + 1) {
-            let more = continuations(&other.job);
+            let (more, more_ids) = (continuations(&other.job), ids(&other.job));
+            // All first tokens are drawn from one row, and its logits read at once.
             if count + more <= self.limits.slots
+                && wanted + more_ids <= self.limits.ids
                 && first.key == other.key
                 && have_same_prompt(&first.job, &other.job)
             {
                 count += more;
+                wanted += more_ids;
                 group.push(place);
             }
         }

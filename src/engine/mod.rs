@@ -3,6 +3,7 @@
 mod admission;
 mod bank;
 mod batch;
+mod captures;
 mod core;
 mod handle;
 mod hooks;

@@ -2,10 +2,9 @@
 
 use super::{
     batch::{PlannedRow, bucket, build, fill_up},
+    captures::Take,
     core::Core,
-    hooks::{is_clean, tap_index},
     logits::HeadChunk,
-    prompts::Key,
     sequence::{Child, Role, Sequence, samples},
     types::{Event, Finish, Sample, Score},
 };
@@ -23,30 +22,15 @@ use crate::{
     },
 };
 
-/// Whose a captured row is.
-enum Taker {
-    /// A capture of a prompt with injections, by number, and which of its positions.
-    Trunk { trunk: u64, capture: usize, index: usize },
-    /// A prompt's clean run; the row's tap and position.
-    Clean { key: Key, at: (u32, u32) },
-}
-
-/// A captured row on its way.
-struct Take {
-    taker: Taker,
-    /// Row of the step's part of the capture buffer.
-    from: usize,
-}
-
 /// What a step will do.
 #[derive(Default)]
-struct Plan {
+pub(super) struct Plan {
     /// Which of the two outputs it writes.
-    turn: usize,
+    pub turn: usize,
     rows: Vec<PlannedRow>,
     /// (tap, row, destination).
-    captures: Vec<(u32, u32, u32)>,
-    takes: Vec<Take>,
+    pub captures: Vec<(u32, u32, u32)>,
+    pub takes: Vec<Take>,
     receipts: usize,
     /// Rows whose logits are wanted.
     heads: Vec<u32>,
@@ -245,7 +229,7 @@ impl<T: Float> Core<T> {
         self.stats.device_seconds += seconds;
         self.stats.decode_device_seconds += if step.is_decoding { seconds } else { 0.0 };
         self.collect_rows(&step);
-        self.collect_captures(&step);
+        self.collect_captures(step.turn, &step.takes);
         for (at, chunk) in step.chunks.iter().enumerate() {
             let tokens = self.outputs[step.turn].tokens(at).to_vec();
             let summaries = match chunk.wanted.is_empty() {
@@ -350,55 +334,6 @@ impl<T: Float> Core<T> {
         true
     }
 
-    /// Plans what a clean run keeps of a row; gives whether there is room for it.
-    fn plan_clean(&self, plan: &mut Plan, key: &Key, position: usize, row: u32) -> bool {
-        let Some(clean) = self.prompts.get(key) else { return true };
-        let Some(run) = &clean.running else { return true };
-        if plan.takes.len() + run.taps(position).count() > self.limits.capture_rows {
-            return false;
-        }
-        for &layer in &run.layers {
-            let kept = clean.residual_row(layer, position);
-            let to = kept.map(|kept| self.limits.residual_row(kept) as u32);
-            plan.captures.extend(to.map(|to| (4 * layer as u32, row, to)));
-        }
-        for tap in run.taps(position) {
-            let taker = Taker::Clean { key: key.clone(), at: (tap, position as u32) };
-            self.plan_take(plan, taker, tap, row);
-        }
-        true
-    }
-
-    /// Plans the captures of a row of a prompt with injections; gives whether its logits are
-    /// captured, or `None` where the capture buffer is full.
-    fn plan_captures(&self, plan: &mut Plan, id: u64, position: usize, row: u32) -> Option<bool> {
-        let trunk = &self.trunks[&id];
-        let hits = || {
-            trunk.job.capture.iter().enumerate().filter_map(move |(at, capture)| {
-                let index = capture.positions.binary_search(&position).ok()?;
-                Some((at, index, tap_index(capture, self.config.layers)))
-            })
-        };
-        let own = |tap: &usize| !is_clean(*tap, position, trunk.own);
-        let rows = hits().filter(|(.., tap)| tap.as_ref().is_some_and(own)).count();
-        if plan.takes.len() + rows > self.limits.capture_rows {
-            return None;
-        }
-        for (capture, index, tap) in hits() {
-            if let Some(tap) = tap.filter(own) {
-                let taker = Taker::Trunk { trunk: id, capture, index };
-                self.plan_take(plan, taker, tap as u32, row);
-            }
-        }
-        Some(hits().any(|(.., tap)| tap.is_none()))
-    }
-
-    fn plan_take(&self, plan: &mut Plan, taker: Taker, tap: u32, row: u32) {
-        let from = plan.takes.len();
-        plan.captures.push((tap, row, self.limits.capture_row(plan.turn, from) as u32));
-        plan.takes.push(Take { taker, from });
-    }
-
     /// Norms of clean runs, and what operations did.
     fn collect_rows(&mut self, step: &InFlight) {
         let (outputs, stride) = (&self.outputs[step.turn], self.state.rows());
@@ -430,23 +365,6 @@ impl<T: Float> Core<T> {
                     tally.touched += 1;
                     tally.before += f64::from(before);
                     tally.change += f64::from(change);
-                }
-            }
-        }
-    }
-
-    fn collect_captures(&mut self, step: &InFlight) {
-        let dim = self.config.dim;
-        let captured = self.outputs[step.turn].captured.get();
-        for take in &step.takes {
-            let row = &captured[take.from * dim..][..dim];
-            match &take.taker {
-                Taker::Clean { key, at } => self.prompts.keep_row(key, *at, row),
-                Taker::Trunk { trunk, capture, index } => {
-                    if let Some(trunk) = self.trunks.get_mut(trunk) {
-                        let out = &mut trunk.captures[*capture][index * dim..][..dim];
-                        out.copy_from_slice(row);
-                    }
                 }
             }
         }
