@@ -77,8 +77,9 @@ fn setups(name: &str) -> Vec<(String, Options)> {
         (format!("{name} on cpu, a step behind"), Options { behind: true, ..options() }),
     ];
     if name == "plain" {
-        let isa = Some(Isa::AmxEmulated);
-        setups.push((format!("{name} on emulated tiles"), Options { isa, ..options() }));
+        for isa in [Isa::AmxEmulated, Isa::Avx512Bf16Emulated] {
+            setups.push((format!("{name} on {isa}"), Options { isa: Some(isa), ..options() }));
+        }
     }
     if name == "sharded" {
         return setups;
@@ -154,8 +155,7 @@ fn a_result_does_not_depend_on_batch_order_threads_or_instruction_set() {
         assert_same(&format!("{what}, alone"), &alone, &want);
         if options.device == DeviceKind::Cpu && options.isa.is_none() {
             // Without what this machine has over others, but with the same bits.
-            let has_tiles = Isa::detect().has_tiles();
-            let isa = Some(if has_tiles { Isa::AmxEmulated } else { Isa::Portable });
+            let isa = Some(Isa::detect().emulated());
             let portable = Options { threads: Some(1), isa, ..options };
             assert_same(&format!("{what}, portable"), &run(&model, &portable, &jobs), &want);
         }

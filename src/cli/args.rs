@@ -60,8 +60,8 @@ pub struct EngineArgs {
     /// Type of the weights and the KV cache: bf16 or f32
     #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
-    /// What the processor's code is compiled for: amx, avx512, avx2 or portable, or amx-emulated, for
-    /// tests [default: the best this machine has]
+    /// What the processor's code is compiled for: amx, avx512-bf16, avx512, avx2 or portable, or, for
+    /// tests, amx-emulated or avx512-bf16-emulated [default: the best this machine has]
     #[arg(long, value_name = "SET")]
     pub isa: Option<Isa>,
     /// Threads [default: all cores]

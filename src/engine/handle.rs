@@ -21,7 +21,10 @@ use super::{
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::{Device, cpu::thread_pool},
+    device::{
+        Device,
+        cpu::{Products, thread_pool},
+    },
     error::{Error, Result},
     model::{Model, ModelConfig, Tokenizer, weights::Weights},
     ops::{Float, matmul::Dtype},
@@ -149,11 +152,8 @@ impl Engine {
             Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
         })?;
         let arithmetic = match &core.device {
-            // The other instruction sets give the same bits, and so do all with weights of f32.
-            Device::Cpu(cpu) if cpu.isa().has_tiles() && options.dtype == Dtype::Bf16 => {
-                "amx".into()
-            }
-            Device::Cpu(_) => "fma".into(),
+            Device::Cpu(cpu) if options.dtype == Dtype::Bf16 => cpu.isa().products().to_string(),
+            Device::Cpu(_) => Products::Chains.to_string(),
             Device::Cuda(cuda) => cuda.arithmetic(),
         };
         let limits = core.limits;

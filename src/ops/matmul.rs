@@ -2,13 +2,13 @@
 //! CUDA kernels into tiles as tensor cores read them.
 //!
 //! On the processor every output element is a chain of fused multiply-adds in the order of k, cut
-//! into blocks of 256 whose sums are added in order; with AMX and bf16 weights a chain of 32-wide
-//! steps (see [`crate::device::cpu::Isa`]); on a GPU one of 16-wide steps. Nothing depends on the number of rows, on the tile or on the threads, so a row's bits do
-//! not depend on its batch.
+//! into blocks of 256 whose sums are added in order; with bf16 weights and instructions for them a
+//! chain of steps of 2 or 32 (see [`Products`]); on a GPU one of 16-wide steps. Nothing depends on
+//! the number of rows, on the tile or on the threads, so a row's bits do not depend on its batch.
 
-mod amx;
 mod cpu;
 mod kernels;
+mod pairs;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     device::{
         Buffer, Device,
-        cpu::{Cpu, Shared},
+        cpu::{Cpu, Products, Shared},
     },
     error::{Error, Result},
 };
@@ -44,7 +44,7 @@ enum Storage {
     F32(Buffer<f32>),
     /// Likewise.
     Bf16(Buffer<bf16>),
-    /// `[n / 16][k / 32]` tiles of 16 pairs of k × 16 features × 2, as AMX reads them, zero-padded.
+    /// `[n / 16][k / 32]` tiles of 16 pairs of k × 16 features × 2, as AMX and `vdpbf16ps` read them, zero-padded.
     Pairs(Buffer<bf16>),
     /// `[n / 64][k / 64]` tiles of 64 × 64, zero-padded: in a tile, row r keeps its 8 chunks of 8
     /// elements at r · 64 + (chunk ^ (r % 8)) · 8.
@@ -98,9 +98,9 @@ impl Weight {
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::F32(packed)
             }
-            (Device::Cpu(cpu), Dtype::Bf16) if cpu.isa().has_tiles() => {
-                let mut packed = Buffer::zeroed(device, amx::packed_len(n, k))?;
-                amx::pack(cpu, (n, k), read_row, packed.host_mut());
+            (Device::Cpu(cpu), Dtype::Bf16) if cpu.isa().products() != Products::Chains => {
+                let mut packed = Buffer::zeroed(device, pairs::packed_len(n, k))?;
+                pairs::pack(cpu, (n, k), read_row, packed.host_mut());
                 Storage::Pairs(packed)
             }
             (Device::Cpu(cpu), Dtype::Bf16) => {
@@ -201,7 +201,7 @@ impl Weight {
         match &self.storage {
             Storage::F32(packed) => read_strided(packed.host(), start, out),
             Storage::Bf16(packed) => read_strided(packed.host(), start, out),
-            Storage::Pairs(packed) => amx::read_row(packed.host(), row, out),
+            Storage::Pairs(packed) => pairs::read_row(packed.host(), row, out),
             Storage::Tiles(_) => unreachable!("a weight and its device"),
         }
     }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// (m, n, k): x is (m, k), the weight (n, k). Around the register tile (6 or 8 rows, 16 with AMX),
-/// the pass over a panel (96 rows), the panel (16 columns), and the block of k (256; AMX: 32).
+/// the pass over a panel (96 rows), the panel (16 columns), and the block of k (256; in pairs: 32).
 fn shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(95, 17, 257), (96, 17, 40), (97, 17, 257), (200, 33, 40)];
     shapes.extend([15, 16, 17, 31, 32, 33, 48].map(|m| (m, 49, 65)));
@@ -27,7 +27,7 @@ fn shapes() -> Vec<(usize, usize, usize)> {
     shapes
 }
 
-/// f32s that products of so many rows of so many elements need: the rows, or AMX's tiles of bf16.
+/// f32s that products of so many rows of so many elements need: the rows, or tiles of bf16.
 fn workspace(rows: usize, k: usize) -> usize {
     (rows * k).max(rows.next_multiple_of(16) * k.next_multiple_of(32) / 2)
 }
@@ -71,7 +71,7 @@ fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
 /// A chain of k multiplications and additions, cut into at most three blocks on the processor; a
 /// tensor core may drop what falls below the largest of the 17 terms of a step, in f32. With AMX a
 /// term goes through at most min(k, 16) roundings of its chain, those of k / 32 sums and one more: no
-/// more than k + 2. (Inputs are multiples of 2⁻²⁵, so no sum of products is denormal.)
+/// more than k + 2. In pairs it goes through at most k of one chain. (Inputs are multiples of 2⁻²⁵, so no sum of products is denormal.)
 fn chain_error(k: usize) -> f64 {
     (2 * k + 4) as f64 * U
 }

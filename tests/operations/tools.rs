@@ -6,7 +6,7 @@ use half::bf16;
 use inkling::{
     device::{
         Buffer, Cpu, Cuda, Device,
-        cpu::Isa,
+        cpu::{Isa, Products},
         cuda::{MatrixPath, has_host_kernels},
     },
     ops::{Float, activations::Activations, matmul::Dtype},
@@ -42,13 +42,17 @@ pub fn device(isa: Isa, workspace: usize) -> Device {
     Device::Cpu(Cpu::new(isa, 1, workspace).unwrap())
 }
 
-/// The instruction sets of this machine by what bits products of `T` have: fused multiply-adds, and
-/// AMX's, which are emulated everywhere.
+/// The instruction sets of this machine by what bits products of `T` have. Those with bf16 weights
+/// are emulated everywhere.
 pub fn families<T: Float>() -> Vec<(&'static str, Vec<Isa>)> {
-    let here = Isa::ALL.into_iter().filter(|isa| isa.check().is_ok());
-    let (tiles, others) = here.partition(|isa| T::DTYPE == Dtype::Bf16 && isa.has_tiles());
-    let families = vec![("cpu", others), ("cpu, AMX", tiles)];
-    families.into_iter().filter(|(_, isas): &(_, Vec<_>)| !isas.is_empty()).collect()
+    let here = || Isa::ALL.into_iter().filter(|isa| isa.check().is_ok());
+    if T::DTYPE == Dtype::F32 {
+        return vec![("cpu", here().collect())];
+    }
+    let names =
+        [(Products::Chains, "cpu"), (Products::Pairs, "cpu, pairs"), (Products::Tiles, "cpu, AMX")];
+    let family = |products| here().filter(|isa| isa.products() == products).collect();
+    names.into_iter().map(|(products, name)| (name, family(products))).collect()
 }
 
 /// Runs a case on every instruction set of this machine: its outputs, the same bits on each.

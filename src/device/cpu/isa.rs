@@ -6,13 +6,17 @@ use crate::error::{Error, Result};
 
 /// The instruction set the loops are compiled for. The vectorised loops give the same bits on all:
 /// sums are written as fixed lanes, products as fused multiply-adds. Only products with bf16
-/// weights have other bits in AMX's tiles.
+/// weights have other bits where the processor has instructions for them (see [`Products`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512, and AMX tiles for products with bf16 weights.
     Amx,
     /// The same bits as [`Isa::Amx`] without its hardware: slow, for tests.
     AmxEmulated,
+    /// AVX-512, and its dot products for products with bf16 weights.
+    Avx512Bf16,
+    /// The same bits as [`Isa::Avx512Bf16`] without its hardware: slow, for tests.
+    Avx512Bf16Emulated,
     /// x86-64 with AVX-512 F, BW, VL and DQ.
     Avx512,
     /// x86-64 with AVX2 and FMA.
@@ -21,10 +25,38 @@ pub enum Isa {
     Portable,
 }
 
+/// What products with bf16 weights are made of, and with that their bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// Chains of fused multiply-adds in f32, as all other products.
+    Chains,
+    /// Pairs of k, `vdpbf16ps`.
+    Pairs,
+    /// Tiles of 32 of k, `tdpbf16ps`.
+    Tiles,
+}
+
+impl fmt::Display for Products {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chains => "fma",
+            Self::Pairs => "avx512-bf16",
+            Self::Tiles => "amx",
+        })
+    }
+}
+
 impl Isa {
     /// All of them, the best first.
-    pub const ALL: [Self; 5] =
-        [Self::Amx, Self::Avx512, Self::Avx2, Self::Portable, Self::AmxEmulated];
+    pub const ALL: [Self; 7] = [
+        Self::Amx,
+        Self::Avx512Bf16,
+        Self::Avx512,
+        Self::Avx2,
+        Self::Portable,
+        Self::AmxEmulated,
+        Self::Avx512Bf16Emulated,
+    ];
 
     /// The best this machine has.
     pub fn detect() -> Self {
@@ -39,6 +71,7 @@ impl Isa {
         }
         let needs = match self {
             Self::Amx => "AMX with bfloat16, or the system does not grant its tiles",
+            Self::Avx512Bf16 => "AVX-512 with bfloat16",
             Self::Avx512 => "AVX-512 F, BW, VL and DQ",
             _ => "AVX2 and FMA",
         };
@@ -50,7 +83,8 @@ impl Isa {
     fn is_here(self) -> bool {
         use std::arch::is_x86_feature_detected as has;
         match self {
-            Self::Amx => Self::Avx512.is_here() && super::amx::is_granted(),
+            Self::Amx => Self::Avx512.is_here() && super::pairs::amx_is_granted(),
+            Self::Avx512Bf16 => Self::Avx512.is_here() && has!("avx512bf16"),
             Self::Avx512 => {
                 has!("avx512f")
                     && has!("avx512bw")
@@ -59,28 +93,42 @@ impl Isa {
                     && Self::Avx2.is_here()
             }
             Self::Avx2 => has!("avx2") && has!("fma"),
-            Self::Portable | Self::AmxEmulated => true,
+            Self::Portable | Self::AmxEmulated | Self::Avx512Bf16Emulated => true,
         }
     }
 
     #[cfg(not(target_arch = "x86_64"))]
     fn is_here(self) -> bool {
-        matches!(self, Self::Portable | Self::AmxEmulated)
+        matches!(self, Self::Portable | Self::AmxEmulated | Self::Avx512Bf16Emulated)
     }
 
-    /// Whether products with bf16 weights have the bits of AMX's tiles.
-    pub fn has_tiles(self) -> bool {
-        matches!(self, Self::Amx | Self::AmxEmulated)
+    /// What products with bf16 weights are made of.
+    pub fn products(self) -> Products {
+        match self {
+            Self::Amx | Self::AmxEmulated => Products::Tiles,
+            Self::Avx512Bf16 | Self::Avx512Bf16Emulated => Products::Pairs,
+            Self::Avx512 | Self::Avx2 | Self::Portable => Products::Chains,
+        }
+    }
+
+    /// What gives the same bits without hardware for it.
+    pub fn emulated(self) -> Self {
+        match self.products() {
+            Products::Tiles => Self::AmxEmulated,
+            Products::Pairs => Self::Avx512Bf16Emulated,
+            Products::Chains => Self::Portable,
+        }
     }
 
     /// What vectorised loops run with.
     #[inline]
     pub(crate) fn vectors(self) -> Self {
         match self {
-            Self::Amx => Self::Avx512,
-            Self::AmxEmulated if Self::Avx512.is_here() => Self::Avx512,
-            Self::AmxEmulated if Self::Avx2.is_here() => Self::Avx2,
-            Self::AmxEmulated => Self::Portable,
+            Self::Amx | Self::Avx512Bf16 => Self::Avx512,
+            Self::AmxEmulated | Self::Avx512Bf16Emulated => {
+                let vectors = [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.is_here());
+                vectors.unwrap_or(Self::Portable)
+            }
             other => other,
         }
     }
@@ -105,6 +153,8 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Self::Amx => "amx",
             Self::AmxEmulated => "amx-emulated",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx512Bf16Emulated => "avx512-bf16-emulated",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
@@ -118,7 +168,7 @@ impl FromStr for Isa {
         let isa = Self::ALL.into_iter().find(|isa| isa.to_string() == text);
         let unknown = || {
             Error::new("unknown instruction set")
-                .expected("amx, avx512, avx2, portable or amx-emulated")
+                .expected(Self::ALL.map(|isa| isa.to_string()).join(", "))
                 .got(format!("{text:?}"))
         };
         isa.ok_or_else(unknown)?.check()

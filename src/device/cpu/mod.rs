@@ -1,16 +1,16 @@
 //! The processor as a device: memory, threads and instruction sets.
 
-pub(crate) mod amx;
 mod isa;
 mod memory;
+pub(crate) mod pairs;
 mod shared;
 
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-pub use isa::Isa;
 pub(crate) use isa::Kernel;
+pub use isa::{Isa, Products};
 pub(crate) use memory::Memory;
 pub(crate) use shared::Shared;
 

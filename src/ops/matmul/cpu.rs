@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use super::{Activation, PANEL, Storage, Weight, amx};
+use super::{Activation, PANEL, Storage, Weight, pairs};
 use crate::{
     device::{
         Buffer,
@@ -117,7 +117,7 @@ fn run<T: Float>(
         return;
     }
     if let Storage::Pairs(tiles) = &weight.storage {
-        return amx::run(cpu, rows, x, weight, tiles.host(), group, epilogue);
+        return pairs::run(cpu, rows, x, weight, tiles.host(), group, epilogue);
     }
     let k = weight.k;
     let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,5 +1,5 @@
-//! The product on AMX's tiles: bf16 weights and inputs packed into tiles, 32 rows × 32 columns at a
-//! time.
+//! The product in pairs of k, for AMX's tiles and AVX-512's dot products: bf16 weights and inputs
+//! packed into tiles, 32 rows × 32 columns at a time.
 
 use std::sync::PoisonError;
 
@@ -9,7 +9,7 @@ use super::{PANEL, Weight, cpu::Epilogue};
 use crate::{
     device::cpu::{
         Cpu, Isa, Shared,
-        amx::{DEPTH, SIDE, Sums, Tile, multiply},
+        pairs::{DEPTH, SIDE, Sums, Tile, multiply},
     },
     ops::{Float, activations::Activations},
 };
@@ -145,13 +145,15 @@ impl Product<'_> {
         let mut sums = [[[[0.0; SIDE]; SIDE]; 2]; 2];
         let (twos, one) = (blocks / 2, blocks % 2);
         for block in (0..2 * twos).step_by(2) {
-            multiply(self.isa, [x(block), x(block + 1)], w, &mut sums);
+            let live = (self.rows - block * SIDE).min(2 * SIDE);
+            multiply(self.isa, live, [x(block), x(block + 1)], w, &mut sums);
             self.hand_out(block, pair, &sums[0]);
             self.hand_out(block + 1, pair, &sums[1]);
         }
         if one == 1 {
+            let live = self.rows - (blocks - 1) * SIDE;
             let mut sums = [[[[0.0; SIDE]; SIDE]; 2]; 1];
-            multiply(self.isa, [x(blocks - 1)], w, &mut sums);
+            multiply(self.isa, live, [x(blocks - 1)], w, &mut sums);
             self.hand_out(blocks - 1, pair, &sums[0]);
         }
     }
