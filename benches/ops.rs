@@ -5,10 +5,7 @@ use std::num::NonZero;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 use inkling::{
-    device::{
-        Buffer, Cpu, Device,
-        cpu::{Isa, thread_pool},
-    },
+    device::{Buffer, Cpu, Device, cpu::Isa},
     ops::{
         activations::Activations,
         matmul::{Dtype, Weight, matmul},
@@ -21,12 +18,10 @@ const MAX_ROWS: usize = 512;
 const WIDEST: usize = 1536;
 const VOCAB: usize = 49_152;
 
-fn on_all_cores(work: impl FnOnce(&Device) + Send) {
+fn on_all_cores(work: impl FnOnce(&Device)) {
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    thread_pool(threads).unwrap().install(|| {
-        let cpu = Cpu::new(Isa::detect(), threads, (MAX_ROWS + 8) * WIDEST).unwrap();
-        work(&Device::Cpu(cpu));
-    });
+    let cpu = Cpu::new(Isa::detect(), threads, (MAX_ROWS + 8) * WIDEST).unwrap();
+    work(&Device::Cpu(cpu));
 }
 
 /// Numbers that are not all equal.

@@ -63,7 +63,7 @@ impl<'a> Bench<'a> {
             || seconds.len() < most && start.elapsed().as_secs_f64() < SECONDS
         {
             if let Some([from, to]) = &mut self.flush {
-                to.copy_from(from)?;
+                to.copy_from(self.device, from)?;
             }
             let begin = self.device.mark()?;
             run()?;

@@ -185,7 +185,7 @@ impl Run<'_> {
         let len = 128 << 20;
         let from: Buffer<f32> = Buffer::zeroed(self.device, len / 4)?;
         let mut to: Buffer<f32> = Buffer::zeroed(self.device, len / 4)?;
-        let timing = self.bench.time(|| to.copy_from(&from))?;
+        let timing = self.bench.time(|| to.copy_from(self.device, &from))?;
         Ok(2.0 * len as f64 / timing.median)
     }
 

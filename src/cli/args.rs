@@ -6,11 +6,7 @@ use clap::Args;
 
 use super::{fetch, output::note};
 use crate::{
-    device::{
-        Cpu, Cuda, Device, DeviceKind,
-        cpu::{Isa, thread_pool},
-        cuda::MatrixPath,
-    },
+    device::{Cpu, Cuda, Device, DeviceKind, cpu::Isa, cuda::MatrixPath},
     engine::{Engine, Options},
     error::{Error, Result},
     model::Model,
@@ -51,22 +47,62 @@ impl ModelArgs {
     }
 }
 
-/// How the model is run.
+/// Where operations run, and on what of the processor.
 #[derive(Args)]
-pub struct EngineArgs {
-    /// Where the model runs
+pub struct DeviceArgs {
+    /// Where to run: cpu, cuda, cuda:N or host-kernels
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub device: DeviceKind,
-    /// Type of the weights and the KV cache: bf16 or f32
-    #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
-    pub dtype: Dtype,
     /// What the processor's code is compiled for: amx, avx512-bf16, avx512, avx2 or portable, or, for
     /// tests, amx-emulated or avx512-bf16-emulated [default: the best this machine has]
     #[arg(long, value_name = "SET")]
-    pub isa: Option<Isa>,
+    isa: Option<Isa>,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
-    pub threads: Option<usize>,
+    threads: Option<usize>,
+}
+
+impl DeviceArgs {
+    /// The instruction set that was asked for.
+    ///
+    /// # Errors
+    /// The device has none.
+    fn isa(&self) -> Result<Option<Isa>> {
+        match self.isa {
+            Some(isa) if self.device != DeviceKind::Cpu => {
+                Err(Error::new("only the processor's code has instruction sets")
+                    .at("--isa")
+                    .expected("none, or --device cpu")
+                    .got(format!("{isa} with --device {}", self.device)))
+            }
+            isa => Ok(isa),
+        }
+    }
+
+    /// A device that is not an engine's.
+    ///
+    /// # Errors
+    /// It is not there, or has no instruction sets.
+    pub fn open(&self) -> Result<Device> {
+        let isa = self.isa()?.unwrap_or_else(Isa::detect);
+        let cores = || thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.unwrap_or_else(cores);
+        Ok(match self.device {
+            DeviceKind::Cpu => Device::Cpu(Cpu::new(isa, threads, CPU_WORKSPACE)?),
+            DeviceKind::Cuda(ordinal) => Device::Cuda(Cuda::gpu(ordinal)?),
+            DeviceKind::HostKernels => Device::Cuda(Cuda::host(MatrixPath::Wgmma)?),
+        })
+    }
+}
+
+/// How the model is run.
+#[derive(Args)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    pub on: DeviceArgs,
+    /// Type of the weights and the KV cache: bf16 or f32
+    #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
     /// The most sequences in one step [default: 64; 1024 on a GPU]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub max_batch: Option<usize>,
@@ -78,21 +114,15 @@ impl EngineArgs {
     /// # Errors
     /// An instruction set for a device that has none.
     pub fn options(&self) -> Result<Options> {
-        if let Some(isa) = self.isa.filter(|_| self.device != DeviceKind::Cpu) {
-            return Err(Error::new("only the processor's code has instruction sets")
-                .at("--isa")
-                .expected("none, or --device cpu")
-                .got(format!("{isa} with --device {}", self.device)));
-        }
-        let default = match self.device {
+        let default = match self.on.device {
             DeviceKind::Cuda(_) => GPU_BATCH,
             DeviceKind::Cpu | DeviceKind::HostKernels => Options::default().max_batch,
         };
         Ok(Options {
-            device: self.device,
+            device: self.on.device,
             dtype: self.dtype,
-            isa: self.isa,
-            threads: self.threads,
+            isa: self.on.isa()?,
+            threads: self.on.threads,
             max_batch: self.max_batch.unwrap_or(default),
             ..Options::default()
         })
@@ -100,25 +130,9 @@ impl EngineArgs {
 
     /// Loads the weights and starts the engine.
     pub fn start(&self, model: &Model) -> Result<Engine> {
-        note(format!("loading {} ({}, {})", model.name, self.device, self.dtype));
+        note(format!("loading {} ({}, {})", model.name, self.on.device, self.dtype));
         Engine::start(model, &self.options()?)
     }
-}
-
-/// Calls `work` with a device that is not an engine's.
-pub fn open_device<R: Send>(
-    kind: DeviceKind,
-    work: impl FnOnce(&Device) -> Result<R> + Send,
-) -> Result<R> {
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    thread_pool(threads)?.install(|| {
-        let device = match kind {
-            DeviceKind::Cpu => Device::Cpu(Cpu::new(Isa::detect(), threads, CPU_WORKSPACE)?),
-            DeviceKind::Cuda(ordinal) => Device::Cuda(Cuda::gpu(ordinal)?),
-            DeviceKind::HostKernels => Device::Cuda(Cuda::host(MatrixPath::Wgmma)?),
-        };
-        work(&device)
-    })
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::{
-    args::{EngineArgs, ModelArgs, open_device},
+    args::{DeviceArgs, EngineArgs, ModelArgs},
     output::{Output, columns, note},
 };
 use crate::{
@@ -35,9 +35,8 @@ enum What {
 
 #[derive(clap::Args)]
 struct Ops {
-    /// Where to run: cpu, cuda, cuda:N or host-kernels
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceKind,
+    #[command(flatten)]
+    on: DeviceArgs,
     /// Sizes of a well-known model [default: llama-3.1-8b on a GPU, smollm2-135m elsewhere]
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
@@ -143,16 +142,15 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 fn ops(args: &Ops) -> anyhow::Result<()> {
-    let default = match args.device {
+    let default = match args.on.device {
         DeviceKind::Cuda(_) => "llama-3.1-8b",
         DeviceKind::Cpu => "smollm2-135m",
         DeviceKind::HostKernels => "tiny",
     };
     let name = args.shape.as_deref().unwrap_or(default);
     let config = ModelConfig::of_shape(name, 512)?;
-    let device_name = args.device.to_string();
-    let report =
-        open_device(args.device, |device| bench::ops((&device_name, device), (name, &config)))?;
+    let device_name = args.on.device.to_string();
+    let report = bench::ops((&device_name, &args.on.open()?), (name, &config))?;
     let mut output = Output::new();
     if args.json {
         return output.json(&report);
@@ -250,8 +248,7 @@ fn print(
 ) -> anyhow::Result<()> {
     let mut output = Output::new();
     let fingerprint = engine.fingerprint();
-    let device = subject.engine.device;
-    let ceiling = open_device(device, |device| bench::matmul_ceiling(device, engine.config()))?;
+    let ceiling = bench::matmul_ceiling(&subject.engine.on.open()?, engine.config())?;
     let share = report.flops_per_s / ceiling;
     if subject.json {
         return output.json(&Report {

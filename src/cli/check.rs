@@ -6,20 +6,16 @@ use serde::Serialize;
 
 use super::{
     FAILED_CHECK,
-    args::open_device,
+    args::DeviceArgs,
     output::{Output, note},
 };
-use crate::{
-    check::{Comparison, check},
-    device::DeviceKind,
-};
+use crate::check::{Comparison, check};
 
 /// Compare a device with this processor: every operation, and a small model with injections
 #[derive(clap::Args)]
 pub struct Args {
-    /// Where to run: cpu, cuda, cuda:N or host-kernels
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceKind,
+    #[command(flatten)]
+    on: DeviceArgs,
     /// Leave the larger shapes out
     #[arg(long)]
     quick: bool,
@@ -36,11 +32,11 @@ struct Report {
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
-    let results = open_device(args.device, |device| check(args.device, device, args.quick))?;
+    let results = check(args.on.device, &args.on.open()?, args.quick)?;
     let mut output = Output::new();
     let ok = results.iter().all(|comparison| comparison.ok);
     if args.json {
-        output.json(&Report { device: args.device.to_string(), ok, results })?;
+        output.json(&Report { device: args.on.device.to_string(), ok, results })?;
     } else {
         for c in &results {
             let verdict = if c.ok { "ok" } else { "FAILED" };

@@ -7,8 +7,6 @@ mod file;
 
 use std::{fmt, str::FromStr};
 
-use rayon::prelude::*;
-
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use file::MappedFile;
@@ -211,17 +209,23 @@ impl<T: Element> Buffer<T> {
     ///
     /// # Errors
     /// The device has failed.
-    pub fn copy_from(&mut self, from: &Self) -> Result<()> {
+    pub fn copy_from(&mut self, device: &Device, from: &Self) -> Result<()> {
         assert_eq!(self.len(), from.len(), "lengths of a copy");
-        match (&mut self.memory, &from.memory) {
-            (Memory::Host(to), Memory::Host(from)) => {
-                let chunk = to.len().div_ceil(rayon::current_num_threads()).max(1);
-                let parts = to.par_chunks_mut(chunk).zip(from.par_chunks(chunk));
-                parts.for_each(|(to, from)| to.copy_from_slice(from));
+        match (device, &mut self.memory, &from.memory) {
+            (Device::Cpu(cpu), Memory::Host(to), Memory::Host(from)) => {
+                let to = cpu::Shared::new(to);
+                cpu.parallel_chunks(
+                    from.len(),
+                    from.len().div_ceil(cpu.threads()).max(1),
+                    |range| {
+                        // SAFETY: each task has its own range.
+                        unsafe { to.range(range.start, range.len()) }.copy_from_slice(&from[range]);
+                    },
+                );
                 Ok(())
             }
-            (Memory::Gpu(to), Memory::Gpu(from)) => to.copy_from(from),
-            _ => unreachable!("two buffers of one device"),
+            (Device::Cuda(_), Memory::Gpu(to), Memory::Gpu(from)) => to.copy_from(from),
+            _ => unreachable!("buffers of one device"),
         }
     }
 

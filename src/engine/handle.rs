@@ -21,10 +21,7 @@ use super::{
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::{
-        Device,
-        cpu::{Products, thread_pool},
-    },
+    device::{Device, cpu::Products},
     error::{Error, Result},
     model::{Model, ModelConfig, Tokenizer, weights::Weights},
     ops::{Float, matmul::Dtype},
@@ -144,13 +141,10 @@ impl Engine {
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = options.threads.unwrap_or(cores);
         let config = Arc::new(config.clone());
-        let pool = thread_pool(threads)?;
-        let core = pool.install(|| -> Result<Core<T>> {
-            let device = open(&config, options, threads)?;
-            let weights = load(&device)?;
-            let limits = Limits::new(&config, options, &device)?;
-            Core::new(device, Arc::clone(&config), tokenizer, weights, limits)
-        })?;
+        let device = open(&config, options, threads)?;
+        let weights = load(&device)?;
+        let limits = Limits::new(&config, options, &device)?;
+        let core = Core::<T>::new(device, Arc::clone(&config), tokenizer, weights, limits)?;
         let arithmetic = match &core.device {
             Device::Cpu(cpu) if options.dtype == Dtype::Bf16 => cpu.isa().products().to_string(),
             Device::Cpu(_) => Products::Chains.to_string(),
@@ -160,7 +154,7 @@ impl Engine {
         let (sender, receiver) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("inkling-engine".into())
-            .spawn(move || pool.install(move || core.run(&receiver)))?;
+            .spawn(move || core.run(&receiver))?;
         let fingerprint = Fingerprint {
             device: options.device.to_string(),
             dtype: options.dtype.to_string(),

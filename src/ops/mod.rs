@@ -33,6 +33,8 @@ pub trait Float: Element + Default {
     fn to_f32(self) -> f32;
     /// Rounded to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// Likewise.
+    fn to_bf16(self) -> bf16;
 }
 
 impl Float for f32 {
@@ -44,6 +46,10 @@ impl Float for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
+    }
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        Float::from_f32(self)
     }
 }
 
@@ -60,6 +66,10 @@ impl Float for bf16 {
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
         let quiet = ((bits >> 16) | 0x40) as u16;
         Self::from_bits(if value.is_nan() { quiet } else { rounded })
+    }
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        self
     }
 }
 

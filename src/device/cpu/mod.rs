@@ -3,33 +3,35 @@
 mod isa;
 mod memory;
 pub(crate) mod pairs;
+mod pool;
 mod shared;
 
 use std::sync::Mutex;
 
-use rayon::prelude::*;
+use pool::Pool;
 
 pub(crate) use isa::Kernel;
 pub use isa::{Isa, Products};
 pub(crate) use memory::Memory;
 pub(crate) use shared::Shared;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Threads and scratch memory of the processor.
 pub struct Cpu {
     isa: Isa,
-    threads: usize,
+    pool: Pool,
     /// Packed matmul inputs; taken at start, used by one operation at a time.
     pub(crate) workspace: Mutex<Memory<f32>>,
 }
 
 impl Cpu {
-    /// A device for the current thread, which must be a worker of a pool of `threads` threads
-    /// (see [`thread_pool`]), with room for `workspace` f32s of packed matmul input.
+    /// A device of `threads` threads, one of which is the caller's, with room for `workspace` f32s
+    /// of packed matmul input.
     pub fn new(isa: Isa, threads: usize, workspace: usize) -> Result<Self> {
         let isa = isa.check()?;
-        Ok(Self { isa, threads, workspace: Mutex::new(Memory::zeroed(workspace)?) })
+        let workspace = Mutex::new(Memory::zeroed(workspace)?);
+        Ok(Self { isa, pool: Pool::new(threads)?, workspace })
     }
 
     /// The instruction set in use.
@@ -39,16 +41,12 @@ impl Cpu {
 
     /// Threads that share the work.
     pub fn threads(&self) -> usize {
-        self.threads
+        self.pool.threads()
     }
 
     /// Calls `work` for `0..tasks`, in any order, on all threads.
-    pub(crate) fn parallel(&self, tasks: usize, work: impl Fn(usize) + Sync + Send) {
-        if self.threads == 1 || tasks <= 1 {
-            (0..tasks).for_each(work);
-        } else {
-            (0..tasks).into_par_iter().with_max_len(1).for_each(work);
-        }
+    pub(crate) fn parallel(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+        self.pool.run(tasks, work);
     }
 
     /// Calls `work` for chunks of `0..items` of at most `chunk` each.
@@ -56,19 +54,10 @@ impl Cpu {
         &self,
         items: usize,
         chunk: usize,
-        work: impl Fn(std::ops::Range<usize>) + Sync + Send,
+        work: impl Fn(std::ops::Range<usize>) + Sync,
     ) {
         self.parallel(items.div_ceil(chunk), |task| {
             work(task * chunk..(task * chunk + chunk).min(items));
         });
     }
-}
-
-/// The threads that an engine runs on.
-pub fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|index| format!("inkling-{index}"))
-        .build()
-        .map_err(|error| Error::new(format!("cannot start {threads} threads: {error}")))
 }

@@ -22,43 +22,37 @@ pub(crate) type Tile = [bf16; SIDE * DEPTH];
 /// A tile of sums, `[row][column]`.
 pub(crate) type Sums = [[f32; SIDE]; SIDE];
 
-/// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another: for the first
-/// `rows` of R · 16 rows (what the others become is open) and twice 16 columns. A row's bits do not
-/// depend on the others.
-pub(crate) fn multiply<const R: usize>(
-    isa: Isa,
-    rows: usize,
-    x: [&[Tile]; R],
-    w: [&[Tile]; 2],
-    sums: &mut [[Sums; 2]; R],
-) {
+/// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another, for `rows` rows
+/// and twice 16 columns. x: `[rows / 16][steps]`; sums: `[rows / 16]`, what its last rows beyond
+/// `rows` become is open. A row's bits do not depend on the others.
+pub(crate) fn multiply(isa: Isa, rows: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
     let steps = w[0].len();
-    assert!(steps > 0 && w[1].len() == steps && x.iter().all(|x| x.len() == steps), "tiles of k");
-    assert!(rows <= R * SIDE, "rows of tiles");
+    assert!(steps > 0 && w[1].len() == steps && sums.len() == rows.div_ceil(SIDE), "tiles");
+    assert_eq!(x.len(), sums.len() * steps, "tiles of x");
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
-        // tiles were granted; all lists have as many tiles (asserted above).
+        // tiles were granted; their numbers were checked.
         Isa::Amx => unsafe { amx::multiply(steps, x, w, sums) },
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: likewise; the rows were checked.
+        // SAFETY: likewise.
         Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, sums) },
         _ => isa.run(Emulated { products: isa.products(), x, w, sums }),
     }
 }
 
-struct Emulated<'a, const R: usize> {
+struct Emulated<'a> {
     products: Products,
-    x: [&'a [Tile]; R],
+    x: &'a [Tile],
     w: [&'a [Tile]; 2],
-    sums: &'a mut [[Sums; 2]; R],
+    sums: &'a mut [[Sums; 2]],
 }
 
-impl<const R: usize> Kernel for Emulated<'_, R> {
+impl Kernel for Emulated<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        for (x, sums) in self.x.iter().zip(self.sums) {
+        for (x, sums) in self.x.chunks(self.w[0].len()).zip(self.sums) {
             for (w, sums) in self.w.iter().zip(sums) {
                 *sums = [[0.0; SIDE]; SIDE];
                 x.iter().zip(*w).for_each(|(x, w)| match self.products {

@@ -337,6 +337,9 @@ impl<T: Float> Block<'_, T> {
     #[inline(always)]
     fn store(&self, scores: &[f32; PAGE], lanes: std::ops::Range<usize>, weights: &mut [f32]) {
         let scale = 1.0 / (self.head_dim() as f32).sqrt();
+        if self.soft_cap.is_none() && lanes == (0..PAGE) {
+            return weights.iter_mut().zip(scores).for_each(|(weight, s)| *weight = s * scale);
+        }
         for lane in lanes {
             weights[lane] = self.capped(scores[lane] * scale);
         }
@@ -415,11 +418,11 @@ impl<T: Float> Block<'_, T> {
                 let width = WIDTH.min(head_dim - d);
                 let mut sums = [[0.0f32; WIDTH]; SIDE_BY_SIDE];
                 for (sums, q) in sums[..count].iter_mut().zip(q..) {
-                    sums[..width].copy_from_slice(&scratch.out[q * head_dim + d..][..width]);
+                    copy(&scratch.out[q * head_dim + d..][..width], &mut sums[..width]);
                 }
                 tile_of(self.isa, count, positions, x, w, &mut sums);
                 for (sums, q) in sums[..count].iter().zip(q..) {
-                    scratch.out[q * head_dim + d..][..width].copy_from_slice(&sums[..width]);
+                    copy(&sums[..width], &mut scratch.out[q * head_dim + d..][..width]);
                 }
             }
             q += count;
@@ -432,6 +435,15 @@ impl<T: Float> Block<'_, T> {
         // tanh |y| = (1 − e^(−2|y|)) / (1 + e^(−2|y|)).
         let small = exp(-2.0 * (score / cap).abs());
         (cap * ((1.0 - small) / (1.0 + small))).copysign(score)
+    }
+}
+
+/// Copies; in a register where it is as wide as one.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    match (from.first_chunk::<WIDTH>(), to.first_chunk_mut::<WIDTH>()) {
+        (Some(from), Some(to)) => *to = *from,
+        _ => to.copy_from_slice(from),
     }
 }
 

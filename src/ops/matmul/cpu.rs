@@ -41,7 +41,10 @@ pub(super) fn matmul<T: Float>(
         for (row, values) in tile.iter().take(tile_rows).enumerate() {
             // SAFETY: each task writes the columns of its own panels.
             let out = unsafe { shared.range((first_row + row) * n + column, width) };
-            out.copy_from_slice(&values[..width]);
+            match out.first_chunk_mut() {
+                Some(out) => *out = *values,
+                None => out.copy_from_slice(&values[..width]),
+            }
             if let Some(bias) = bias {
                 out.iter_mut().zip(&bias[column..]).for_each(|(out, bias)| *out += bias);
             }

@@ -1,7 +1,7 @@
 //! The product in pairs of k, for AMX's tiles and AVX-512's dot products: bf16 weights and inputs
 //! packed into tiles, 32 rows × 32 columns at a time.
 
-use std::sync::PoisonError;
+use std::{cell::RefCell, sync::PoisonError};
 
 use half::bf16;
 
@@ -83,9 +83,11 @@ pub(super) fn run<T: Float>(
         epilogue,
     };
     let pairs = weight.n.div_ceil(SIDE).div_ceil(2);
-    // A few tasks a thread, so that a slow thread is helped out; at least one pair each.
-    let chunk = pairs.div_ceil(cpu.threads() * 4).max(1);
-    cpu.parallel_chunks(pairs, chunk, |range| range.for_each(|pair| product.pair(pair)));
+    // Many tasks a thread, so that all end at about the same time.
+    let chunk = (pairs / (cpu.threads() * 16)).max(1);
+    cpu.parallel_chunks(pairs, chunk, |range| {
+        SUMS.with_borrow_mut(|sums| range.for_each(|pair| product.pair(pair, sums)));
+    });
 }
 
 /// Twice as many bf16 in the same memory.
@@ -108,16 +110,12 @@ fn pack_rows<T: Float>(cpu: &Cpu, rows: usize, k: usize, x: &[T], packed: &mut [
             for (step, values) in x[row * k..][..k].chunks(DEPTH).enumerate() {
                 let out = &mut out[step * TILE + row % SIDE * DEPTH..];
                 for (out, &value) in out.iter_mut().zip(values) {
-                    *out = Float::from_f32(value.to_f32());
+                    *out = value.to_bf16();
                 }
             }
         }
     };
-    if blocks < 8 {
-        (0..blocks).for_each(pack);
-    } else {
-        cpu.parallel(blocks, pack);
-    }
+    cpu.parallel(blocks, pack);
 }
 
 /// x against pairs of panels.
@@ -135,42 +133,35 @@ struct Product<'a> {
     epilogue: &'a Epilogue<'a>,
 }
 
+/// Blocks of 16 rows that one pass over a pair of panels covers: their sums stay in the L1 cache.
+const BLOCKS: usize = 6;
+
+thread_local! {
+    /// The sums of a pass.
+    static SUMS: RefCell<[[Sums; 2]; BLOCKS]> = const { RefCell::new([[[[0.0; SIDE]; SIDE]; 2]; BLOCKS]) };
+}
+
 impl Product<'_> {
-    fn pair(&self, pair: usize) {
-        let last = self.weight.len() / self.steps - 1;
-        // An odd last panel is its own neighbour; nobody reads the second sums.
-        let w = [2 * pair, last.min(2 * pair + 1)].map(|panel| self.list(self.weight, panel));
-        let x = |block: usize| self.list(self.x, block);
-        let blocks = self.rows.div_ceil(SIDE);
-        let mut sums = [[[[0.0; SIDE]; SIDE]; 2]; 2];
-        let (twos, one) = (blocks / 2, blocks % 2);
-        for block in (0..2 * twos).step_by(2) {
-            let live = (self.rows - block * SIDE).min(2 * SIDE);
-            multiply(self.isa, live, [x(block), x(block + 1)], w, &mut sums);
-            self.hand_out(block, pair, &sums[0]);
-            self.hand_out(block + 1, pair, &sums[1]);
-        }
-        if one == 1 {
-            let live = self.rows - (blocks - 1) * SIDE;
-            let mut sums = [[[[0.0; SIDE]; SIDE]; 2]; 1];
-            multiply(self.isa, live, [x(blocks - 1)], w, &mut sums);
-            self.hand_out(blocks - 1, pair, &sums[0]);
-        }
-    }
-
-    fn list<'a>(&self, tiles: &'a [Tile], at: usize) -> &'a [Tile] {
-        &tiles[at * self.steps..][..self.steps]
-    }
-
-    fn hand_out(&self, block: usize, pair: usize, sums: &[Sums; 2]) {
-        let row = block * SIDE;
-        let rows = SIDE.min(self.rows - row);
-        if self.group == 2 {
-            return (self.epilogue)(row, rows, 2 * pair, sums.as_flattened());
-        }
+    fn pair(&self, pair: usize, sums: &mut [[Sums; 2]; BLOCKS]) {
         let panels = self.weight.len() / self.steps;
-        for (panel, sums) in (2 * pair..panels).zip(sums) {
-            (self.epilogue)(row, rows, panel, sums);
+        // An odd last panel is its own neighbour; nobody reads the second sums.
+        let w = [2 * pair, (panels - 1).min(2 * pair + 1)];
+        let w = w.map(|panel| &self.weight[panel * self.steps..][..self.steps]);
+        for (pass, x) in self.x.chunks(BLOCKS * self.steps).enumerate() {
+            let first = pass * BLOCKS * SIDE;
+            let rows = (self.rows - first).min(BLOCKS * SIDE);
+            let sums = &mut sums[..rows.div_ceil(SIDE)];
+            multiply(self.isa, rows, x, w, sums);
+            for (block, sums) in sums.iter().enumerate() {
+                let (row, rows) = (first + block * SIDE, SIDE.min(rows - block * SIDE));
+                if self.group == 2 {
+                    (self.epilogue)(row, rows, 2 * pair, sums.as_flattened());
+                } else {
+                    for (panel, sums) in (2 * pair..panels).zip(sums) {
+                        (self.epilogue)(row, rows, panel, sums);
+                    }
+                }
+            }
         }
     }
 }

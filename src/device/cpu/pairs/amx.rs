@@ -99,23 +99,20 @@ unsafe fn configure() {
     }
 }
 
+/// Two blocks of 16 rows at a time.
+///
 /// # Safety
-/// The tiles are granted; every list has `steps` tiles, at least one.
-pub unsafe fn multiply<const R: usize>(
-    steps: usize,
-    x: [&[Tile]; R],
-    w: [&[Tile]; 2],
-    sums: &mut [[Sums; 2]; R],
-) {
+/// The tiles are granted; there are `steps` tiles, at least one, in each w and for each of the sums
+/// in x.
+pub unsafe fn multiply(steps: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
     // SAFETY: promised by the caller.
     unsafe { configure() };
-    for at in (0..R).step_by(2) {
-        let (x, sums) = (&x[at..], &mut sums[at..]);
-        // SAFETY: likewise; the sums of one or two row blocks are that many pairs of tiles.
+    for (x, sums) in x.chunks(2 * steps).zip(sums.chunks_mut(2)) {
+        // SAFETY: likewise; x and sums are of one block or of two.
         unsafe {
-            match x.len() {
-                1 => multiply_one(steps, x[0], w, &mut sums[0]),
-                _ => multiply_two(steps, [x[0], x[1]], w, sums),
+            match sums {
+                [sums] => multiply_one(steps, x, w, sums),
+                _ => multiply_two(steps, [x, &x[steps..]], w, sums),
             }
         }
     }

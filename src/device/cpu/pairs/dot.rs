@@ -1,8 +1,8 @@
 //! Tiles multiplied by AVX-512's dot products of pairs, `vdpbf16ps`.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_storeu_ps,
+    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
 use super::{DEPTH, SIDE, Sums, Tile};
@@ -10,73 +10,87 @@ use super::{DEPTH, SIDE, Sums, Tile};
 /// Rows of a register tile: with 16 × 2 columns 16 sums, which hide an addition's latency, beside
 /// the weights and a pair of x.
 const ROWS: usize = 8;
+/// The most tiles of k that all rows go through before the next ones: their weights stay in the L1
+/// cache.
+const STEPS: usize = 12;
 
-/// The first `rows` rows of R · 16.
-///
 /// # Safety
-/// The processor has AVX-512 with bfloat16; every list has `steps` tiles; `rows` is at most R · 16.
-pub unsafe fn multiply<const R: usize>(
+/// The processor has AVX-512 with bfloat16; there are `steps` tiles in each w and for each of the
+/// sums in x, and sums for `rows`.
+pub unsafe fn multiply(
     steps: usize,
     rows: usize,
-    x: [&[Tile]; R],
+    x: &[Tile],
     w: [&[Tile]; 2],
-    sums: &mut [[Sums; 2]; R],
+    sums: &mut [[Sums; 2]],
 ) {
-    for first in (0..rows).step_by(ROWS) {
-        let (block, row) = (first / SIDE, first % SIDE);
-        let (x, sums) = (x[block], &mut sums[block]);
-        macro_rules! of {
-            ($rows:literal) => {
-                // SAFETY: promised by the caller; the rows lie inside the block.
-                unsafe { multiply_rows::<$rows>(steps, row, x, w, sums) }
-            };
-        }
-        match rows - first {
-            1 => of!(1),
-            2 => of!(2),
-            3 => of!(3),
-            4 => of!(4),
-            5 => of!(5),
-            6 => of!(6),
-            7 => of!(7),
-            _ => of!(8),
+    let stride = steps.div_ceil(steps.div_ceil(STEPS));
+    for start in (0..steps).step_by(stride) {
+        let end = steps.min(start + stride);
+        let w = w.map(|w| &w[start..end]);
+        for first in (0..rows).step_by(ROWS) {
+            let (block, row) = (first / SIDE, first % SIDE);
+            let (x, sums) = (&x[block * steps..][start..end], &mut sums[block]);
+            macro_rules! of {
+                ($rows:literal) => {
+                    // SAFETY: promised by the caller; the rows lie inside the block.
+                    unsafe { multiply_rows::<$rows>(start == 0, row, x, w, sums) }
+                };
+            }
+            match rows - first {
+                1 => of!(1),
+                2 => of!(2),
+                3 => of!(3),
+                4 => of!(4),
+                5 => of!(5),
+                6 => of!(6),
+                7 => of!(7),
+                _ => of!(8),
+            }
         }
     }
 }
 
-/// `N` rows, from `row` on, × 32 columns.
+/// Adds to `N` rows, from `row` on, × 32 columns; to zero if it `is_first`.
 ///
 /// # Safety
-/// The processor has AVX-512 with bfloat16; every list has `steps` tiles; a tile has the rows.
+/// The processor has AVX-512 with bfloat16; there are as many tiles in x and each w; a tile has the
+/// rows.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn multiply_rows<const N: usize>(
-    steps: usize,
+    is_first: bool,
     row: usize,
     x: &[Tile],
     w: [&[Tile]; 2],
     sums: &mut [Sums; 2],
 ) {
     let mut tile = [[_mm512_setzero_ps(); 2]; N];
+    if !is_first {
+        for (at, tile) in tile.iter_mut().enumerate() {
+            // SAFETY: a register is the 16 sums of a row.
+            *tile = unsafe { [0, 1].map(|side| _mm512_loadu_ps(sums[side][row + at].as_ptr())) };
+        }
+    }
     let [mut left, mut right] = w.map(|w| w.as_ptr().cast::<__m512bh>());
-    let mut x = x.as_ptr().cast::<i32>().wrapping_add(row * SIDE);
-    for _ in 0..steps {
+    let mut pairs = x.as_ptr().cast::<i32>().wrapping_add(row * SIDE);
+    for _ in 0..x.len() {
         for pair in 0..SIDE {
             // SAFETY: a tile of w has 16 times 16 pairs, one of x 16 rows of 16 pairs.
             unsafe {
                 let w = [load(left.add(pair)), load(right.add(pair))];
                 for (at, tile) in tile.iter_mut().enumerate() {
-                    let x = broadcast(x.add(at * SIDE + pair));
+                    let x = broadcast(pairs.add(at * SIDE + pair));
                     *tile = [dot(tile[0], x, w[0]), dot(tile[1], x, w[1])];
                 }
             }
         }
         left = left.wrapping_add(SIDE);
         right = right.wrapping_add(SIDE);
-        x = x.wrapping_add(SIDE * DEPTH / 2);
+        pairs = pairs.wrapping_add(SIDE * DEPTH / 2);
     }
     for (at, tile) in tile.into_iter().enumerate() {
         for (sums, tile) in sums.iter_mut().zip(tile) {
-            // SAFETY: a register is the 16 sums of a row.
+            // SAFETY: as for the loads.
             unsafe { _mm512_storeu_ps(sums[row + at].as_mut_ptr(), tile) };
         }
     }
