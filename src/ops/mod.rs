@@ -24,9 +24,10 @@ mod tile;
 use half::bf16;
 
 use crate::device::Element;
+use tile::Wide;
 
 /// The type of matmul inputs and of the KV cache.
-pub trait Float: Element + Default {
+pub trait Float: Element + Default + Wide {
     /// Its name among the types that a model can be run in.
     const DTYPE: matmul::Dtype;
     /// Exact.

@@ -312,16 +312,26 @@ impl<T: Float> Block<'_, T> {
         let head_dim = self.head_dim();
         let start = self.cache.shape.key(page, self.kv_head, 0);
         let keys = &self.cache.pages.host()[start..][..head_dim * PAGE];
-        widen(keys, &mut scratch.page[..head_dim * PAGE]);
         let mut q = rows.start * self.heads;
         let end = rows.end * self.heads;
+        let few = end - q <= SIDE_BY_SIDE;
+        if !few {
+            widen(keys, &mut scratch.page[..head_dim * PAGE]);
+        }
         while q < end {
             let count = SIDE_BY_SIDE.min(end - q);
             let values = &scratch.queries[q * head_dim..(q + count) * head_dim];
             let x = Left { values, row_stride: head_dim, k_stride: 1 };
-            let w = Right { values: &scratch.page[..head_dim * PAGE], stride: PAGE };
             let mut scores = [[0.0f32; PAGE]; SIDE_BY_SIDE];
-            tile_of(self.isa, count, head_dim, x, w, &mut scores);
+            if few {
+                // The values are read next.
+                let ahead = self.cache.shape.value(page, self.kv_head, 0) - start;
+                let w = Right { values: keys, stride: PAGE, ahead };
+                tile_of(self.isa, count, head_dim, x, w, &mut scores);
+            } else {
+                let w = Right { values: &scratch.page[..head_dim * PAGE], stride: PAGE, ahead: 0 };
+                tile_of(self.isa, count, head_dim, x, w, &mut scores);
+            }
             for (at, scores) in (q..).zip(&scores[..count]) {
                 let row = &self.rows[at / self.heads];
                 let first = row.unseen.saturating_sub(tile + block * PAGE).min(PAGE);
@@ -376,6 +386,7 @@ impl<T: Float> Block<'_, T> {
     /// Adds the weighted values of a tile.
     #[inline(always)]
     fn values(&self, tile: usize, scratch: &mut Scratch) {
+        let len = self.head_dim() * PAGE;
         for block in 0..PAGES {
             let mut widened = None;
             let mut first = 0;
@@ -383,49 +394,55 @@ impl<T: Float> Block<'_, T> {
                 // Rows that reach as far: beyond, the page may hold anything.
                 let (end, found) = self.alike(first, |row| self.page(row, tile, block));
                 if let Some((page, reached)) = found {
-                    if widened != Some(page) {
-                        let start = self.cache.shape.value(page, self.kv_head, 0);
-                        let len = self.head_dim() * PAGE;
-                        let values = &self.cache.pages.host()[start..][..len];
-                        widen(values, &mut scratch.page[..len]);
-                        widened = Some(page);
+                    let start = self.cache.shape.value(page, self.kv_head, 0);
+                    let values = &self.cache.pages.host()[start..][..len];
+                    let weights = &scratch.weights[block * PAGE..];
+                    let queries = first * self.heads..end * self.heads;
+                    // A ragged last column block reads on behind the page.
+                    let few =
+                        queries.len() <= SIDE_BY_SIDE && self.head_dim().is_multiple_of(WIDTH);
+                    if few && widened != Some(page) {
+                        self.page_values(values, reached, queries, weights, scratch.out);
+                    } else {
+                        if widened != Some(page) {
+                            widen(values, &mut scratch.page[..len]);
+                            widened = Some(page);
+                        }
+                        self.page_values(scratch.page, reached, queries, weights, scratch.out);
                     }
-                    self.page_values(block, reached, first..end, scratch);
                 }
                 first = end;
             }
         }
     }
 
+    /// weights: (queries, TILE), from the page's first position on.
     #[inline(always)]
-    fn page_values(
+    fn page_values<W: Float>(
         &self,
-        block: usize,
+        page: &[W],
         positions: usize,
-        rows: std::ops::Range<usize>,
-        scratch: &mut Scratch,
+        queries: std::ops::Range<usize>,
+        weights: &[f32],
+        out: &mut [f32],
     ) {
         let head_dim = self.head_dim();
-        let mut q = rows.start * self.heads;
-        let end = rows.end * self.heads;
-        while q < end {
-            let count = SIDE_BY_SIDE.min(end - q);
-            let values = &scratch.weights[q * TILE + block * PAGE..];
-            let x = Left { values, row_stride: TILE, k_stride: 1 };
+        for first in queries.clone().step_by(SIDE_BY_SIDE) {
+            let count = SIDE_BY_SIDE.min(queries.end - first);
+            let x = Left { values: &weights[first * TILE..], row_stride: TILE, k_stride: 1 };
             for d in (0..head_dim).step_by(WIDTH) {
                 // A ragged last column block reads on into the next row, and drops it.
-                let w = Right { values: &scratch.page[d..], stride: head_dim };
+                let w = Right { values: &page[d..], stride: head_dim, ahead: 0 };
                 let width = WIDTH.min(head_dim - d);
                 let mut sums = [[0.0f32; WIDTH]; SIDE_BY_SIDE];
-                for (sums, q) in sums[..count].iter_mut().zip(q..) {
-                    copy(&scratch.out[q * head_dim + d..][..width], &mut sums[..width]);
+                for (sums, q) in sums[..count].iter_mut().zip(first..) {
+                    copy(&out[q * head_dim + d..][..width], &mut sums[..width]);
                 }
                 tile_of(self.isa, count, positions, x, w, &mut sums);
-                for (sums, q) in sums[..count].iter().zip(q..) {
-                    copy(&sums[..width], &mut scratch.out[q * head_dim + d..][..width]);
+                for (sums, q) in sums[..count].iter().zip(first..) {
+                    copy(&sums[..width], &mut out[q * head_dim + d..][..width]);
                 }
             }
-            q += count;
         }
     }
 
@@ -449,12 +466,12 @@ fn copy(from: &[f32], to: &mut [f32]) {
 
 /// The register tile of the first `count` rows.
 #[inline(always)]
-fn tile_of(
+fn tile_of<W: Float>(
     isa: Isa,
     count: usize,
     k: usize,
     x: Left,
-    w: Right,
+    w: Right<W>,
     sums: &mut [[f32; WIDTH]; SIDE_BY_SIDE],
 ) {
     macro_rules! of {
