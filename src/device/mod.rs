@@ -5,7 +5,7 @@ pub mod cpu;
 pub mod cuda;
 mod file;
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::PoisonError};
 
 pub use cpu::Cpu;
 pub use cuda::Cuda;
@@ -114,6 +114,17 @@ impl<T: Element> Buffer<T> {
             Device::Cpu(_) => Memory::Host(cpu::Memory::zeroed(len)?),
         };
         Ok(Self { memory })
+    }
+
+    /// `len` zeros that will stay about as long as the device: on the processor beside others of
+    /// their kind.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn lasting(device: &Device, len: usize) -> Result<Self> {
+        let Device::Cpu(cpu) = device else { return Self::zeroed(device, len) };
+        let mut arena = cpu.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Self { memory: Memory::Host(arena.zeroed(len)?) })
     }
 
     /// A copy of `data`.

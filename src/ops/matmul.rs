@@ -94,17 +94,17 @@ impl Weight {
         let len = n.div_ceil(PANEL) * PANEL * k;
         let storage = match (device, dtype) {
             (Device::Cpu(cpu), Dtype::F32) => {
-                let mut packed = Buffer::zeroed(device, len)?;
+                let mut packed = Buffer::lasting(device, len)?;
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::F32(packed)
             }
             (Device::Cpu(cpu), Dtype::Bf16) if cpu.isa().products() != Products::Chains => {
-                let mut packed = Buffer::zeroed(device, pairs::packed_len(n, k))?;
+                let mut packed = Buffer::lasting(device, pairs::packed_len(n, k))?;
                 pairs::pack(cpu, (n, k), read_row, packed.host_mut());
                 Storage::Pairs(packed)
             }
             (Device::Cpu(cpu), Dtype::Bf16) => {
-                let mut packed = Buffer::zeroed(device, len)?;
+                let mut packed = Buffer::lasting(device, len)?;
                 pack_panels(cpu, (n, k), read_row, packed.host_mut());
                 Storage::Bf16(packed)
             }

@@ -12,7 +12,7 @@ use pool::Pool;
 
 pub(crate) use isa::Kernel;
 pub use isa::{Isa, Products};
-pub(crate) use memory::Memory;
+pub(crate) use memory::{Arena, Memory};
 pub(crate) use shared::Shared;
 
 use crate::error::Result;
@@ -23,6 +23,8 @@ pub struct Cpu {
     pool: Pool,
     /// Packed matmul inputs; taken at start, used by one operation at a time.
     pub(crate) workspace: Mutex<Memory<f32>>,
+    /// Where weights are.
+    pub(crate) arena: Mutex<Arena>,
 }
 
 impl Cpu {
@@ -31,7 +33,7 @@ impl Cpu {
     pub fn new(isa: Isa, threads: usize, workspace: usize) -> Result<Self> {
         let isa = isa.check()?;
         let workspace = Mutex::new(Memory::zeroed(workspace)?);
-        Ok(Self { isa, pool: Pool::new(threads)?, workspace })
+        Ok(Self { isa, pool: Pool::new(threads)?, workspace, arena: Mutex::default() })
     }
 
     /// The instruction set in use.

@@ -105,7 +105,9 @@ fn pack_rows<T: Float>(cpu: &Cpu, rows: usize, k: usize, x: &[T], packed: &mut [
     let pack = |block: usize| {
         // SAFETY: each task has its own block.
         let out = unsafe { packed.range(block * len, len) };
-        out.fill(bf16::ZERO);
+        if !k.is_multiple_of(DEPTH) || (block + 1) * SIDE > rows {
+            out.fill(bf16::ZERO);
+        }
         for row in block * SIDE..rows.min(block * SIDE + SIDE) {
             for (step, values) in x[row * k..][..k].chunks(DEPTH).enumerate() {
                 let out = &mut out[step * TILE + row % SIDE * DEPTH..];

@@ -24,7 +24,7 @@ pub unsafe fn multiply(
     w: [&[Tile]; 2],
     sums: &mut [[Sums; 2]],
 ) {
-    let stride = steps.div_ceil(steps.div_ceil(STEPS));
+    let stride = if rows <= ROWS { steps } else { steps.div_ceil(steps.div_ceil(STEPS)) };
     for start in (0..steps).step_by(stride) {
         let end = steps.min(start + stride);
         let w = w.map(|w| &w[start..end]);
