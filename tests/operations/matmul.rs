@@ -19,6 +19,8 @@ use crate::{
 fn shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(95, 17, 257), (96, 17, 40), (97, 17, 257), (200, 33, 40)];
     shapes.extend([15, 16, 17, 31, 32, 33, 48].map(|m| (m, 49, 65)));
+    // Few rows take up to 8 panels at a time.
+    shapes.extend([1, 2, 3, 4].map(|m| (m, 250, 65)));
     for n in [1, 15, 16, 17, 33, 50] {
         for k in [1, 31, 32, 33, 255, 256, 257, 600] {
             shapes.extend((1..=9).chain([12, 13]).map(|m| (m, n, k)));

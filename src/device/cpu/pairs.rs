@@ -6,6 +6,9 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod dot;
 
+/// The most rows and panels of [`multiply_few`]: 24 sums.
+pub(crate) const FEW: (usize, usize) = (3, 8);
+
 use half::bf16;
 
 use super::{
@@ -24,8 +27,16 @@ pub(crate) type Sums = [[f32; SIDE]; SIDE];
 
 /// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another, for `rows` rows
 /// and twice 16 columns. x: `[rows / 16][steps]`; sums: `[rows / 16]`, what its last rows beyond
-/// `rows` become is open. A row's bits do not depend on the others.
-pub(crate) fn multiply(isa: Isa, rows: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
+/// `rows` become is open. A row's bits do not depend on the others. `next` is where the weights start
+/// that will be wanted after these; they may be fetched to a cache meanwhile.
+pub(crate) fn multiply(
+    isa: Isa,
+    rows: usize,
+    x: &[Tile],
+    w: [&[Tile]; 2],
+    next: *const Tile,
+    sums: &mut [[Sums; 2]],
+) {
     let steps = w[0].len();
     assert!(steps > 0 && w[1].len() == steps && sums.len() == rows.div_ceil(SIDE), "tiles");
     assert_eq!(x.len(), sums.len() * steps, "tiles of x");
@@ -36,8 +47,27 @@ pub(crate) fn multiply(isa: Isa, rows: usize, x: &[Tile], w: [&[Tile]; 2], sums:
         Isa::Amx => unsafe { amx::multiply(steps, x, w, sums) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, sums) },
+        Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, next, sums) },
         _ => isa.run(Emulated { products: isa.products(), x, w, sums }),
+    }
+}
+
+/// Whether [`multiply_few`] is for a product of so many rows.
+pub(crate) fn is_few(isa: Isa, rows: usize) -> bool {
+    isa == Isa::Avx512Bf16 && rows <= FEW.0
+}
+
+/// As [`multiply`], for few rows and up to [`FEW`] panels of 16 columns. w: `[panels][steps]`;
+/// sums: `[panels]`.
+pub(crate) fn multiply_few(rows: usize, x: &[Tile], w: &[Tile], sums: &mut [Sums]) {
+    let steps = x.len();
+    assert!(steps > 0 && rows <= FEW.0 && sums.len() <= FEW.1, "few rows");
+    assert_eq!(w.len(), sums.len() * steps, "tiles of w");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: called where `is_few` says so, with an instruction set that `Isa::check` found here;
+    // the lengths were checked.
+    unsafe {
+        dot::multiply_few(steps, rows, x, w, sums);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The product in pairs of k, for AMX's tiles and AVX-512's dot products: bf16 weights and inputs
 //! packed into tiles, 32 rows × 32 columns at a time.
 
-use std::{cell::RefCell, sync::PoisonError};
+use std::{cell::RefCell, ops::Range, sync::PoisonError};
 
 use half::bf16;
 
@@ -9,7 +9,7 @@ use super::{PANEL, Weight, cpu::Epilogue};
 use crate::{
     device::cpu::{
         Cpu, Isa, Shared,
-        pairs::{DEPTH, SIDE, Sums, Tile, multiply},
+        pairs::{DEPTH, FEW, SIDE, Sums, Tile, is_few, multiply, multiply_few},
     },
     ops::{Float, activations::Activations},
 };
@@ -82,12 +82,30 @@ pub(super) fn run<T: Float>(
         group,
         epilogue,
     };
-    let pairs = weight.n.div_ceil(SIDE).div_ceil(2);
+    let panels = weight.n.div_ceil(SIDE);
+    if is_few(cpu.isa(), rows) {
+        let chunk = panels_of_a_task(panels, cpu.threads());
+        return cpu.parallel_chunks(panels, chunk, |panels| {
+            SUMS.with_borrow_mut(|sums| product.few(panels, sums.as_flattened_mut()));
+        });
+    }
+    let pairs = panels.div_ceil(2);
     // Many tasks a thread, so that all end at about the same time.
-    let chunk = (pairs / (cpu.threads() * 16)).max(1);
+    let threads = cpu.threads();
+    let chunk = (pairs / (threads * 16)).max(1);
     cpu.parallel_chunks(pairs, chunk, |range| {
-        SUMS.with_borrow_mut(|sums| range.for_each(|pair| product.pair(pair, sums)));
+        // The other threads take a chunk each meanwhile.
+        let last = range.end - 1;
+        let next = |pair| if pair < last { pair + 1 } else { last + (threads - 1) * chunk + 1 };
+        SUMS.with_borrow_mut(|sums| range.for_each(|pair| product.pair(pair, next(pair), sums)));
     });
+}
+
+/// Panels of a task of few rows: an even number with which all threads end at about the same time.
+fn panels_of_a_task(panels: usize, threads: usize) -> usize {
+    let longest = |size: usize| panels.div_ceil(size).div_ceil(threads) * size;
+    let sizes = (1..=FEW.1 / 2).rev().map(|pairs| 2 * pairs);
+    sizes.min_by_key(|&size| longest(size)).unwrap_or(FEW.1)
 }
 
 /// Twice as many bf16 in the same memory.
@@ -144,16 +162,33 @@ thread_local! {
 }
 
 impl Product<'_> {
-    fn pair(&self, pair: usize, sums: &mut [[Sums; 2]; BLOCKS]) {
+    fn few(&self, panels: Range<usize>, sums: &mut [Sums]) {
+        let sums = &mut sums[..panels.len()];
+        let w = &self.weight[panels.start * self.steps..panels.end * self.steps];
+        multiply_few(self.rows, self.x, w, sums);
+        if self.group == 2 {
+            for (sums, panel) in sums.as_chunks::<2>().0.iter().zip(panels.step_by(2)) {
+                (self.epilogue)(0, self.rows, panel, sums.as_flattened());
+            }
+        } else {
+            for (sums, panel) in sums.iter().zip(panels) {
+                (self.epilogue)(0, self.rows, panel, sums);
+            }
+        }
+    }
+
+    /// `next`: the pair that this thread will probably take after it.
+    fn pair(&self, pair: usize, next: usize, sums: &mut [[Sums; 2]; BLOCKS]) {
         let panels = self.weight.len() / self.steps;
         // An odd last panel is its own neighbour; nobody reads the second sums.
         let w = [2 * pair, (panels - 1).min(2 * pair + 1)];
         let w = w.map(|panel| &self.weight[panel * self.steps..][..self.steps]);
+        let next = self.weight.as_ptr().wrapping_add(2 * next * self.steps);
         for (pass, x) in self.x.chunks(BLOCKS * self.steps).enumerate() {
             let first = pass * BLOCKS * SIDE;
             let rows = (self.rows - first).min(BLOCKS * SIDE);
             let sums = &mut sums[..rows.div_ceil(SIDE)];
-            multiply(self.isa, rows, x, w, sums);
+            multiply(self.isa, rows, x, w, next, sums);
             for (block, sums) in sums.iter().enumerate() {
                 let (row, rows) = (first + block * SIDE, SIDE.min(rows - block * SIDE));
                 if self.group == 2 {

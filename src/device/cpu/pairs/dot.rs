@@ -1,8 +1,8 @@
 //! Tiles multiplied by AVX-512's dot products of pairs, `vdpbf16ps`.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
 use super::{DEPTH, SIDE, Sums, Tile};
@@ -10,10 +10,37 @@ use super::{DEPTH, SIDE, Sums, Tile};
 /// Rows of a register tile: with 16 × 2 columns 16 sums, which hide an addition's latency, beside
 /// the weights and a pair of x.
 const ROWS: usize = 8;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// What is fetched while something else is multiplied.
+struct Ahead {
+    next: *const [u8; LINE],
+    /// Lines for every tile of k.
+    lines: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn fetch(&mut self) {
+        for _ in 0..self.lines {
+            // SAFETY: a prefetch reads nothing, wherever it points.
+            #[allow(unused_unsafe, reason = "it is unsafe in older compilers")]
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
+            }
+            self.next = self.next.wrapping_add(1);
+        }
+    }
+}
+
 /// The most tiles of k that all rows go through before the next ones: their weights stay in the L1
 /// cache.
 const STEPS: usize = 12;
 
+/// `next`: weights that will be wanted after these, as many; they are fetched to the L2 cache
+/// meanwhile.
+///
 /// # Safety
 /// The processor has AVX-512 with bfloat16; there are `steps` tiles in each w and for each of the
 /// sums in x, and sums for `rows`.
@@ -22,8 +49,12 @@ pub unsafe fn multiply(
     rows: usize,
     x: &[Tile],
     w: [&[Tile]; 2],
+    next: *const Tile,
     sums: &mut [[Sums; 2]],
 ) {
+    // All of them by the last row of the last step.
+    let lines = (2 * size_of::<Tile>() / LINE).div_ceil(rows.div_ceil(ROWS));
+    let mut ahead = Ahead { next: next.cast(), lines };
     let stride = if rows <= ROWS { steps } else { steps.div_ceil(steps.div_ceil(STEPS)) };
     for start in (0..steps).step_by(stride) {
         let end = steps.min(start + stride);
@@ -34,7 +65,7 @@ pub unsafe fn multiply(
             macro_rules! of {
                 ($rows:literal) => {
                     // SAFETY: promised by the caller; the rows lie inside the block.
-                    unsafe { multiply_rows::<$rows>(start == 0, row, x, w, sums) }
+                    unsafe { multiply_rows::<$rows>(start == 0, row, x, w, &mut ahead, sums) }
                 };
             }
             match rows - first {
@@ -62,6 +93,7 @@ unsafe fn multiply_rows<const N: usize>(
     row: usize,
     x: &[Tile],
     w: [&[Tile]; 2],
+    ahead: &mut Ahead,
     sums: &mut [Sums; 2],
 ) {
     let mut tile = [[_mm512_setzero_ps(); 2]; N];
@@ -74,6 +106,7 @@ unsafe fn multiply_rows<const N: usize>(
     let [mut left, mut right] = w.map(|w| w.as_ptr().cast::<__m512bh>());
     let mut pairs = x.as_ptr().cast::<i32>().wrapping_add(row * SIDE);
     for _ in 0..x.len() {
+        ahead.fetch();
         for pair in 0..SIDE {
             // SAFETY: a tile of w has 16 times 16 pairs, one of x 16 rows of 16 pairs.
             unsafe {
@@ -94,6 +127,85 @@ unsafe fn multiply_rows<const N: usize>(
             unsafe { _mm512_storeu_ps(sums[row + at].as_mut_ptr(), tile) };
         }
     }
+}
+
+/// Few rows, of one tile, against up to 8 panels of 16 columns at a time: as many streams of weights
+/// come from memory faster than two (a single stream of tokens on two cores of a Zen 4: 128 instead
+/// of 114 a second).
+///
+/// # Safety
+/// The processor has AVX-512 with bfloat16; there are `steps` tiles in x and for each of the sums in
+/// w; rows and panels are at most [`super::FEW`].
+pub unsafe fn multiply_few(
+    steps: usize,
+    rows: usize,
+    x: &[Tile],
+    mut w: &[Tile],
+    mut sums: &mut [Sums],
+) {
+    while !sums.is_empty() {
+        macro_rules! of {
+            ($rows:literal, $panels:literal) => {
+                // SAFETY: promised by the caller; there are that many panels.
+                unsafe { multiply_panels::<$rows, $panels>(steps, x, w, sums) }
+            };
+        }
+        let panels = match (rows, sums.len()) {
+            (1, 8..) => of!(1, 8),
+            (2, 8..) => of!(2, 8),
+            (_, 8..) => of!(3, 8),
+            (1, 4..) => of!(1, 4),
+            (2, 4..) => of!(2, 4),
+            (_, 4..) => of!(3, 4),
+            (1, 2..) => of!(1, 2),
+            (2, 2..) => of!(2, 2),
+            (_, 2..) => of!(3, 2),
+            (1, _) => of!(1, 1),
+            (2, _) => of!(2, 1),
+            _ => of!(3, 1),
+        };
+        (w, sums) = (&w[panels * steps..], &mut sums[panels..]);
+    }
+}
+
+/// `N` rows against `P` panels; how many they are.
+///
+/// # Safety
+/// The processor has AVX-512 with bfloat16; there are `steps` tiles in x and in each of `P` panels,
+/// and as many sums.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn multiply_panels<const N: usize, const P: usize>(
+    steps: usize,
+    x: &[Tile],
+    w: &[Tile],
+    sums: &mut [Sums],
+) -> usize {
+    let mut tile = [[_mm512_setzero_ps(); P]; N];
+    let mut panel = w.as_ptr().cast::<__m512bh>();
+    let mut pairs = x.as_ptr().cast::<i32>();
+    for _ in 0..steps {
+        for pair in 0..SIDE {
+            // SAFETY: a tile of w has 16 times 16 pairs, one of x 16 rows of 16 pairs.
+            unsafe {
+                let w: [_; P] = std::array::from_fn(|at| load(panel.add(at * steps * SIDE + pair)));
+                for (at, tile) in tile.iter_mut().enumerate() {
+                    let x = broadcast(pairs.add(at * SIDE + pair));
+                    for (sum, w) in tile.iter_mut().zip(w) {
+                        *sum = dot(*sum, x, w);
+                    }
+                }
+            }
+        }
+        panel = panel.wrapping_add(SIDE);
+        pairs = pairs.wrapping_add(SIDE * DEPTH / 2);
+    }
+    for (row, tile) in tile.into_iter().enumerate() {
+        for (sums, tile) in sums.iter_mut().zip(tile) {
+            // SAFETY: a register is the 16 sums of a row.
+            unsafe { _mm512_storeu_ps(sums[row].as_mut_ptr(), tile) };
+        }
+    }
+    P
 }
 
 /// # Safety
