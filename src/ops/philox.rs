@@ -32,6 +32,29 @@ pub fn philox(seed: u64, mut counter: [u32; 4]) -> [u32; 4] {
     counter
 }
 
+/// Likewise for `N` counters whose first words follow each other; by word, then by counter.
+#[inline(always)]
+pub(super) fn philox_row<const N: usize>(seed: u64, counter: [u32; 4]) -> [[u32; N]; 4] {
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    let mut counters = counter.map(|word| [word; N]);
+    for (at, first) in counters[0].iter_mut().enumerate() {
+        *first = first.wrapping_add(at as u32);
+    }
+    for _ in 0..10 {
+        let [c0, c1, c2, c3] = &mut counters;
+        for at in 0..N {
+            let a = u64::from(c0[at]) * 0xD251_1F53;
+            let b = u64::from(c2[at]) * 0xCD9E_8D57;
+            c0[at] = (b >> 32) as u32 ^ c1[at] ^ key[0];
+            c1[at] = b as u32;
+            c2[at] = (a >> 32) as u32 ^ c3[at] ^ key[1];
+            c3[at] = a as u32;
+        }
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counters
+}
+
 /// u = (x + 0.5) · 2⁻³² in f32: in (0, 1].
 #[inline(always)]
 pub fn uniform(word: u32) -> f32 {
@@ -64,6 +87,16 @@ pub fn normal(seed: u64, index: u32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_of_counters_is_each_of_them() {
+        let row = philox_row::<5>(0x1234_5678_9abc, [u32::MAX - 1, 7, 1, 2]);
+        for at in 0..5 {
+            let first = (u32::MAX - 1).wrapping_add(at as u32);
+            let want = philox(0x1234_5678_9abc, [first, 7, 1, 2]);
+            assert_eq!(row.map(|words| words[at]), want);
+        }
+    }
 
     #[test]
     fn philox_gives_the_published_words() {

@@ -5,7 +5,7 @@
 
 use super::{
     math::{exp, max},
-    philox::{Purpose, gumbel, philox, uniform},
+    philox::{Purpose, gumbel, philox, philox_row, uniform},
     rows::NONE,
 };
 use crate::{
@@ -203,8 +203,12 @@ impl Kernel for Argmax<'_> {
     }
 }
 
-/// Ids whose randomness is made at once: four counters of four words.
-const BLOCK: usize = 16;
+/// Entries whose randomness is made at once.
+const BLOCK: usize = 64;
+/// Counters that give a block its words, four each.
+const COUNTERS: usize = BLOCK / 4;
+/// Word `at % 4` of counter `at / 4` is for entry `at` of a block.
+type Words = [[u32; COUNTERS]; 4];
 
 struct GumbelMax<'a> {
     logits: &'a [f32],
@@ -213,25 +217,27 @@ struct GumbelMax<'a> {
 
 impl GumbelMax<'_> {
     #[inline(always)]
-    fn words(&self, block: usize) -> [u32; BLOCK] {
-        let mut words = [0; BLOCK];
-        for i in 0..4 {
-            let counter = [(block * 4 + i) as u32, self.draw.index, Purpose::Token as u32, 0];
-            words[4 * i..4 * i + 4].copy_from_slice(&philox(self.draw.seed, counter));
-        }
-        words
+    fn words(&self, block: usize) -> Words {
+        let first = (block * COUNTERS) as u32;
+        philox_row(self.draw.seed, [first, self.draw.index, Purpose::Token as u32, 0])
     }
 
     /// Scores a block and keeps the better of its best and `best`.
     #[inline(always)]
-    fn visit(&self, block: usize, words: &[u32; BLOCK], best: (f32, u32)) -> (f32, u32) {
+    fn visit(&self, block: usize, words: &Words, best: (f32, u32)) -> (f32, u32) {
         let first = block * BLOCK;
         let logits = &self.logits[first..self.logits.len().min(first + BLOCK)];
-        logits.iter().enumerate().fold(best, |best, (lane, &logit)| {
-            let id = (first + lane) as u32;
-            let score = logit / self.draw.temperature + gumbel(words[lane]);
-            if logit > f32::NEG_INFINITY { better(best, (score, id)) } else { best }
-        })
+        let mut scores = [0.0; BLOCK];
+        for (at, &logit) in logits.iter().enumerate() {
+            scores[at] = logit / self.draw.temperature + gumbel(words[at % 4][at / 4]);
+        }
+        let mut best = best;
+        for (at, &logit) in logits.iter().enumerate() {
+            if logit > f32::NEG_INFINITY {
+                best = better(best, (scores[at], (first + at) as u32));
+            }
+        }
+        best
     }
 }
 
@@ -246,21 +252,26 @@ impl Kernel for GumbelMax<'_> {
     #[inline(always)]
     fn run(self) -> u32 {
         let top = max(self.logits);
-        let top_at = self.logits.iter().position(|&v| v == top).unwrap_or(0);
-        let mut best = (f32::NEG_INFINITY, NO_TOKEN);
-        best = self.visit(top_at / BLOCK, &self.words(top_at / BLOCK), best);
+        let first = self.logits.chunks(BLOCK).position(|logits| max(logits) == top).unwrap_or(0);
+        let mut best = self.visit(first, &self.words(first), (f32::NEG_INFINITY, NO_TOKEN));
         for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
             // An entry beats `best` only if g > best − l, that is u < 1 − exp(−exp(l − best)),
             // which is below exp(l − best). Most blocks hold no such u, so no logarithm is taken.
             // The slack covers the rounding of both sides, half a unit in the last place each.
-            let words = self.words(block);
             let top = max(logits) / self.draw.temperature;
             let slack = (top.abs() + best.0.abs()).mul_add(2.0 * f32::EPSILON, 1e-3);
             let bound = exp(top - best.0 + slack);
-            let mut smallest = u32::MAX;
-            for word in words {
-                smallest = smallest.min(word);
+            if bound < uniform(0) {
+                continue;
             }
+            let words = self.words(block);
+            let mut smallest = [u32::MAX; COUNTERS];
+            for words in &words {
+                for (smallest, &word) in smallest.iter_mut().zip(words) {
+                    *smallest = word.min(*smallest);
+                }
+            }
+            let smallest = smallest.into_iter().fold(u32::MAX, u32::min);
             if uniform(smallest) <= bound {
                 best = self.visit(block, &words, best);
             }
