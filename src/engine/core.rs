@@ -33,8 +33,8 @@ use crate::{
 
 /// What the handle asks of the engine's thread.
 pub enum Command {
-    /// Run a job.
-    Submit(Box<Submission>),
+    /// Run jobs, which are looked at together: what they share is computed once.
+    Submit(Vec<Submission>),
     /// Drop a job.
     Cancel(u64),
     /// Tell the counters.
@@ -195,31 +195,32 @@ impl<T: Float> Core<T> {
         }
     }
 
+    fn accept(&mut self, submission: Submission) {
+        let Submission { tag, job, events } = submission;
+        if let Some(error) = &self.failed {
+            drop(events.send((tag, Event::Failed(error.clone()))));
+            return;
+        }
+        let own = hooks::own_part(&job, self.config.layers, self.limits.share);
+        let uses_norms = hooks::live(&job)
+            .any(|injection| matches!(injection.mode, StrengthMode::Reference | StrengthMode::Row));
+        let needs_clean = uses_norms || own.start > 0 || own.cut > 0;
+        let key = job.tokens.as_slice().into();
+        let job = Arc::new(job);
+        self.queue.push_back(Pending {
+            tag,
+            key,
+            job,
+            events,
+            own,
+            needs_clean,
+            references: Vec::new(),
+        });
+    }
+
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Submit(submission) => {
-                let Submission { tag, job, events } = *submission;
-                if let Some(error) = &self.failed {
-                    drop(events.send((tag, Event::Failed(error.clone()))));
-                    return;
-                }
-                let own = hooks::own_part(&job, self.config.layers, self.limits.share);
-                let uses_norms = hooks::live(&job).any(|injection| {
-                    matches!(injection.mode, StrengthMode::Reference | StrengthMode::Row)
-                });
-                let needs_clean = uses_norms || own.start > 0 || own.cut > 0;
-                let key = job.tokens.as_slice().into();
-                let job = Arc::new(job);
-                self.queue.push_back(Pending {
-                    tag,
-                    key,
-                    job,
-                    events,
-                    own,
-                    needs_clean,
-                    references: Vec::new(),
-                });
-            }
+            Command::Submit(jobs) => jobs.into_iter().for_each(|job| self.accept(job)),
             Command::Cancel(tag) => self.cancel(tag),
             Command::Stats(reply) => drop(reply.send(self.stats)),
         }

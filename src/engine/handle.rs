@@ -182,10 +182,13 @@ impl Engine {
     /// # Errors
     /// The job does not fit the model, or would change nothing it promises to change.
     pub fn submit(&self, job: Job, tag: u64, events: &mpsc::Sender<(u64, Event)>) -> Result<()> {
-        hooks::check(&job, &self.config)?;
-        self.limits.check(&job, &self.config)?;
-        let events = events.clone();
-        self.send(Command::Submit(Box::new(Submission { tag, job, events })))
+        self.check(&job)?;
+        self.send(Command::Submit(vec![Submission { tag, job, events: events.clone() }]))
+    }
+
+    fn check(&self, job: &Job) -> Result<()> {
+        hooks::check(job, &self.config)?;
+        self.limits.check(job, &self.config)
     }
 
     /// Drops a job; it reports `Failed`.
@@ -240,20 +243,22 @@ impl Engine {
         let mut running: HashMap<u64, (usize, Vec<Vec<f32>>)> = HashMap::new();
         let result = loop {
             let room = in_flight.saturating_sub(running.len());
+            let mut submissions = Vec::new();
             // Asked again after its end: what `done` learns may make new jobs.
             let refused = jobs.by_ref().take(room).find_map(|job| {
                 let index = next;
                 next += 1;
-                let captures = vec![Vec::new(); job.capture.len()];
-                let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
-                match self.submit(job, tag, &sender) {
-                    Ok(()) => {
-                        running.insert(tag, (index, captures));
-                        None
-                    }
-                    Err(error) => done(index, Err(error)).err(),
+                if let Err(error) = self.check(&job) {
+                    return done(index, Err(error)).err();
                 }
+                let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
+                running.insert(tag, (index, vec![Vec::new(); job.capture.len()]));
+                submissions.push(Submission { tag, job, events: sender.clone() });
+                None
             });
+            if !submissions.is_empty() {
+                self.send(Command::Submit(submissions))?;
+            }
             if let Some(error) = refused {
                 break Err(error);
             }

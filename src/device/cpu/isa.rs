@@ -112,6 +112,7 @@ impl Isa {
     }
 
     /// What gives the same bits without hardware for it.
+    #[must_use]
     pub fn emulated(self) -> Self {
         match self.products() {
             Products::Tiles => Self::AmxEmulated,

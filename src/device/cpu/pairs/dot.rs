@@ -5,7 +5,14 @@ use std::arch::x86_64::{
     _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
+use half::bf16;
+
 use super::{DEPTH, SIDE, Sums, Tile};
+
+/// Two elements of k.
+type Pair = [bf16; 2];
+/// A pair for each of 16 columns.
+type Lanes = [Pair; SIDE];
 
 /// Rows of a register tile: with 16 × 2 columns 16 sums, which hide an addition's latency, beside
 /// the weights and a pair of x.
@@ -103,8 +110,8 @@ unsafe fn multiply_rows<const N: usize>(
             *tile = unsafe { [0, 1].map(|side| _mm512_loadu_ps(sums[side][row + at].as_ptr())) };
         }
     }
-    let [mut left, mut right] = w.map(|w| w.as_ptr().cast::<__m512bh>());
-    let mut pairs = x.as_ptr().cast::<i32>().wrapping_add(row * SIDE);
+    let [mut left, mut right] = w.map(|w| w.as_ptr().cast::<Lanes>());
+    let mut pairs = x.as_ptr().cast::<Pair>().wrapping_add(row * SIDE);
     for _ in 0..x.len() {
         ahead.fetch();
         for pair in 0..SIDE {
@@ -181,8 +188,8 @@ unsafe fn multiply_panels<const N: usize, const P: usize>(
     sums: &mut [Sums],
 ) -> usize {
     let mut tile = [[_mm512_setzero_ps(); P]; N];
-    let mut panel = w.as_ptr().cast::<__m512bh>();
-    let mut pairs = x.as_ptr().cast::<i32>();
+    let mut panel = w.as_ptr().cast::<Lanes>();
+    let mut pairs = x.as_ptr().cast::<Pair>();
     for _ in 0..steps {
         for pair in 0..SIDE {
             // SAFETY: a tile of w has 16 times 16 pairs, one of x 16 rows of 16 pairs.
@@ -212,7 +219,7 @@ unsafe fn multiply_panels<const N: usize, const P: usize>(
 /// The 16 pairs can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn load(at: *const __m512bh) -> __m512bh {
+unsafe fn load(at: *const Lanes) -> __m512bh {
     // SAFETY: the load is promised by the caller; both types are 512 bits, and any bits are numbers.
     unsafe { std::mem::transmute(_mm512_loadu_si512(at.cast())) }
 }
@@ -221,9 +228,9 @@ unsafe fn load(at: *const __m512bh) -> __m512bh {
 /// The pair can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn broadcast(at: *const i32) -> __m512bh {
+unsafe fn broadcast(at: *const Pair) -> __m512bh {
     // SAFETY: as for `load`.
-    unsafe { std::mem::transmute(_mm512_set1_epi32(*at)) }
+    unsafe { std::mem::transmute(_mm512_set1_epi32(std::mem::transmute::<Pair, i32>(*at))) }
 }
 
 #[inline]
