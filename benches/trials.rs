@@ -17,7 +17,8 @@ fn trials(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("new tokens of trials");
     group.sample_size(10);
     for (name, share, trials) in [("shared", true, 1), ("shared", true, 16), ("alone", false, 16)] {
-        let engine = Engine::start_random(&config, &Options { share, ..Options::default() }).unwrap();
+        let engine =
+            Engine::start_random(&config, &Options { share, ..Options::default() }).unwrap();
         let workload = Workload {
             prompt_tokens: PROMPT,
             start: 140,
