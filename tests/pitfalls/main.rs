@@ -6,15 +6,12 @@
 mod common;
 mod tiny;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::demo_model;
 use inkling::{
     engine::{
-        DeviceKind, Dtype, Finished, Injection, Job, norm,
+        Finished, Injection, Job, norm,
         resolve::resolve,
         vectors::{VectorFiles, VectorSet},
     },
@@ -504,6 +501,8 @@ fn pitfall_11_no_double_bos() {
 #[cfg(feature = "host-kernels")]
 #[test]
 fn a_lost_device_leaves_a_folder_that_resumes_to_the_same_content() {
+    use inkling::engine::{DeviceKind, Dtype};
+
     let model_folder = chat_folder();
     let model = Model::open(model_folder.path()).unwrap();
     let protocol = tiny::protocol(r#"["Bread"]"#, "[0, 2]", "[1.0]");
@@ -514,7 +513,7 @@ fn a_lost_device_leaves_a_folder_that_resumes_to_the_same_content() {
             options.fail_after = fail_after;
         })
     };
-    let lines = |dir: &Path| {
+    let lines = |dir: &std::path::Path| {
         let text = fs_err::read_to_string(dir.join("trials.jsonl")).unwrap_or_default();
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
         lines.sort();

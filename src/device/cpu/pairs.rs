@@ -40,6 +40,8 @@ pub(crate) fn multiply(
     let steps = w[0].len();
     assert!(steps > 0 && w[1].len() == steps && sums.len() == rows.div_ceil(SIDE), "tiles");
     assert_eq!(x.len(), sums.len() * steps, "tiles of x");
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = next;
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
