@@ -73,7 +73,8 @@ fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
 /// A chain of k multiplications and additions, cut into at most three blocks on the processor; a
 /// tensor core may drop what falls below the largest of the 17 terms of a step, in f32. With AMX a
 /// term goes through at most min(k, 16) roundings of its chain, those of k / 32 sums and one more: no
-/// more than k + 2. In pairs it goes through at most k of one chain. (Inputs are multiples of 2⁻²⁵, so no sum of products is denormal.)
+/// more than k + 2. In pairs it goes through at most k of one chain. (Inputs are multiples of 2⁻²⁵,
+/// so no sum of products is denormal.)
 fn chain_error(k: usize) -> f64 {
     (2 * k + 4) as f64 * U
 }

@@ -6,9 +6,6 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod dot;
 
-/// The most rows and panels of [`multiply_few`]: 24 sums.
-pub(crate) const FEW: (usize, usize) = (3, 8);
-
 use half::bf16;
 
 use super::{
@@ -24,6 +21,9 @@ pub(crate) const DEPTH: usize = 2 * SIDE;
 pub(crate) type Tile = [bf16; SIDE * DEPTH];
 /// A tile of sums, `[row][column]`.
 pub(crate) type Sums = [[f32; SIDE]; SIDE];
+
+/// The most rows and panels of [`multiply_few`]: 24 sums.
+pub(crate) const FEW: (usize, usize) = (3, 8);
 
 /// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another, for `rows` rows
 /// and twice 16 columns. x: `[rows / 16][steps]`; sums: `[rows / 16]`, what its last rows beyond
@@ -59,15 +59,15 @@ pub(crate) fn is_few(isa: Isa, rows: usize) -> bool {
     isa == Isa::Avx512Bf16 && rows <= FEW.0
 }
 
-/// As [`multiply`], for few rows and up to [`FEW`] panels of 16 columns. w: `[panels][steps]`;
+/// As [`multiply`], for few rows (see [`is_few`]) and up to [`FEW`] panels of 16 columns. w: `[panels][steps]`;
 /// sums: `[panels]`.
-pub(crate) fn multiply_few(rows: usize, x: &[Tile], w: &[Tile], sums: &mut [Sums]) {
+pub(crate) fn multiply_few(isa: Isa, rows: usize, x: &[Tile], w: &[Tile], sums: &mut [Sums]) {
     let steps = x.len();
-    assert!(steps > 0 && rows <= FEW.0 && sums.len() <= FEW.1, "few rows");
+    assert!(steps > 0 && is_few(isa, rows) && sums.len() <= FEW.1, "few rows");
     assert_eq!(w.len(), sums.len() * steps, "tiles of w");
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: called where `is_few` says so, with an instruction set that `Isa::check` found here;
-    // the lengths were checked.
+    // SAFETY: `is_few` says that the instruction set, which `Isa::check` found here, is the one; the
+    // lengths were checked.
     unsafe {
         dot::multiply_few(steps, rows, x, w, sums);
     }

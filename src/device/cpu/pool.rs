@@ -1,7 +1,7 @@
 //! The threads that share the work of an operation.
 //!
 //! A step is hundreds of operations of some ten microseconds, one after another, so threads wait for
-//! the next one awake, for a while: to wake a thread takes as long as such an operation. Tasks are
+//! the next one awake, for a while: to wake a thread can take as long as such an operation. Tasks are
 //! handed out one at a time, by a counter.
 
 use std::{
@@ -23,7 +23,8 @@ use std::{
 
 use crate::error::{Error, Result};
 
-/// How long a thread waits awake. The host plans a step in less.
+/// How long a thread waits awake: longer than the caller takes from one operation of a step to the
+/// next. While the host plans a step, it sleeps.
 const AWAKE: Duration = Duration::from_micros(100);
 
 /// The caller's thread, and threads that help it.

@@ -165,7 +165,7 @@ impl Product<'_> {
     fn few(&self, panels: Range<usize>, sums: &mut [Sums]) {
         let sums = &mut sums[..panels.len()];
         let w = &self.weight[panels.start * self.steps..panels.end * self.steps];
-        multiply_few(self.rows, self.x, w, sums);
+        multiply_few(self.isa, self.rows, self.x, w, sums);
         if self.group == 2 {
             for (sums, panel) in sums.as_chunks::<2>().0.iter().zip(panels.step_by(2)) {
                 (self.epilogue)(0, self.rows, panel, sums.as_flattened());
