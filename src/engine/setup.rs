@@ -13,7 +13,7 @@ use crate::{
         forward::{Sizes, workspace},
     },
     ops::{
-        attention::{MAX_HEAD_DIM, PAGE},
+        attention::{MAX_HEAD_DIM, PAGE, PageShape},
         matmul::Dtype,
         residual_norm::MAX_KERNEL_DIM,
         sample::MAX_KERNEL_VOCAB,
@@ -120,7 +120,8 @@ impl Limits {
     pub(super) fn new(config: &ModelConfig, options: &Options, device: &Device) -> Result<Self> {
         let c = config;
         let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
-        let page_bytes = 2 * PAGE * c.kv_heads * c.head_dim * element;
+        let page = PageShape::new(device, options.dtype, c.kv_heads, c.head_dim);
+        let page_bytes = page.len() * element;
         let blocks = c.context.div_ceil(PAGE);
         // Every sequence's own pages and its prompt's clean ones, at full length.
         let most = (2 * options.max_batch + 1) * c.layers * blocks;

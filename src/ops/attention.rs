@@ -4,8 +4,11 @@
 //! cannot change a bit.
 
 mod cpu;
+mod page;
+mod pairs;
 mod plan;
 
+pub use page::PageShape;
 pub use plan::{AttentionPlan, Items, SharedPrefix};
 
 use self::plan::Item;
@@ -46,29 +49,12 @@ pub struct CacheShape {
     pub blocks: usize,
 }
 
-impl CacheShape {
-    /// Elements of a page. On the processor keys `[kv_heads][head_dim][PAGE]`, then values
-    /// `[kv_heads][PAGE][head_dim]`; for the kernels both are `[kv_heads][PAGE][head_dim]`.
-    pub fn page_len(&self) -> usize {
-        2 * self.kv_heads * self.head_dim * PAGE
-    }
-
-    /// Where the keys' element `d` of a head starts, [`PAGE`] positions side by side.
-    pub(super) fn key(&self, page: usize, head: usize, d: usize) -> usize {
-        page * self.page_len() + (head * self.head_dim + d) * PAGE
-    }
-
-    /// Where the value of the page's position `lane` starts.
-    pub(super) fn value(&self, page: usize, head: usize, lane: usize) -> usize {
-        let values = self.kv_heads * self.head_dim * PAGE;
-        page * self.page_len() + values + (head * PAGE + lane) * self.head_dim
-    }
-}
-
 /// Pages of keys and values, and which of them are whose.
 pub struct Cache<T> {
     /// Sizes.
     pub shape: CacheShape,
+    /// Sizes of a page.
+    pub(super) page: PageShape,
     /// (slots, layers, blocks): the page of each block of positions.
     tables: Buffer<u32>,
     pages: Buffer<T>,
@@ -98,10 +84,12 @@ impl<T: Float> Cache<T> {
     /// # Errors
     /// There is not enough.
     pub fn new(device: &Device, shape: CacheShape) -> Result<Self> {
+        let page = PageShape::new(device, T::DTYPE, shape.kv_heads, shape.head_dim);
         Ok(Self {
             shape,
+            page,
             tables: Buffer::zeroed(device, shape.slots * shape.layers * shape.blocks)?,
-            pages: Buffer::zeroed(device, shape.pages * shape.page_len())?,
+            pages: Buffer::zeroed(device, shape.pages * page.len())?,
             copies: Buffer::zeroed(device, 4096)?,
         })
     }

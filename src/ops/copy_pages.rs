@@ -22,7 +22,7 @@ pub fn copy_pages<T: Float>(
     assert!(pairs.iter().flatten().all(|&page| page < pages), "a page beyond the cache");
     match device {
         Device::Cpu(_) => {
-            let len = cache.shape.page_len();
+            let len = cache.page.len();
             let (_, pages) = cache.split_mut();
             for &[from, to] in pairs {
                 let from = from as usize * len;
@@ -57,9 +57,9 @@ fn launch<T: Float>(cuda: &Cuda, count: usize, cache: &mut Cache<T>) -> Result<(
         pages: cache.address_mut(),
         pairs: Buffer::address(&cache.copies),
         count: count as i32,
-        page_len: cache.shape.page_len() as i32,
+        page_len: cache.page.len() as i32,
     };
-    let grid = [count as u32, cache.shape.page_len().div_ceil(8192) as u32, 1];
+    let grid = [count as u32, cache.page.len().div_ceil(8192) as u32, 1];
     let launch = Launch { grid, block: 256, shared: 0 };
     // SAFETY: every page was checked, and `count` pairs were written.
     unsafe { cuda.launch("copy_pages", launch, &params) }

@@ -36,6 +36,8 @@ pub trait Float: Element + Default + Wide {
     fn from_f32(value: f32) -> Self;
     /// Likewise.
     fn to_bf16(self) -> bf16;
+    /// The same values, where this is bfloat16.
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]>;
 }
 
 impl Float for f32 {
@@ -51,6 +53,10 @@ impl Float for f32 {
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         Float::from_f32(self)
+    }
+    #[inline(always)]
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
     }
 }
 
@@ -71,6 +77,10 @@ impl Float for bf16 {
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         self
+    }
+    #[inline(always)]
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
     }
 }
 

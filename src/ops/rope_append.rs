@@ -107,8 +107,8 @@ pub fn rope_append<T: Float>(device: &Device, p: RopeAppend<'_, T>) -> Result<()
 
 fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
     let RopeAppend { rows, heads, qkv, at, norms, rope, layer, cache } = p;
-    let shape = cache.shape;
-    let (head_dim, kv_heads) = (shape.head_dim, shape.kv_heads);
+    let (head_dim, kv_heads) = (cache.shape.head_dim, cache.shape.kv_heads);
+    let page_shape = cache.page;
     let width = (heads + 2 * kv_heads) * head_dim;
     let qkv = Shared::new(qkv.host_mut());
     let (tables, pages) = cache.split_mut();
@@ -136,19 +136,11 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
             }
             let page = tables.page(slot as usize, layer, position / super::attention::PAGE);
             let lane = position % super::attention::PAGE;
-            for head in 0..kv_heads {
-                let source = head * head_dim..(head + 1) * head_dim;
-                for (d, &k) in k[source.clone()].iter().enumerate() {
-                    // SAFETY: no two rows of a step have the same sequence and position, and a
-                    // page that is written belongs to one sequence.
-                    let to = unsafe { pages.range(shape.key(page, head, d) + lane, 1) };
-                    to[0] = T::from_f32(k);
-                }
-                // SAFETY: likewise.
-                let to = unsafe { pages.range(shape.value(page, head, lane), head_dim) };
-                for (to, &v) in to.iter_mut().zip(&v[source]) {
-                    *to = T::from_f32(v);
-                }
+            let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+            for (head, (k, v)) in heads.enumerate() {
+                // SAFETY: no two rows of a step have the same sequence and position, and a page that
+                // is written belongs to one sequence.
+                unsafe { page_shape.write(&pages, (page, head, lane), k, v) };
             }
         }
     });

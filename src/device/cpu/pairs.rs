@@ -6,6 +6,8 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod dot;
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::{
@@ -21,6 +23,13 @@ pub(crate) const DEPTH: usize = 2 * SIDE;
 pub(crate) type Tile = [bf16; SIDE * DEPTH];
 /// A tile of sums, `[row][column]`.
 pub(crate) type Sums = [[f32; SIDE]; SIDE];
+
+/// Pages of 16 positions that are multiplied at a time.
+pub(crate) const PAGES: usize = 4;
+/// What 16 rows have for the positions of those pages: scores, or weights.
+pub(crate) type OfPages<T> = [[T; PAGES * SIDE]; SIDE];
+/// 16 columns of a page's values, `[position / 2][column][position % 2]`.
+pub(crate) type HalfTile = [bf16; SIDE * SIDE];
 
 /// The most rows and panels of [`multiply_few`]: 24 sums.
 pub(crate) const FEW: (usize, usize) = (3, 8);
@@ -73,6 +82,52 @@ pub(crate) fn multiply_few(isa: Isa, rows: usize, x: &[Tile], w: &[Tile], sums: 
     }
 }
 
+/// `scores[r][16 p + c] = Σ x[r][t] · keys[p][c][t]` as in [`multiply`], for `rows` of a tile; the other
+/// rows are left alone. x, keys[p]: `[steps]`.
+pub(crate) fn multiply_pages(
+    isa: Isa,
+    rows: Range<usize>,
+    x: &[Tile],
+    keys: [&[Tile]; PAGES],
+    scores: &mut OfPages<f32>,
+) {
+    let steps = x.len();
+    assert!(steps > 0 && keys.iter().all(|keys| keys.len() == steps), "tiles of keys");
+    assert!(rows.end <= SIDE, "rows of a tile");
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as in `multiply`; the numbers were checked.
+        Isa::Amx => unsafe { amx::multiply_pages(rows, x, keys, scores) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: likewise.
+        Isa::Avx512Bf16 => unsafe { dot::multiply_pages(rows, x, keys, scores) },
+        _ => isa.run(EmulatedKeys { products: isa.products(), rows, x, keys, scores }),
+    }
+}
+
+/// `out[r][c] += Σ weights[r][16 p + l] · values[p][l][c]`, page after page, each in one step of 16, for
+/// `rows` of a tile; the other rows are left alone. values[p]: `[columns / 16]`; out: (16, columns).
+pub(crate) fn add_pages(
+    isa: Isa,
+    rows: Range<usize>,
+    weights: &OfPages<bf16>,
+    values: &[&[HalfTile]],
+    out: &mut [f32],
+) {
+    let blocks = out.len() / (SIDE * SIDE);
+    assert!(values.len() <= PAGES && rows.end <= SIDE, "pages and rows");
+    assert!(values.iter().all(|values| values.len() == blocks), "tiles of values");
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as in `multiply`; the numbers were checked.
+        Isa::Amx => unsafe { amx::add_pages(rows, weights, values, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: likewise.
+        Isa::Avx512Bf16 => unsafe { dot::add_pages(rows, weights, values, out) },
+        _ => isa.run(EmulatedValues { products: isa.products(), rows, weights, values, out }),
+    }
+}
+
 struct Emulated<'a> {
     products: Products,
     x: &'a [Tile],
@@ -87,13 +142,79 @@ impl Kernel for Emulated<'_> {
         for (x, sums) in self.x.chunks(self.w[0].len()).zip(self.sums) {
             for (w, sums) in self.w.iter().zip(sums) {
                 *sums = [[0.0; SIDE]; SIDE];
-                x.iter().zip(*w).for_each(|(x, w)| match self.products {
-                    Tiles => add_tile(x, w, sums),
-                    Pairs => add_pairs(x, w, sums),
-                    Chains => unreachable!("chains are not made of tiles"),
-                });
+                for (x, w) in x.iter().zip(*w) {
+                    let columns: [_; DEPTH] = by_element(w);
+                    for (x, sums) in x.as_chunks::<DEPTH>().0.iter().zip(&mut *sums) {
+                        add_products(self.products, x, &columns, sums);
+                    }
+                }
             }
         }
+    }
+}
+
+struct EmulatedKeys<'a> {
+    products: Products,
+    rows: Range<usize>,
+    x: &'a [Tile],
+    keys: [&'a [Tile]; PAGES],
+    scores: &'a mut OfPages<f32>,
+}
+
+impl Kernel for EmulatedKeys<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for (page, keys) in self.keys.into_iter().enumerate() {
+            for (step, (x, keys)) in self.x.iter().zip(keys).enumerate() {
+                let columns: [_; DEPTH] = by_element(keys);
+                for row in self.rows.clone() {
+                    let scores = &mut self.scores[row].as_chunks_mut::<SIDE>().0[page];
+                    if step == 0 {
+                        *scores = [0.0; SIDE];
+                    }
+                    let x = &x.as_chunks::<DEPTH>().0[row];
+                    add_products(self.products, x, &columns, scores);
+                }
+            }
+        }
+    }
+}
+
+struct EmulatedValues<'a> {
+    products: Products,
+    rows: Range<usize>,
+    weights: &'a OfPages<bf16>,
+    values: &'a [&'a [HalfTile]],
+    out: &'a mut [f32],
+}
+
+impl Kernel for EmulatedValues<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let width = self.out.len() / SIDE;
+        for (page, values) in self.values.iter().enumerate() {
+            for (block, values) in values.iter().enumerate() {
+                let columns: [_; SIDE] = by_element(values);
+                for row in self.rows.clone() {
+                    let weights = &self.weights[row][page * SIDE..][..SIDE];
+                    let out = &mut self.out[row * width..][..width];
+                    let sums = &mut out.as_chunks_mut::<SIDE>().0[block];
+                    add_products(self.products, weights, &columns, sums);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of one step, x against the elements of k of 16 columns.
+#[inline(always)]
+fn add_products(products: Products, x: &[bf16], w: &[[f32; SIDE]], sums: &mut [f32; SIDE]) {
+    match products {
+        Tiles => add_tile(x, w, sums),
+        Pairs => add_pairs(x, w, sums),
+        Chains => unreachable!("chains are not made of tiles"),
     }
 }
 
@@ -103,29 +224,23 @@ impl Kernel for Emulated<'_> {
 /// results. (A result is denormal here after its rounding to f32. The manual leaves open whether one
 /// that this rounding carries to the smallest normal number counts.)
 #[inline(always)]
-fn add_tile(x: &Tile, w: &Tile, sums: &mut Sums) {
-    let columns = by_element(w);
-    for (x, sums) in x.as_chunks::<DEPTH>().0.iter().zip(sums) {
-        let mut chains = [[0.0f32; SIDE]; 2];
-        for (at, &x) in x.iter().enumerate() {
-            add(x, &columns[at], &mut chains[at % 2]);
-        }
-        for column in 0..SIDE {
-            sums[column] = flush(sums[column] + flush(chains[0][column] + chains[1][column]));
-        }
+fn add_tile(x: &[bf16], w: &[[f32; SIDE]], sums: &mut [f32; SIDE]) {
+    let mut chains = [[0.0f32; SIDE]; 2];
+    for (at, (&x, w)) in x.iter().zip(w).enumerate() {
+        add(x, w, &mut chains[at % 2]);
+    }
+    for column in 0..SIDE {
+        sums[column] = flush(sums[column] + flush(chains[0][column] + chains[1][column]));
     }
 }
 
 /// `vdpbf16ps` as the same manual defines it: of each pair of k first the odd element's product is
 /// added, then the even one's, both fused. Rounding and denormals as above.
 #[inline(always)]
-fn add_pairs(x: &Tile, w: &Tile, sums: &mut Sums) {
-    let columns = by_element(w);
-    for (x, sums) in x.as_chunks::<DEPTH>().0.iter().zip(sums) {
-        for (x, columns) in x.as_chunks::<2>().0.iter().zip(columns.as_chunks::<2>().0) {
-            add(x[1], &columns[1], sums);
-            add(x[0], &columns[0], sums);
-        }
+fn add_pairs(x: &[bf16], w: &[[f32; SIDE]], sums: &mut [f32; SIDE]) {
+    for (x, w) in x.as_chunks::<2>().0.iter().zip(w.as_chunks::<2>().0) {
+        add(x[1], &w[1], sums);
+        add(x[0], &w[0], sums);
     }
 }
 
@@ -137,10 +252,10 @@ fn add(x: bf16, w: &[f32; SIDE], sums: &mut [f32; SIDE]) {
     }
 }
 
-/// A tile of w in f32, `[k][column]`.
+/// A tile of w, or half of one, in f32: `[k][column]`.
 #[inline(always)]
-fn by_element(w: &Tile) -> [[f32; SIDE]; DEPTH] {
-    let mut columns = [[0.0; SIDE]; DEPTH];
+fn by_element<const K: usize>(w: &[bf16]) -> [[f32; SIDE]; K] {
+    let mut columns = [[0.0; SIDE]; K];
     for (pair, w) in w.as_chunks::<DEPTH>().0.iter().enumerate() {
         for column in 0..SIDE {
             columns[2 * pair][column] = widen(w[2 * column]);

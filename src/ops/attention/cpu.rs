@@ -1,11 +1,16 @@
-//! The fold on the processor: queries of rows side by side, so that a page of keys or values is
-//! widened once for all rows that see it, be they trials that share a prompt or the prompt's own.
+//! The fold on the processor: queries of rows side by side, so that a page of keys or values is read
+//! once for all rows that see it, be they trials that share a prompt or the prompt's own.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
-use super::{Attention, CHUNK, Cache, PAGE, TILE};
+use half::bf16;
+
+use super::{
+    Attention, CHUNK, Cache, PAGE, TILE,
+    pairs::{self, Pairs},
+};
 use crate::{
-    device::cpu::{Cpu, Isa, Kernel, Shared},
+    device::cpu::{Cpu, Isa, Kernel, Shared, pairs::OfPages},
     ops::{
         Float,
         math::{LANES, exp, max, sum_lanes},
@@ -24,14 +29,17 @@ const PAGES: usize = TILE / PAGE;
 
 thread_local! {
     /// What a block works in; grown once.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<(Vec<f32>, pairs::Scratch)> =
+        const { RefCell::new((Vec::new(), pairs::Scratch::new())) };
 }
 
 pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
     let kv_heads = p.cache.shape.kv_heads;
     let group = p.heads / kv_heads;
-    let heads = group.min(QUERIES);
-    let rows = QUERIES / heads;
+    let pages = T::as_bf16(p.cache.pages.host()).filter(|_| p.cache.page.is_pairs());
+    let queries = if pages.is_some() { pairs::QUERIES } else { QUERIES };
+    let heads = group.min(queries);
+    let rows = queries / heads;
     let head_blocks = group.div_ceil(heads);
     let out = Shared::new(p.out.host_mut());
     let (slots, positions) = (p.at.slot.host(), p.at.position.host());
@@ -62,26 +70,29 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
         };
         let head_dim = block.head_dim();
         let head = kv_head * group + first;
-        SCRATCH.with_borrow_mut(|scratch| {
+        SCRATCH.with_borrow_mut(|(scratch, of_pairs)| {
             let needed = Scratch::len(head_dim);
             if scratch.len() < needed {
                 scratch.resize(needed, 0.0);
             }
             let mut scratch = Scratch::cut(scratch, head_dim);
             let width = (p.heads + 2 * kv_heads) * head_dim;
+            let len = block.heads * head_dim;
             for row in 0..count {
                 let start = (first_row + row) * width + head * head_dim;
-                let queries = &p.qkv.host()[start..][..block.heads * head_dim];
-                scratch.queries[row * queries.len()..][..queries.len()].copy_from_slice(queries);
+                let queries = &p.qkv.host()[start..][..len];
+                scratch.queries[row * len..][..len].copy_from_slice(queries);
             }
-            cpu.isa().run(Fold(&block, &mut scratch));
+            cpu.isa().run(Fold(&block, &mut scratch, pages.map(|pages| (pages, of_pairs))));
             for (row, _) in block.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
                 let start = ((first_row + row) * p.heads + head) * head_dim;
-                let len = block.heads * head_dim;
                 // SAFETY: each task has its own rows and heads.
                 let out = unsafe { out.range(start, len) };
-                for (out, &v) in out.iter_mut().zip(&scratch.out[row * len..]) {
-                    *out = T::from_f32(v);
+                let queries = scratch.out.chunks_exact(block.width()).skip(row * block.heads);
+                for (out, query) in out.chunks_exact_mut(head_dim).zip(queries) {
+                    for (out, &v) in out.iter_mut().zip(query) {
+                        *out = T::from_f32(v);
+                    }
                 }
             }
         });
@@ -90,10 +101,10 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
 
 /// A row of the step.
 #[derive(Clone, Copy, Default)]
-struct Row {
-    slot: usize,
+pub(super) struct Row {
+    pub(super) slot: usize,
     /// Positions up to its own; 0: nothing is computed.
-    positions: usize,
+    pub(super) positions: usize,
     /// Positions before its window.
     unseen: usize,
 }
@@ -107,7 +118,7 @@ impl Row {
 
     /// Whether it sees something of the tile that starts here.
     #[inline(always)]
-    fn sees(&self, tile: usize) -> bool {
+    pub(super) fn sees(&self, tile: usize) -> bool {
         self.positions > tile && self.unseen < tile + TILE
     }
 
@@ -118,13 +129,13 @@ impl Row {
 
 /// Rows, and those of their heads that share a key head. Query q is head q % heads of row
 /// q / heads.
-struct Block<'a, T> {
-    isa: Isa,
-    rows: &'a [Row],
-    heads: usize,
-    kv_head: usize,
-    layer: usize,
-    cache: &'a Cache<T>,
+pub(super) struct Block<'a, T> {
+    pub(super) isa: Isa,
+    pub(super) rows: &'a [Row],
+    pub(super) heads: usize,
+    pub(super) kv_head: usize,
+    pub(super) layer: usize,
+    pub(super) cache: &'a Cache<T>,
     soft_cap: Option<f32>,
 }
 
@@ -138,7 +149,7 @@ struct Scratch<'a> {
     max: &'a mut [f32],
     /// (queries,)
     sum: &'a mut [f32],
-    /// (queries, `head_dim`)
+    /// (queries, `head_dim` in whole lanes)
     out: &'a mut [f32],
     /// max, sum and out of the chunks before.
     before: [&'a mut [f32]; 3],
@@ -148,8 +159,9 @@ struct Scratch<'a> {
 
 impl<'a> Scratch<'a> {
     fn sizes(head_dim: usize) -> [usize; 9] {
-        let (one, wide) = (QUERIES, QUERIES * head_dim);
-        [wide, QUERIES * TILE, one, one, wide, one, one, wide, (head_dim + 1) * PAGE + WIDTH]
+        let (one, queries) = (QUERIES, QUERIES * head_dim);
+        let out = QUERIES * head_dim.next_multiple_of(WIDTH);
+        [queries, QUERIES * TILE, one, one, out, one, one, out, (head_dim + 1) * PAGE + WIDTH]
     }
 
     fn len(head_dim: usize) -> usize {
@@ -165,25 +177,40 @@ impl<'a> Scratch<'a> {
 }
 
 /// Folds all queries of a block; `out` of the scratch is the result.
-struct Fold<'a, 'b, T>(&'a Block<'a, T>, &'a mut Scratch<'b>);
+struct Fold<'a, 'b, T>(
+    &'a Block<'a, T>,
+    &'a mut Scratch<'b>,
+    /// Pages laid out for products of pairs.
+    Option<(&'a [bf16], &'a mut pairs::Scratch)>,
+);
 
 impl<T: Float> Kernel for Fold<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        let Self(block, scratch) = self;
+        let Self(block, scratch, pages) = self;
         let live = || block.rows.iter().filter(|row| row.positions > 0);
         let end = live().map(|row| row.positions).max().unwrap_or(0);
         let first = live().map(Row::first_tile).min().unwrap_or(0);
         let queries = block.rows.len() * block.heads;
-        scratch.start(0..queries, block.head_dim());
+        scratch.start(0..queries, block.width());
+        let mut pairs = pages.map(|(pages, of_pairs)| {
+            let head_dim = block.head_dim();
+            Pairs::new(pages, &scratch.queries[..queries * head_dim], head_dim, of_pairs)
+        });
         for tile in (first..end).step_by(TILE) {
             if tile.is_multiple_of(CHUNK) && tile > first {
                 block.close_chunk(tile, scratch);
             }
-            block.scores(tile, scratch);
+            match &pairs {
+                Some(pairs) => block.scores_of_pairs(pairs, tile, scratch),
+                None => block.scores(tile, scratch),
+            }
             block.exponentials(tile, scratch);
-            block.values(tile, scratch);
+            match &mut pairs {
+                Some(pairs) => block.values_of_pairs(pairs, tile, scratch),
+                None => block.values(tile, scratch),
+            }
         }
         block.finish(scratch);
     }
@@ -192,20 +219,20 @@ impl<T: Float> Kernel for Fold<'_, '_, T> {
 impl Scratch<'_> {
     /// Begins a fold of these queries.
     #[inline(always)]
-    fn start(&mut self, queries: std::ops::Range<usize>, head_dim: usize) {
+    fn start(&mut self, queries: Range<usize>, width: usize) {
         self.max[queries.clone()].fill(f32::NEG_INFINITY);
         self.sum[queries.clone()].fill(0.0);
-        self.out[queries.start * head_dim..queries.end * head_dim].fill(0.0);
+        self.out[queries.start * width..queries.end * width].fill(0.0);
     }
 
     /// Puts a query's chunks so far, where there are any, before the one that has ended.
     #[inline(always)]
-    fn merge(&mut self, q: usize, head_dim: usize, is_first: bool) {
+    fn merge(&mut self, q: usize, width: usize, is_first: bool) {
         if is_first {
             return;
         }
         let [max_before, sum_before, out_before] = &mut self.before;
-        let range = q * head_dim..(q + 1) * head_dim;
+        let range = q * width..(q + 1) * width;
         let (out, before) = (&mut self.out[range.clone()], &out_before[range]);
         let max = max_before[q].max(self.max[q]);
         let (earlier, later) = (exp(max_before[q] - max), exp(self.max[q] - max));
@@ -223,6 +250,12 @@ impl<T: Float> Block<'_, T> {
         self.cache.shape.head_dim
     }
 
+    /// Floats from a query's output to the next's: whole lanes.
+    #[inline(always)]
+    fn width(&self) -> usize {
+        self.head_dim().next_multiple_of(WIDTH)
+    }
+
     /// Whether the row sees nothing before the chunk that `tile` is in.
     #[inline(always)]
     fn is_first_chunk(row: &Row, tile: usize) -> bool {
@@ -232,32 +265,32 @@ impl<T: Float> Block<'_, T> {
     /// Before the first tile of a chunk: what was folded is kept, and a new fold begun.
     #[inline(always)]
     fn close_chunk(&self, tile: usize, scratch: &mut Scratch) {
-        let head_dim = self.head_dim();
+        let width = self.width();
         for (at, row) in self.rows.iter().enumerate() {
             if !row.sees(tile) || row.first_tile() >= tile {
                 continue;
             }
             let queries = at * self.heads..(at + 1) * self.heads;
             for q in queries.clone() {
-                scratch.merge(q, head_dim, Self::is_first_chunk(row, tile - 1));
+                scratch.merge(q, width, Self::is_first_chunk(row, tile - 1));
                 let [max, sum, out] = &mut scratch.before;
                 (max[q], sum[q]) = (scratch.max[q], scratch.sum[q]);
-                let range = q * head_dim..(q + 1) * head_dim;
+                let range = q * width..(q + 1) * width;
                 out[range.clone()].copy_from_slice(&scratch.out[range]);
             }
-            scratch.start(queries, head_dim);
+            scratch.start(queries, width);
         }
     }
 
     /// Merges the last chunks, and divides.
     #[inline(always)]
     fn finish(&self, scratch: &mut Scratch) {
-        let head_dim = self.head_dim();
+        let width = self.width();
         for (at, row) in self.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
             for q in at * self.heads..(at + 1) * self.heads {
-                scratch.merge(q, head_dim, Self::is_first_chunk(row, row.positions - 1));
+                scratch.merge(q, width, Self::is_first_chunk(row, row.positions - 1));
                 let sum = scratch.sum[q];
-                scratch.out[q * head_dim..][..head_dim].iter_mut().for_each(|v| *v /= sum);
+                scratch.out[q * width..][..width].iter_mut().for_each(|v| *v /= sum);
             }
         }
     }
@@ -276,7 +309,7 @@ impl<T: Float> Block<'_, T> {
 
     /// The rows from `first` on for which `what` is the same, and what it is.
     #[inline(always)]
-    fn alike<K: PartialEq>(&self, first: usize, what: impl Fn(&Row) -> K) -> (usize, K) {
+    pub(super) fn alike<K: PartialEq>(&self, first: usize, what: impl Fn(&Row) -> K) -> (usize, K) {
         let key = what(&self.rows[first]);
         let rest = &self.rows[first + 1..];
         let same = rest.iter().take_while(|row| what(row) == key).count();
@@ -306,12 +339,12 @@ impl<T: Float> Block<'_, T> {
         &self,
         (tile, block): (usize, usize),
         page: usize,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         scratch: &mut Scratch,
     ) {
         let head_dim = self.head_dim();
-        let start = self.cache.shape.key(page, self.kv_head, 0);
-        let keys = &self.cache.pages.host()[start..][..head_dim * PAGE];
+        let shape = self.cache.page;
+        let keys = shape.keys(self.cache.pages.host(), page, self.kv_head);
         let mut q = rows.start * self.heads;
         let end = rows.end * self.heads;
         let few = end - q <= SIDE_BY_SIDE;
@@ -325,7 +358,7 @@ impl<T: Float> Block<'_, T> {
             let mut scores = [[0.0f32; PAGE]; SIDE_BY_SIDE];
             if few {
                 // The values are read next.
-                let ahead = self.cache.shape.value(page, self.kv_head, 0) - start;
+                let ahead = shape.ahead(self.kv_head);
                 let w = Right { values: keys, stride: PAGE, ahead };
                 tile_of(self.isa, count, head_dim, x, w, &mut scores);
             } else {
@@ -345,7 +378,7 @@ impl<T: Float> Block<'_, T> {
 
     /// Scaled and capped scores of the lanes that are seen.
     #[inline(always)]
-    fn store(&self, scores: &[f32; PAGE], lanes: std::ops::Range<usize>, weights: &mut [f32]) {
+    fn store(&self, scores: &[f32; PAGE], lanes: Range<usize>, weights: &mut [f32]) {
         let scale = 1.0 / (self.head_dim() as f32).sqrt();
         if self.soft_cap.is_none() && lanes == (0..PAGE) {
             return weights.iter_mut().zip(scores).for_each(|(weight, s)| *weight = s * scale);
@@ -358,7 +391,7 @@ impl<T: Float> Block<'_, T> {
     /// Scores become weights, and what was folded before is scaled to the new maximum.
     #[inline(always)]
     fn exponentials(&self, tile: usize, scratch: &mut Scratch) {
-        let head_dim = self.head_dim();
+        let width = self.width();
         for (at, row) in self.rows.iter().enumerate() {
             if !row.sees(tile) {
                 continue;
@@ -378,7 +411,7 @@ impl<T: Float> Block<'_, T> {
                 }
                 scratch.max[q] = new_max;
                 scratch.sum[q] = scratch.sum[q] * keep + sum_lanes(lanes);
-                scratch.out[q * head_dim..][..head_dim].iter_mut().for_each(|out| *out *= keep);
+                scratch.out[q * width..][..width].iter_mut().for_each(|out| *out *= keep);
             }
         }
     }
@@ -394,8 +427,8 @@ impl<T: Float> Block<'_, T> {
                 // Rows that reach as far: beyond, the page may hold anything.
                 let (end, found) = self.alike(first, |row| self.page(row, tile, block));
                 if let Some((page, reached)) = found {
-                    let start = self.cache.shape.value(page, self.kv_head, 0);
-                    let values = &self.cache.pages.host()[start..][..len];
+                    let pages = self.cache.pages.host();
+                    let values = self.cache.page.values(pages, page, self.kv_head);
                     let weights = &scratch.weights[block * PAGE..];
                     let queries = first * self.heads..end * self.heads;
                     // A ragged last column block reads on behind the page.
@@ -422,28 +455,60 @@ impl<T: Float> Block<'_, T> {
         &self,
         page: &[W],
         positions: usize,
-        queries: std::ops::Range<usize>,
+        queries: Range<usize>,
         weights: &[f32],
         out: &mut [f32],
     ) {
-        let head_dim = self.head_dim();
+        let (head_dim, width) = (self.head_dim(), self.width());
         for first in queries.clone().step_by(SIDE_BY_SIDE) {
             let count = SIDE_BY_SIDE.min(queries.end - first);
             let x = Left { values: &weights[first * TILE..], row_stride: TILE, k_stride: 1 };
             for d in (0..head_dim).step_by(WIDTH) {
-                // A ragged last column block reads on into the next row, and drops it.
+                // A ragged last column block reads on into the next row, and nobody reads the sums.
                 let w = Right { values: &page[d..], stride: head_dim, ahead: 0 };
-                let width = WIDTH.min(head_dim - d);
                 let mut sums = [[0.0f32; WIDTH]; SIDE_BY_SIDE];
                 for (sums, q) in sums[..count].iter_mut().zip(first..) {
-                    copy(&out[q * head_dim + d..][..width], &mut sums[..width]);
+                    sums.copy_from_slice(&out[q * width + d..][..WIDTH]);
                 }
                 tile_of(self.isa, count, positions, x, w, &mut sums);
                 for (sums, q) in sums[..count].iter().zip(first..) {
-                    copy(&sums[..width], &mut out[q * head_dim + d..][..width]);
+                    out[q * width + d..][..WIDTH].copy_from_slice(sums);
                 }
             }
         }
+    }
+
+    /// As [`Self::scores`], by products of pairs.
+    #[inline(always)]
+    fn scores_of_pairs(&self, pairs: &Pairs, tile: usize, scratch: &mut Scratch) {
+        let scores = of_pages(scratch.weights);
+        pairs.scores(self, tile, scores);
+        for (scores, row) in scores.chunks_mut(self.heads).zip(self.rows) {
+            let first = row.unseen.saturating_sub(tile).min(TILE);
+            let last = row.positions.saturating_sub(tile).min(TILE);
+            for scores in scores {
+                self.mask(scores, first..last);
+            }
+        }
+    }
+
+    /// As [`Self::values`], by products of pairs.
+    #[inline(always)]
+    fn values_of_pairs(&self, pairs: &mut Pairs, tile: usize, scratch: &mut Scratch) {
+        let out = &mut scratch.out[..pairs::QUERIES * self.width()];
+        pairs.values(self, tile, of_pages(scratch.weights), out);
+    }
+
+    /// Scaled and capped scores of the positions that are seen, -infinity for the others.
+    #[inline(always)]
+    fn mask(&self, scores: &mut [f32; TILE], seen: Range<usize>) {
+        let scale = 1.0 / (self.head_dim() as f32).sqrt();
+        scores.iter_mut().for_each(|score| *score *= scale);
+        if self.soft_cap.is_some() {
+            scores.iter_mut().for_each(|score| *score = self.capped(*score));
+        }
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end.max(seen.start)..].fill(f32::NEG_INFINITY);
     }
 
     #[inline(always)]
@@ -455,13 +520,10 @@ impl<T: Float> Block<'_, T> {
     }
 }
 
-/// Copies; in a register where it is as wide as one.
+/// The first queries' weights.
 #[inline(always)]
-fn copy(from: &[f32], to: &mut [f32]) {
-    match (from.first_chunk::<WIDTH>(), to.first_chunk_mut::<WIDTH>()) {
-        (Some(from), Some(to)) => *to = *from,
-        _ => to.copy_from_slice(from),
-    }
+fn of_pages(weights: &mut [f32]) -> &mut OfPages<f32> {
+    weights.as_chunks_mut().0.first_chunk_mut().expect("as many as a block has")
 }
 
 /// The register tile of the first `count` rows.

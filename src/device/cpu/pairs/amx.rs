@@ -3,10 +3,14 @@
 use std::{
     arch::{asm, x86_64::__cpuid_count},
     cell::Cell,
+    ops::Range,
+    ptr,
     sync::OnceLock,
 };
 
-use super::{Sums, Tile};
+use half::bf16;
+
+use super::{HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
 
 /// Bytes from a row of a tile to the next.
 const STRIDE: usize = 64;
@@ -67,7 +71,7 @@ struct Configuration {
 const _: () = assert!(size_of::<Configuration>() == 64, "as ldtilecfg reads it");
 
 /// All eight tiles whole.
-static CONFIGURATION: Configuration = Configuration {
+static WHOLE: Configuration = Configuration {
     palette: 1,
     start_row: 0,
     reserved: [0; 14],
@@ -75,23 +79,30 @@ static CONFIGURATION: Configuration = Configuration {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
+/// Likewise, but tile 6 has the left half, and tile 7 the upper: 16 elements of k.
+static HALVES: Configuration = Configuration {
+    row_bytes: [64, 64, 64, 64, 64, 64, 32, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 8, 0, 0, 0, 0, 0, 0, 0, 0],
+    ..WHOLE
+};
+
 thread_local! {
-    static CONFIGURED: Cell<bool> = const { Cell::new(false) };
+    static CONFIGURED: Cell<*const Configuration> = const { Cell::new(ptr::null()) };
 }
 
 /// Configures the tiles of this thread, which keeps them so: nothing else here uses them.
 ///
 /// # Safety
 /// The tiles are granted.
-unsafe fn configure() {
-    if CONFIGURED.replace(true) {
+unsafe fn configure(configuration: &'static Configuration) {
+    if ptr::eq(CONFIGURED.replace(configuration), configuration) {
         return;
     }
     // SAFETY: granted (promised); the configuration is one of palette 1.
     unsafe {
         asm!(
             "ldtilecfg [{}]",
-            in(reg) &raw const CONFIGURATION,
+            in(reg) configuration,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, readonly),
@@ -106,7 +117,7 @@ unsafe fn configure() {
 /// in x.
 pub unsafe fn multiply(steps: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
     // SAFETY: promised by the caller.
-    unsafe { configure() };
+    unsafe { configure(&WHOLE) };
     for (x, sums) in x.chunks(2 * steps).zip(sums.chunks_mut(2)) {
         // SAFETY: likewise; x and sums are of one block or of two.
         unsafe {
@@ -195,6 +206,229 @@ unsafe fn multiply_two(steps: usize, x: [&[Tile]; 2], w: [&[Tile]; 2], sums: &mu
             sums = in(reg) sums.as_mut_ptr(),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Bytes from a row of scores, or weights, of pages to the next.
+const SCORES_STRIDE: usize = size_of::<[f32; PAGES * SIDE]>();
+const WEIGHTS_STRIDE: usize = size_of::<[bf16; PAGES * SIDE]>();
+
+/// # Safety
+/// The tiles are granted; there are as many tiles in each of `keys` as in x, at least one; `rows` are
+/// of a tile.
+pub unsafe fn multiply_pages(
+    rows: Range<usize>,
+    x: &[Tile],
+    keys: [&[Tile]; PAGES],
+    scores: &mut OfPages<f32>,
+) {
+    // SAFETY: promised by the caller.
+    unsafe { configure(&HALVES) };
+    if rows == (0..SIDE) {
+        // SAFETY: likewise.
+        return unsafe { multiply_keys(x, keys, scores) };
+    }
+    let mut all = [[0.0; PAGES * SIDE]; SIDE];
+    // SAFETY: likewise.
+    unsafe { multiply_keys(x, keys, &mut all) };
+    scores[rows.clone()].copy_from_slice(&all[rows]);
+}
+
+/// All rows of a tile.
+///
+/// # Safety
+/// As for [`multiply_pages`], and the tiles are configured.
+unsafe fn multiply_keys(x: &[Tile], keys: [&[Tile]; PAGES], scores: &mut OfPages<f32>) {
+    // SAFETY: promised by the caller; each step reads one tile of every list, and four tiles side by
+    // side are the scores.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{x} + {stride}*1]",
+            "tileloadd tmm5, [{k0} + {stride}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "tileloadd tmm5, [{k1} + {stride}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm5",
+            "tileloadd tmm5, [{k2} + {stride}*1]",
+            "tdpbf16ps tmm2, tmm4, tmm5",
+            "tileloadd tmm5, [{k3} + {stride}*1]",
+            "tdpbf16ps tmm3, tmm4, tmm5",
+            "add {x}, 1024",
+            "add {k0}, 1024",
+            "add {k1}, 1024",
+            "add {k2}, 1024",
+            "add {k3}, 1024",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{scores} + {scores_stride}*1], tmm0",
+            "tilestored [{scores} + {scores_stride}*1 + 64], tmm1",
+            "tilestored [{scores} + {scores_stride}*1 + 128], tmm2",
+            "tilestored [{scores} + {scores_stride}*1 + 192], tmm3",
+            x = inout(reg) x.as_ptr() => _,
+            k0 = inout(reg) keys[0].as_ptr() => _,
+            k1 = inout(reg) keys[1].as_ptr() => _,
+            k2 = inout(reg) keys[2].as_ptr() => _,
+            k3 = inout(reg) keys[3].as_ptr() => _,
+            steps = inout(reg) x.len() => _,
+            stride = in(reg) STRIDE,
+            scores = in(reg) scores.as_mut_ptr(),
+            scores_stride = in(reg) SCORES_STRIDE,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _,
+            options(nostack),
+        );
+    }
+}
+
+/// # Safety
+/// The tiles are granted; `rows` are of a tile, `out` has 16 rows, and every page a half tile for
+/// each 16 of its columns.
+pub unsafe fn add_pages(
+    rows: Range<usize>,
+    weights: &OfPages<bf16>,
+    values: &[&[HalfTile]],
+    out: &mut [f32],
+) {
+    // SAFETY: promised by the caller.
+    unsafe { configure(&HALVES) };
+    let mut pages = [ptr::null::<HalfTile>(); PAGES];
+    pages.iter_mut().zip(values).for_each(|(to, page)| *to = page.as_ptr());
+    let pages = &pages[..values.len()];
+    let width = out.len() / SIDE;
+    let mut first = 0;
+    while first < width {
+        let (columns, add): (_, unsafe fn(_, _, _, _, _)) = match width - first {
+            FOUR.. => (FOUR, add_four),
+            _ => (SIDE, add_one),
+        };
+        let from = (out[first..].as_mut_ptr(), width);
+        if rows == (0..SIDE) {
+            // SAFETY: promised by the caller; the columns lie in a row.
+            unsafe { add(weights, pages, first / SIDE, from, from) };
+        } else {
+            let mut all = [[0.0; FOUR]; SIDE];
+            let to = (all.as_flattened_mut().as_mut_ptr(), FOUR);
+            // SAFETY: likewise.
+            unsafe { add(weights, pages, first / SIDE, from, to) };
+            for row in rows.clone() {
+                out[row * width + first..][..columns].copy_from_slice(&all[row][..columns]);
+            }
+        }
+        first += columns;
+    }
+}
+
+/// The columns of four tiles.
+const FOUR: usize = 4 * SIDE;
+
+/// All rows of a tile: `to` becomes `from` and the products of 4 × 16 columns, from `block` × 16 on.
+/// Each of `from` and `to` is 16 rows, the second number apart.
+///
+/// # Safety
+/// As for [`add_pages`], and the tiles are configured; the columns lie inside.
+unsafe fn add_four(
+    weights: &OfPages<bf16>,
+    pages: &[*const HalfTile],
+    block: usize,
+    from: (*mut f32, usize),
+    to: (*mut f32, usize),
+) {
+    if pages.is_empty() {
+        return;
+    }
+    // SAFETY: promised by the caller; each step reads 16 columns of the weights, and of the next
+    // page four half tiles side by side.
+    unsafe {
+        asm!(
+            "tileloadd tmm0, [{from} + {from_stride}*1]",
+            "tileloadd tmm1, [{from} + {from_stride}*1 + 64]",
+            "tileloadd tmm2, [{from} + {from_stride}*1 + 128]",
+            "tileloadd tmm3, [{from} + {from_stride}*1 + 192]",
+            "2:",
+            "mov {page}, [{pages}]",
+            "add {page}, {offset}",
+            "tileloadd tmm6, [{weights} + {weights_stride}*1]",
+            "tileloadd tmm7, [{page} + {stride}*1]",
+            "tdpbf16ps tmm0, tmm6, tmm7",
+            "tileloadd tmm7, [{page} + {stride}*1 + 512]",
+            "tdpbf16ps tmm1, tmm6, tmm7",
+            "tileloadd tmm7, [{page} + {stride}*1 + 1024]",
+            "tdpbf16ps tmm2, tmm6, tmm7",
+            "tileloadd tmm7, [{page} + {stride}*1 + 1536]",
+            "tdpbf16ps tmm3, tmm6, tmm7",
+            "add {weights}, 32",
+            "add {pages}, 8",
+            "dec {count}",
+            "jnz 2b",
+            "tilestored [{to} + {to_stride}*1], tmm0",
+            "tilestored [{to} + {to_stride}*1 + 64], tmm1",
+            "tilestored [{to} + {to_stride}*1 + 128], tmm2",
+            "tilestored [{to} + {to_stride}*1 + 192], tmm3",
+            from = in(reg) from.0,
+            from_stride = in(reg) from.1 * size_of::<f32>(),
+            to = in(reg) to.0,
+            to_stride = in(reg) to.1 * size_of::<f32>(),
+            weights = inout(reg) weights.as_ptr() => _,
+            weights_stride = in(reg) WEIGHTS_STRIDE,
+            pages = inout(reg) pages.as_ptr() => _,
+            count = inout(reg) pages.len() => _,
+            offset = in(reg) block * size_of::<HalfTile>(),
+            page = out(reg) _,
+            stride = in(reg) STRIDE,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Likewise 16 columns.
+///
+/// # Safety
+/// As for [`add_four`].
+unsafe fn add_one(
+    weights: &OfPages<bf16>,
+    pages: &[*const HalfTile],
+    block: usize,
+    from: (*mut f32, usize),
+    to: (*mut f32, usize),
+) {
+    if pages.is_empty() {
+        return;
+    }
+    // SAFETY: as in `add_four`, one half tile of a page.
+    unsafe {
+        asm!(
+            "tileloadd tmm0, [{from} + {from_stride}*1]",
+            "2:",
+            "mov {page}, [{pages}]",
+            "add {page}, {offset}",
+            "tileloadd tmm6, [{weights} + {weights_stride}*1]",
+            "tileloadd tmm7, [{page} + {stride}*1]",
+            "tdpbf16ps tmm0, tmm6, tmm7",
+            "add {weights}, 32",
+            "add {pages}, 8",
+            "dec {count}",
+            "jnz 2b",
+            "tilestored [{to} + {to_stride}*1], tmm0",
+            from = in(reg) from.0,
+            from_stride = in(reg) from.1 * size_of::<f32>(),
+            to = in(reg) to.0,
+            to_stride = in(reg) to.1 * size_of::<f32>(),
+            weights = inout(reg) weights.as_ptr() => _,
+            weights_stride = in(reg) WEIGHTS_STRIDE,
+            pages = inout(reg) pages.as_ptr() => _,
+            count = inout(reg) pages.len() => _,
+            offset = in(reg) block * size_of::<HalfTile>(),
+            page = out(reg) _,
+            stride = in(reg) STRIDE,
+            out("tmm0") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }

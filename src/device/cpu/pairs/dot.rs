@@ -5,9 +5,11 @@ use std::arch::x86_64::{
     _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
+use std::ops::Range;
+
 use half::bf16;
 
-use super::{DEPTH, SIDE, Sums, Tile};
+use super::{DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
 
 /// Two elements of k.
 type Pair = [bf16; 2];
@@ -213,6 +215,137 @@ unsafe fn multiply_panels<const N: usize, const P: usize>(
         }
     }
     P
+}
+
+/// Rows of a register tile over four pages, or four times 16 columns of their values.
+const FOUR: usize = 4;
+
+/// Calls `$kernel::<N, …>` for groups of up to [`FOUR`] of `$rows`, with the first row of each.
+macro_rules! by_four {
+    ($rows:expr, |$row:ident| $kernel:ident::<_ $(, $more:literal)?>$arguments:tt) => {
+        for $row in $rows.clone().step_by(FOUR) {
+            match $rows.end - $row {
+                1 => $kernel::<1 $(, $more)?>$arguments,
+                2 => $kernel::<2 $(, $more)?>$arguments,
+                3 => $kernel::<3 $(, $more)?>$arguments,
+                _ => $kernel::<FOUR $(, $more)?>$arguments,
+            }
+        }
+    };
+}
+
+/// # Safety
+/// The processor has AVX-512 with bfloat16; there are as many tiles in each of `keys` as in x; `rows`
+/// are of a tile.
+pub unsafe fn multiply_pages(
+    rows: Range<usize>,
+    x: &[Tile],
+    keys: [&[Tile]; PAGES],
+    scores: &mut OfPages<f32>,
+) {
+    // SAFETY: promised by the caller; there are as many rows from `row` on.
+    unsafe { by_four!(rows, |row| multiply_keys::<_>(row, x, keys, scores)) }
+}
+
+/// `N` rows, from `row` on.
+///
+/// # Safety
+/// As for [`multiply_pages`].
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn multiply_keys<const N: usize>(
+    row: usize,
+    x: &[Tile],
+    keys: [&[Tile]; PAGES],
+    scores: &mut OfPages<f32>,
+) {
+    let mut tile = [[_mm512_setzero_ps(); PAGES]; N];
+    for (step, x) in x.iter().enumerate() {
+        let pairs = x.as_ptr().cast::<Pair>().wrapping_add(row * SIDE);
+        let keys = keys.map(|keys| keys[step].as_ptr().cast::<Lanes>());
+        for pair in 0..SIDE {
+            // SAFETY: a tile of keys has 16 times 16 pairs, one of x 16 rows of 16 pairs.
+            unsafe {
+                let keys = keys.map(|keys| load(keys.add(pair)));
+                for (at, tile) in tile.iter_mut().enumerate() {
+                    let x = broadcast(pairs.add(at * SIDE + pair));
+                    tile.iter_mut().zip(keys).for_each(|(sum, key)| *sum = dot(*sum, x, key));
+                }
+            }
+        }
+    }
+    for (tile, scores) in tile.into_iter().zip(&mut scores[row..]) {
+        for (tile, scores) in tile.into_iter().zip(scores.as_chunks_mut::<SIDE>().0) {
+            // SAFETY: a register is the scores of a page.
+            unsafe { _mm512_storeu_ps(scores.as_mut_ptr(), tile) };
+        }
+    }
+}
+
+/// # Safety
+/// The processor has AVX-512 with bfloat16; `rows` are of a tile, `out` has 16 rows, and every page a
+/// half tile for each 16 of its columns.
+pub unsafe fn add_pages(
+    rows: Range<usize>,
+    weights: &OfPages<bf16>,
+    values: &[&[HalfTile]],
+    out: &mut [f32],
+) {
+    let blocks = out.len() / (SIDE * SIDE);
+    let wide = blocks / FOUR * FOUR;
+    // SAFETY: promised by the caller; there are as many rows from `row` on, and as many columns.
+    unsafe {
+        for block in (0..wide).step_by(FOUR) {
+            by_four!(rows, |row| add_values::<_, 4>(row, block, weights, values, out));
+        }
+        for block in wide..blocks {
+            by_four!(rows, |row| add_values::<_, 1>(row, block, weights, values, out));
+        }
+    }
+}
+
+/// `N` rows, from `row` on, and `B` times 16 columns, from `block` × 16 on.
+///
+/// # Safety
+/// As for [`add_pages`]; there are so many rows and columns.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn add_values<const N: usize, const B: usize>(
+    row: usize,
+    block: usize,
+    weights: &OfPages<bf16>,
+    values: &[&[HalfTile]],
+    out: &mut [f32],
+) {
+    let width = out.len() / SIDE;
+    let mut tile = [[_mm512_setzero_ps(); B]; N];
+    for (at, tile) in tile.iter_mut().enumerate() {
+        let out = &out[(row + at) * width + block * SIDE..][..B * SIDE];
+        for (tile, out) in tile.iter_mut().zip(out.as_chunks::<SIDE>().0) {
+            // SAFETY: a register is 16 columns.
+            *tile = unsafe { _mm512_loadu_ps(out.as_ptr()) };
+        }
+    }
+    for (page, values) in values.iter().enumerate() {
+        let values = values[block..][..B].as_ptr().cast::<Lanes>();
+        for pair in 0..SIDE / 2 {
+            // SAFETY: a half tile has 8 times 16 pairs, and a row of weights 8 pairs a page.
+            unsafe {
+                let values: [_; B] =
+                    std::array::from_fn(|at| load(values.add(at * SIDE / 2 + pair)));
+                for (weights, tile) in weights[row..].iter().zip(&mut tile) {
+                    let pairs = weights.as_ptr().cast::<Pair>();
+                    let x = broadcast(pairs.add(page * SIDE / 2 + pair));
+                    tile.iter_mut().zip(values).for_each(|(sum, value)| *sum = dot(*sum, x, value));
+                }
+            }
+        }
+    }
+    for (at, tile) in tile.into_iter().enumerate() {
+        let out = &mut out[(row + at) * width + block * SIDE..][..B * SIDE];
+        for (tile, out) in tile.into_iter().zip(out.as_chunks_mut::<SIDE>().0) {
+            // SAFETY: as for the loads.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), tile) };
+        }
+    }
 }
 
 /// # Safety
