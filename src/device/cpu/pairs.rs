@@ -34,32 +34,125 @@ pub(crate) type HalfTile = [bf16; SIDE * SIDE];
 /// The most rows and panels of [`multiply_few`]: 24 sums.
 pub(crate) const FEW: (usize, usize) = (3, 8);
 
+/// Where blocks of 16 rows are, in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks<P> {
+    pub(crate) start: P,
+    /// From a row to the next.
+    pub(crate) row: usize,
+    /// From one tile's elements of a row to the next's.
+    pub(crate) step: usize,
+    /// From a block to the next.
+    pub(crate) block: usize,
+}
+
+impl<P> Blocks<P> {
+    /// Tiles, as many as a block has `steps`.
+    fn of_tiles(start: P, (columns, steps): (usize, usize)) -> Self {
+        let step = SIDE * columns;
+        Self { start, row: columns, step, block: steps * step }
+    }
+
+    /// Rows of so many elements one behind the other.
+    fn of_rows(start: P, columns: usize, row: usize) -> Self {
+        Self { start, row, step: columns, block: SIDE * row }
+    }
+}
+
+/// x of a product, in blocks of 16 rows.
+#[derive(Clone, Copy)]
+pub(crate) enum Left<'a> {
+    /// `[rows / 16][steps]`.
+    Tiles(&'a [Tile]),
+    /// (rows in whole blocks, 32 · steps): what rows beyond those of the product hold is open. Only
+    /// [`reads_rows`] can.
+    Rows(&'a [bf16]),
+}
+
+/// Whether products are of rows as they are.
+pub(crate) fn reads_rows(isa: Isa) -> bool {
+    isa == Isa::Amx
+}
+
 /// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another, for `rows` rows
-/// and twice 16 columns. x: `[rows / 16][steps]`; sums: `[rows / 16]`, what its last rows beyond
-/// `rows` become is open. A row's bits do not depend on the others. `next` is where the weights start
-/// that will be wanted after these; they may be fetched to a cache meanwhile.
+/// and twice 16 columns. sums: `[rows / 16]`, what its last rows beyond `rows` become is open. A row's
+/// bits do not depend on the others. `next` is where the weights start that will be wanted after
+/// these; they may be fetched to a cache meanwhile.
 pub(crate) fn multiply(
     isa: Isa,
     rows: usize,
-    x: &[Tile],
+    x: Left,
     w: [&[Tile]; 2],
     next: *const Tile,
     sums: &mut [[Sums; 2]],
 ) {
-    let steps = w[0].len();
-    assert!(steps > 0 && w[1].len() == steps && sums.len() == rows.div_ceil(SIDE), "tiles");
-    assert_eq!(x.len(), sums.len() * steps, "tiles of x");
+    let (steps, blocks) = (w[0].len(), rows.div_ceil(SIDE));
+    assert!(steps > 0 && w[1].len() == steps && sums.len() == blocks, "tiles");
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        let to = Blocks::of_tiles(sums.as_mut_ptr().cast(), (SIDE, 2));
+        // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
+        // tiles were granted; their numbers are checked.
+        return unsafe { amx::multiply(steps, blocks, x.blocks(steps, blocks), w, next, to) };
+    }
+    let Left::Tiles(x) = x else { unreachable!("only AMX reads rows") };
+    assert!(x.len() >= blocks * steps, "tiles of x");
+    let x = &x[..blocks * steps];
     #[cfg(not(target_arch = "x86_64"))]
     let _ = next;
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
-        // tiles were granted; their numbers were checked.
-        Isa::Amx => unsafe { amx::multiply(steps, x, w, sums) },
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
         Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, next, sums) },
         _ => isa.run(Emulated { products: isa.products(), x, w, sums }),
+    }
+}
+
+/// As [`multiply`], to (16 · blocks, 32) of rows that are `row` elements long, by AMX.
+///
+/// # Safety
+/// `out` can be written there, and nobody else reads or writes it meanwhile.
+pub(crate) unsafe fn multiply_into(
+    isa: Isa,
+    blocks: usize,
+    x: Left,
+    w: [&[Tile]; 2],
+    next: *const Tile,
+    (out, row): (*mut f32, usize),
+) {
+    let steps = w[0].len();
+    assert!(reads_rows(isa) && steps > 0 && w[1].len() == steps, "tiles");
+    let (x, to) = (x.blocks(steps, blocks), Blocks::of_rows(out, SIDE, row));
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as in `multiply`; the caller promises the rest.
+    unsafe {
+        amx::multiply(steps, blocks, x, w, next, to);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (x, next, to);
+}
+
+impl Left<'_> {
+    /// Without the first `blocks`.
+    pub(crate) fn behind(self, blocks: usize, steps: usize) -> Self {
+        match self {
+            Self::Tiles(x) => Self::Tiles(&x[blocks * steps..]),
+            Self::Rows(x) => Self::Rows(&x[blocks * SIDE * steps * DEPTH..]),
+        }
+    }
+
+    /// Of a product of so many.
+    fn blocks(self, steps: usize, blocks: usize) -> Blocks<*const bf16> {
+        match self {
+            Self::Tiles(x) => {
+                assert!(x.len() >= blocks * steps, "tiles of x");
+                Blocks::of_tiles(x.as_ptr().cast(), (DEPTH, steps))
+            }
+            Self::Rows(x) => {
+                assert!(x.len() >= blocks * SIDE * steps * DEPTH, "rows of x");
+                Blocks::of_rows(x.as_ptr(), DEPTH, steps * DEPTH)
+            }
+        }
     }
 }
 

@@ -30,4 +30,14 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: inside the slice (checked), and unique (promised).
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
+
+    /// Where (rows, columns) start of an array of rows of `n`.
+    ///
+    /// # Safety
+    /// No range of it that overlaps them is alive while the pointer is used.
+    #[inline(always)]
+    pub(crate) unsafe fn columns(&self, rows: usize, n: usize, first: usize, columns: usize) -> *mut T {
+        assert!(first + columns <= n && rows * n <= self.len, "columns outside the array");
+        self.start.wrapping_add(first)
+    }
 }

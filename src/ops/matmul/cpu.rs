@@ -40,7 +40,8 @@ pub(super) fn matmul<T: Float>(
     let n = weight.n;
     let bias = weight.bias.as_ref().map(Buffer::host);
     let shared = Shared::new(&mut out.host_mut()[..rows * n]);
-    run(cpu, rows, x, weight, 1, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
+    let plain = bias.is_none().then_some((&shared, n));
+    let epilogue = |first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let column = panel * PANEL;
         let width = PANEL.min(n - column);
         for (row, values) in tile.iter().take(tile_rows).enumerate() {
@@ -54,7 +55,8 @@ pub(super) fn matmul<T: Float>(
                 out.iter_mut().zip(&bias[column..]).for_each(|(out, bias)| *out += bias);
             }
         }
-    });
+    };
+    run(cpu, rows, x, weight, 1, &epilogue, plain);
 }
 
 pub(super) fn gated_matmul<T: Float>(
@@ -67,39 +69,45 @@ pub(super) fn gated_matmul<T: Float>(
 ) {
     let n = weight.n / 2;
     let shared = Shared::new(&mut out.host_mut()[..rows * n]);
-    run(cpu, rows, x, weight, 2, &|first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
+    let epilogue = |first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let (gate, up) = tile.split_at(tile.len() / 2);
-        for row in 0..tile_rows {
-            let start = (first_row + row) * n + panel / 2 * PANEL;
-            // SAFETY: each task writes the columns of its own panels.
-            let out = unsafe { shared.range(start, PANEL) };
-            if let Some(out) = out.first_chunk_mut() {
-                cpu.isa().run(Gate { linear: &gate[row], up: &up[row], activation, out });
-            }
-        }
-    });
+        let (linear, up) = (&gate[..tile_rows], &up[..tile_rows]);
+        // SAFETY: each task writes the columns of its own panels.
+        let out = |row| unsafe { shared.range((first_row + row) * n + panel / 2 * PANEL, PANEL) };
+        cpu.isa().run(Gate { linear, up, activation, out });
+    };
+    run(cpu, rows, x, weight, 2, &epilogue, None);
 }
 
-struct Gate<'a, T> {
-    linear: &'a [f32; PANEL],
-    up: &'a [f32; PANEL],
+/// A tile's gate and up, row by row.
+struct Gate<'a, O> {
+    linear: &'a [[f32; PANEL]],
+    up: &'a [[f32; PANEL]],
     activation: Activation,
-    out: &'a mut [T; PANEL],
+    /// Where a row goes.
+    out: O,
 }
 
-impl<T: Float> Kernel for Gate<'_, T> {
+impl<'a, T: Float, O: Fn(usize) -> &'a mut [T]> Kernel for Gate<'_, O> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        for lane in 0..PANEL {
-            let g = self.linear[lane];
-            let gate = match self.activation {
-                Activation::Silu => g / (1.0 + exp(-g)),
-                Activation::GeluTanh => gelu_tanh(g),
-            };
-            self.out[lane] = T::from_f32(gate * self.up[lane]);
+        for (row, (linear, up)) in self.linear.iter().zip(self.up).enumerate() {
+            let Some(out) = (self.out)(row).first_chunk_mut::<PANEL>() else { continue };
+            for lane in 0..PANEL {
+                let gate = match self.activation {
+                    Activation::Silu => silu(linear[lane]),
+                    Activation::GeluTanh => gelu_tanh(linear[lane]),
+                };
+                out[lane] = T::from_f32(gate * up[lane]);
+            }
         }
     }
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
 }
 
 #[inline(always)]
@@ -112,7 +120,11 @@ fn gelu_tanh(x: f32) -> f32 {
 /// Receives finished tiles: (first row, rows, first panel, (group · rows) × PANEL values).
 pub(super) type Epilogue<'a> = dyn Fn(usize, usize, usize, &[[f32; PANEL]]) + Sync + 'a;
 
-/// Computes all tiles of `group` panels side by side and hands them to `epilogue`.
+/// Where finished rows go as they are, and their length.
+pub(super) type Plain<'a> = (&'a Shared<'a, f32>, usize);
+
+/// Computes all tiles of `group` panels side by side and hands them to `epilogue`; whole ones may go
+/// straight to `plain`.
 fn run<T: Float>(
     cpu: &Cpu,
     rows: usize,
@@ -120,12 +132,13 @@ fn run<T: Float>(
     weight: &Weight,
     group: usize,
     epilogue: &Epilogue,
+    plain: Option<Plain>,
 ) {
     if rows == 0 {
         return;
     }
     if let Storage::Pairs(tiles) = &weight.storage {
-        return pairs::run(cpu, rows, x, weight, tiles.host(), group, epilogue);
+        return pairs::run(cpu, rows, x, (weight, tiles.host()), group, epilogue, plain);
     }
     let k = weight.k;
     let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);

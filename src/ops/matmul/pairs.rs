@@ -5,11 +5,17 @@ use std::{cell::RefCell, ops::Range, sync::PoisonError};
 
 use half::bf16;
 
-use super::{PANEL, Weight, cpu::Epilogue};
+use super::{
+    PANEL, Weight,
+    cpu::{Epilogue, Plain},
+};
 use crate::{
     device::cpu::{
         Cpu, Isa, Shared,
-        pairs::{DEPTH, FEW, SIDE, Sums, Tile, is_few, multiply, multiply_few},
+        pairs::{
+            DEPTH, FEW, Left, SIDE, Sums, Tile, is_few, multiply, multiply_few, multiply_into,
+            reads_rows,
+        },
     },
     ops::{Float, activations::Activations},
 };
@@ -57,36 +63,42 @@ pub(super) fn read_row(packed: &[bf16], row: usize, out: &mut [f32]) {
     }
 }
 
-/// Computes all tiles of `group` panels side by side and hands them to `epilogue`.
+/// Computes all tiles of `group` panels side by side and hands them to `epilogue`, or writes them to
+/// `plain` itself.
 pub(super) fn run<T: Float>(
     cpu: &Cpu,
     rows: usize,
     x: &Activations<T>,
-    weight: &Weight,
-    tiles: &[bf16],
+    (weight, tiles): (&Weight, &[bf16]),
     group: usize,
     epilogue: &Epilogue,
+    plain: Option<Plain>,
 ) {
     let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);
     let steps = weight.k.div_ceil(DEPTH);
+    let (isa, blocks) = (cpu.isa(), rows.div_ceil(SIDE));
     let room = as_bf16(&mut workspace).as_chunks_mut::<TILE>().0;
-    assert!(room.len() >= rows.div_ceil(SIDE) * steps, "matmul: workspace too small");
-    let packed = &mut room[..rows.div_ceil(SIDE) * steps];
-    pack_rows(cpu, rows, weight.k, x.host(), packed.as_flattened_mut());
-    let product = Product {
-        isa: cpu.isa(),
-        rows,
-        steps,
-        x: packed,
-        weight: tiles.as_chunks::<TILE>().0,
-        group,
-        epilogue,
-    };
+    // A last block's rows beyond the product's are multiplied too, if they are there.
+    let as_it_is = T::as_bf16(x.host()).filter(|x| {
+        reads_rows(isa) && weight.k.is_multiple_of(DEPTH) && x.len() >= blocks * SIDE * weight.k
+    });
+    let x = as_it_is.map_or_else(
+        || {
+            assert!(room.len() >= blocks * steps, "matmul: workspace too small");
+            let packed = &mut room[..blocks * steps];
+            pack_rows(cpu, rows, weight.k, x.host(), packed.as_flattened_mut());
+            Left::Tiles(packed)
+        },
+        Left::Rows,
+    );
+    let weight_tiles = tiles.as_chunks::<TILE>().0;
+    let plain = plain.filter(|_| reads_rows(isa));
+    let product = Product { isa, rows, steps, x, weight: weight_tiles, group, epilogue, plain };
     let panels = weight.n.div_ceil(SIDE);
-    if is_few(cpu.isa(), rows) {
+    if let (Left::Tiles(x), true) = (x, is_few(isa, rows)) {
         let chunk = panels_of_a_task(panels, cpu.threads());
         return cpu.parallel_chunks(panels, chunk, |panels| {
-            SUMS.with_borrow_mut(|sums| product.few(panels, sums.as_flattened_mut()));
+            SUMS.with_borrow_mut(|sums| product.few(x, panels, sums.as_flattened_mut()));
         });
     }
     let pairs = panels.div_ceil(2);
@@ -144,13 +156,14 @@ struct Product<'a> {
     rows: usize,
     /// Tiles of k.
     steps: usize,
-    /// `[rows / 16][steps]`.
-    x: &'a [Tile],
+    x: Left<'a>,
     /// `[n / 16][steps]`.
     weight: &'a [Tile],
     /// Panels that the epilogue takes at a time, one or two.
     group: usize,
     epilogue: &'a Epilogue<'a>,
+    /// Takes whole blocks instead.
+    plain: Option<Plain<'a>>,
 }
 
 /// Blocks of 16 rows that one pass over a pair of panels covers: their sums stay in the L1 cache.
@@ -162,10 +175,10 @@ thread_local! {
 }
 
 impl Product<'_> {
-    fn few(&self, panels: Range<usize>, sums: &mut [Sums]) {
+    fn few(&self, x: &[Tile], panels: Range<usize>, sums: &mut [Sums]) {
         let sums = &mut sums[..panels.len()];
         let w = &self.weight[panels.start * self.steps..panels.end * self.steps];
-        multiply_few(self.isa, self.rows, self.x, w, sums);
+        multiply_few(self.isa, self.rows, x, w, sums);
         if self.group == 2 {
             for (sums, panel) in sums.as_chunks::<2>().0.iter().zip(panels.step_by(2)) {
                 (self.epilogue)(0, self.rows, panel, sums.as_flattened());
@@ -184,11 +197,21 @@ impl Product<'_> {
         let w = [2 * pair, (panels - 1).min(2 * pair + 1)];
         let w = w.map(|panel| &self.weight[panel * self.steps..][..self.steps]);
         let next = self.weight.as_ptr().wrapping_add(2 * next * self.steps);
-        for (pass, x) in self.x.chunks(BLOCKS * self.steps).enumerate() {
-            let first = pass * BLOCKS * SIDE;
+        let mut done = 0;
+        if let Some((out, n)) = self.plain
+            && (pair + 1) * 2 * SIDE <= n
+        {
+            let blocks = self.rows / SIDE;
+            done = blocks * SIDE;
+            // SAFETY: each task writes the columns of its own panels.
+            let to = unsafe { out.columns(done, n, pair * 2 * SIDE, 2 * SIDE) };
+            // SAFETY: the rows and columns are this task's.
+            unsafe { multiply_into(self.isa, blocks, self.x, w, next, (to, n)) };
+        }
+        for first in (done..self.rows).step_by(BLOCKS * SIDE) {
             let rows = (self.rows - first).min(BLOCKS * SIDE);
             let sums = &mut sums[..rows.div_ceil(SIDE)];
-            multiply(self.isa, rows, x, w, next, sums);
+            multiply(self.isa, rows, self.x.behind(first / SIDE, self.steps), w, next, sums);
             for (block, sums) in sums.iter().enumerate() {
                 let (row, rows) = (first + block * SIDE, SIDE.min(rows - block * SIDE));
                 if self.group == 2 {

@@ -10,7 +10,7 @@ use std::{
 
 use half::bf16;
 
-use super::{HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
+use super::{Blocks, HalfTile, OfPages, PAGES, SIDE, Tile};
 
 /// Bytes from a row of a tile to the next.
 const STRIDE: usize = 64;
@@ -110,104 +110,215 @@ unsafe fn configure(configuration: &'static Configuration) {
     }
 }
 
-/// Two blocks of 16 rows at a time.
+/// The most tiles of k that all rows go through before the next ones, where there is more than one pass
+/// over the weights: they stay in the L1 cache.
+const STEPS: usize = 20;
+
+/// Two blocks of 16 rows at a time. `next`: weights that will be wanted after these, as many; they are
+/// fetched to the L2 cache meanwhile.
 ///
 /// # Safety
-/// The tiles are granted; there are `steps` tiles, at least one, in each w and for each of the sums
-/// in x.
-pub unsafe fn multiply(steps: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
+/// The tiles are granted; there are `steps` tiles, at least one, in each w, and for each of `blocks`
+/// in x; `to` can be written.
+pub unsafe fn multiply(
+    steps: usize,
+    blocks: usize,
+    x: Blocks<*const bf16>,
+    w: [&[Tile]; 2],
+    next: *const Tile,
+    to: Blocks<*mut f32>,
+) {
     // SAFETY: promised by the caller.
     unsafe { configure(&WHOLE) };
-    for (x, sums) in x.chunks(2 * steps).zip(sums.chunks_mut(2)) {
-        // SAFETY: likewise; x and sums are of one block or of two.
-        unsafe {
-            match sums {
-                [sums] => multiply_one(steps, x, w, sums),
-                _ => multiply_two(steps, [x, &x[steps..]], w, sums),
+    let passes = blocks.div_ceil(2);
+    let stride = if passes == 1 { steps } else { steps.div_ceil(steps.div_ceil(STEPS)) };
+    let mut next: *const u8 = next.cast();
+    for start in (0..steps).step_by(stride) {
+        let end = steps.min(start + stride);
+        for block in (0..blocks).step_by(2) {
+            let pass = Pass {
+                x: x.start.wrapping_add(block * x.block + start * x.step),
+                x_row: x.row * size_of::<bf16>(),
+                x_step: x.step * size_of::<bf16>(),
+                x_block: x.block * size_of::<bf16>(),
+                w: w.map(|w| w[start..end].as_ptr()),
+                steps: end - start,
+                next,
+                to: to.start.wrapping_add(block * to.block),
+                to_row: to.row * size_of::<f32>(),
+                to_block: to.block * size_of::<f32>(),
+                to_step: to.step * size_of::<f32>(),
+                is_first: start == 0,
+            };
+            macro_rules! of {
+                ($lines:literal) => {
+                    // SAFETY: promised by the caller; the tiles lie inside.
+                    unsafe {
+                        if block + 1 == blocks {
+                            pass.multiply_one::<$lines>();
+                        } else {
+                            pass.multiply_two::<$lines>();
+                        }
+                        next = next.wrapping_add($lines * LINE * (end - start));
+                    }
+                };
+            }
+            // 32 lines are two tiles of w.
+            match passes {
+                1 => of!(32),
+                2 | 3 => of!(16),
+                4..=7 => of!(8),
+                8..=15 => of!(4),
+                16..=31 => of!(2),
+                _ => of!(1),
             }
         }
     }
 }
 
-/// 16 rows × 32 columns, in one piece of assembly, since the compiler knows nothing of what
-/// tiles hold between two.
-///
-/// # Safety
-/// The tiles are granted and configured; every list has `steps` tiles, at least one.
-unsafe fn multiply_one(steps: usize, x: &[Tile], w: [&[Tile]; 2], sums: &mut [Sums; 2]) {
-    // SAFETY: promised by the caller; each step reads one tile of every list, and the two tiles
-    // of sums are whole.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{x} + {stride}*1]",
-            "tileloadd tmm6, [{w0} + {stride}*1]",
-            "tileloadd tmm7, [{w1} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {x}, 1024",
-            "add {w0}, 1024",
-            "add {w1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {stride}*1], tmm0",
-            "tilestored [{sums} + {stride}*1 + 1024], tmm1",
-            x = inout(reg) x.as_ptr() => _,
-            w0 = inout(reg) w[0].as_ptr() => _,
-            w1 = inout(reg) w[1].as_ptr() => _,
-            steps = inout(reg) steps => _,
-            stride = in(reg) STRIDE,
-            sums = in(reg) sums.as_mut_ptr(),
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// One or two blocks of 16 rows against 32 columns. Strides are in bytes.
+struct Pass {
+    x: *const bf16,
+    x_row: usize,
+    x_step: usize,
+    x_block: usize,
+    w: [*const Tile; 2],
+    steps: usize,
+    next: *const u8,
+    to: *mut f32,
+    to_row: usize,
+    to_block: usize,
+    to_step: usize,
+    /// Whether the sums begin at zero, and not with what is in `to`.
+    is_first: bool,
 }
 
-/// Likewise 32 rows × 32 columns: every tile that is loaded is used twice.
-///
-/// # Safety
-/// As for [`multiply_one`]; `sums` has two pairs of tiles.
-unsafe fn multiply_two(steps: usize, x: [&[Tile]; 2], w: [&[Tile]; 2], sums: &mut [[Sums; 2]]) {
-    // SAFETY: as in `multiply_one`.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{x0} + {stride}*1]",
-            "tileloadd tmm5, [{x1} + {stride}*1]",
-            "tileloadd tmm6, [{w0} + {stride}*1]",
-            "tileloadd tmm7, [{w1} + {stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {x0}, 1024",
-            "add {x1}, 1024",
-            "add {w0}, 1024",
-            "add {w1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {stride}*1], tmm0",
-            "tilestored [{sums} + {stride}*1 + 1024], tmm1",
-            "tilestored [{sums} + {stride}*1 + 2048], tmm2",
-            "tilestored [{sums} + {stride}*1 + 3072], tmm3",
-            x0 = inout(reg) x[0].as_ptr() => _,
-            x1 = inout(reg) x[1].as_ptr() => _,
-            w0 = inout(reg) w[0].as_ptr() => _,
-            w1 = inout(reg) w[1].as_ptr() => _,
-            steps = inout(reg) steps => _,
-            stride = in(reg) STRIDE,
-            sums = in(reg) sums.as_mut_ptr(),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
+impl Pass {
+    /// 16 rows × 32 columns, in one piece of assembly, since the compiler knows nothing of what tiles
+    /// hold between two. `LINES` are fetched a step.
+    ///
+    /// # Safety
+    /// The tiles are granted and configured; x, w and `to` have what is multiplied.
+    unsafe fn multiply_one<const LINES: usize>(&self) {
+        let to = [self.to, self.to.wrapping_byte_add(self.to_step)];
+        // SAFETY: promised by the caller; each step reads one tile of every list. A fetch reads
+        // nothing, wherever it points.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "test {is_first}, {is_first}",
+                "jnz 2f",
+                "tileloadd tmm0, [{to0} + {to_row}*1]",
+                "tileloadd tmm1, [{to1} + {to_row}*1]",
+                "2:",
+                "tileloadd tmm4, [{x} + {x_row}*1]",
+                "tileloadd tmm6, [{w0} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{w1} + {stride}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                ".rept {lines}",
+                "prefetcht1 [{next}]",
+                "add {next}, 64",
+                ".endr",
+                "add {x}, {x_step}",
+                "add {w0}, 1024",
+                "add {w1}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "tilestored [{to0} + {to_row}*1], tmm0",
+                "tilestored [{to1} + {to_row}*1], tmm1",
+                x = inout(reg) self.x => _,
+                x_row = in(reg) self.x_row,
+                x_step = in(reg) self.x_step,
+                w0 = inout(reg) self.w[0] => _,
+                w1 = inout(reg) self.w[1] => _,
+                stride = in(reg) STRIDE,
+                steps = inout(reg) self.steps => _,
+                next = inout(reg) self.next => _,
+                to0 = in(reg) to[0],
+                to1 = in(reg) to[1],
+                to_row = in(reg) self.to_row,
+                is_first = in(reg) usize::from(self.is_first),
+                lines = const LINES,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Likewise 32 rows × 32 columns: every tile that is loaded is used twice.
+    ///
+    /// # Safety
+    /// As for [`Self::multiply_one`].
+    unsafe fn multiply_two<const LINES: usize>(&self) {
+        let lower = self.to.wrapping_byte_add(self.to_block);
+        let to = [self.to, lower].map(|to| [to, to.wrapping_byte_add(self.to_step)]);
+        // SAFETY: as in `multiply_one`; the sums' places, and whether they are read, are looked up.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "test {is_first}, {is_first}",
+                "jnz 2f",
+                "mov {is_first}, [{to}]",
+                "tileloadd tmm0, [{is_first} + {to_row}*1]",
+                "mov {is_first}, [{to} + 8]",
+                "tileloadd tmm1, [{is_first} + {to_row}*1]",
+                "mov {is_first}, [{to} + 16]",
+                "tileloadd tmm2, [{is_first} + {to_row}*1]",
+                "mov {is_first}, [{to} + 24]",
+                "tileloadd tmm3, [{is_first} + {to_row}*1]",
+                "2:",
+                "tileloadd tmm4, [{x0} + {x_row}*1]",
+                "tileloadd tmm6, [{w0} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{w1} + {stride}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{x1} + {x_row}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                ".rept {lines}",
+                "prefetcht1 [{next}]",
+                "add {next}, 64",
+                ".endr",
+                "add {x0}, {x_step}",
+                "add {x1}, {x_step}",
+                "add {w0}, 1024",
+                "add {w1}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "mov {x0}, [{to}]",
+                "tilestored [{x0} + {to_row}*1], tmm0",
+                "mov {x0}, [{to} + 8]",
+                "tilestored [{x0} + {to_row}*1], tmm1",
+                "mov {x0}, [{to} + 16]",
+                "tilestored [{x0} + {to_row}*1], tmm2",
+                "mov {x0}, [{to} + 24]",
+                "tilestored [{x0} + {to_row}*1], tmm3",
+                x0 = inout(reg) self.x => _,
+                x1 = inout(reg) self.x.wrapping_byte_add(self.x_block) => _,
+                x_row = in(reg) self.x_row,
+                x_step = in(reg) self.x_step,
+                w0 = inout(reg) self.w[0] => _,
+                w1 = inout(reg) self.w[1] => _,
+                stride = in(reg) STRIDE,
+                steps = inout(reg) self.steps => _,
+                next = inout(reg) self.next => _,
+                to = in(reg) to.as_ptr(),
+                to_row = in(reg) self.to_row,
+                is_first = inout(reg) usize::from(self.is_first) => _,
+                lines = const LINES,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
     }
 }
 
