@@ -90,10 +90,9 @@ pub(crate) fn multiply(
     assert!(steps > 0 && w[1].len() == steps && sums.len() == blocks, "tiles");
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx {
-        let to = Blocks::of_tiles(sums.as_mut_ptr().cast(), (SIDE, 2));
         // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
         // tiles were granted; their numbers are checked.
-        return unsafe { amx::multiply(steps, blocks, x.blocks(steps, blocks), w, next, to) };
+        return unsafe { amx::multiply(steps, x.blocks(steps, blocks), w, next, sums, None) };
     }
     let Left::Tiles(x) = x else { unreachable!("only AMX reads rows") };
     assert!(x.len() >= blocks * steps, "tiles of x");
@@ -108,25 +107,26 @@ pub(crate) fn multiply(
     }
 }
 
-/// As [`multiply`], to (16 · blocks, 32) of rows that are `row` elements long, by AMX.
+/// As [`multiply`] for whole blocks, by AMX: (rows, 32) of rows that are `row` elements long are written
+/// to `out`.
 ///
 /// # Safety
 /// `out` can be written there, and nobody else reads or writes it meanwhile.
 pub(crate) unsafe fn multiply_into(
     isa: Isa,
-    blocks: usize,
     x: Left,
     w: [&[Tile]; 2],
     next: *const Tile,
+    sums: &mut [[Sums; 2]],
     (out, row): (*mut f32, usize),
 ) {
-    let steps = w[0].len();
+    let (steps, blocks) = (w[0].len(), sums.len());
     assert!(reads_rows(isa) && steps > 0 && w[1].len() == steps, "tiles");
     let (x, to) = (x.blocks(steps, blocks), Blocks::of_rows(out, SIDE, row));
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as in `multiply`; the caller promises the rest.
     unsafe {
-        amx::multiply(steps, blocks, x, w, next, to);
+        amx::multiply(steps, x, w, next, sums, Some(to));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (x, next, to);

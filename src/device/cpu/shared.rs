@@ -1,6 +1,6 @@
 //! An array whose disjoint parts are written by several threads.
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, ops::Range};
 
 /// A mutable slice that threads may cut disjoint ranges from.
 pub(crate) struct Shared<'a, T> {
@@ -31,13 +31,13 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 
-    /// Where (rows, columns) start of an array of rows of `n`.
+    /// Where these columns of these rows start in an array of rows of `n`.
     ///
     /// # Safety
     /// No range of it that overlaps them is alive while the pointer is used.
     #[inline(always)]
-    pub(crate) unsafe fn columns(&self, rows: usize, n: usize, first: usize, columns: usize) -> *mut T {
-        assert!(first + columns <= n && rows * n <= self.len, "columns outside the array");
-        self.start.wrapping_add(first)
+    pub(crate) unsafe fn columns(&self, rows: Range<usize>, n: usize, columns: Range<usize>) -> *mut T {
+        assert!(columns.end <= n && rows.end * n <= self.len, "columns outside the array");
+        self.start.wrapping_add(rows.start * n + columns.start)
     }
 }

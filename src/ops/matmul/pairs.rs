@@ -162,12 +162,12 @@ struct Product<'a> {
     /// Panels that the epilogue takes at a time, one or two.
     group: usize,
     epilogue: &'a Epilogue<'a>,
-    /// Takes whole blocks instead.
+    /// Takes whole blocks instead, where it can.
     plain: Option<Plain<'a>>,
 }
 
-/// Blocks of 16 rows that one pass over a pair of panels covers: their sums stay in the L1 cache.
-const BLOCKS: usize = 6;
+/// Blocks of 16 rows that one pass over a pair of panels covers.
+const BLOCKS: usize = 16;
 
 thread_local! {
     /// The sums of a pass.
@@ -197,21 +197,20 @@ impl Product<'_> {
         let w = [2 * pair, (panels - 1).min(2 * pair + 1)];
         let w = w.map(|panel| &self.weight[panel * self.steps..][..self.steps]);
         let next = self.weight.as_ptr().wrapping_add(2 * next * self.steps);
-        let mut done = 0;
-        if let Some((out, n)) = self.plain
-            && (pair + 1) * 2 * SIDE <= n
-        {
-            let blocks = self.rows / SIDE;
-            done = blocks * SIDE;
-            // SAFETY: each task writes the columns of its own panels.
-            let to = unsafe { out.columns(done, n, pair * 2 * SIDE, 2 * SIDE) };
-            // SAFETY: the rows and columns are this task's.
-            unsafe { multiply_into(self.isa, blocks, self.x, w, next, (to, n)) };
-        }
-        for first in (done..self.rows).step_by(BLOCKS * SIDE) {
+        let plain = self.plain.filter(|(_, n)| (pair + 1) * 2 * SIDE <= *n);
+        for first in (0..self.rows).step_by(BLOCKS * SIDE) {
             let rows = (self.rows - first).min(BLOCKS * SIDE);
             let sums = &mut sums[..rows.div_ceil(SIDE)];
-            multiply(self.isa, rows, self.x.behind(first / SIDE, self.steps), w, next, sums);
+            let x = self.x.behind(first / SIDE, self.steps);
+            if let (Some((out, n)), true) = (plain, rows.is_multiple_of(SIDE)) {
+                // SAFETY: each task writes the columns of its own panels.
+                unsafe {
+                    let to = out.columns(first..first + rows, n, pair * 2 * SIDE..(pair + 1) * 2 * SIDE);
+                    multiply_into(self.isa, x, w, next, sums, (to, n));
+                }
+                continue;
+            }
+            multiply(self.isa, rows, x, w, next, sums);
             for (block, sums) in sums.iter().enumerate() {
                 let (row, rows) = (first + block * SIDE, SIDE.min(rows - block * SIDE));
                 if self.group == 2 {
