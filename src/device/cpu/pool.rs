@@ -1,8 +1,9 @@
 //! The threads that share the work of an operation.
 //!
 //! A step is hundreds of operations of some ten microseconds, one after another, so threads wait for
-//! the next one awake, for a while: to wake a thread can take as long as such an operation. Tasks are
-//! handed out one at a time, by a counter.
+//! the next one awake, for a while: to wake a thread can take as long as such an operation. Every thread
+//! has a part of the tasks, the same of each operation that has as many, so that what it reads and
+//! writes is in its own caches; when its part is done it helps with the others'.
 
 use std::{
     any::Any,
@@ -39,8 +40,8 @@ struct Shared {
     gate: Gate,
     /// Written while the gate is shut and nobody is inside, read by those inside.
     work: UnsafeCell<Option<Work>>,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// Of each thread's part, how many tasks are taken.
+    taken: Box<[Counter]>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Whether waiting threads stay awake for a while: where each has a core.
     spin: bool,
@@ -54,6 +55,10 @@ struct Shared {
 unsafe impl Sync for Shared {}
 // SAFETY: likewise; what `work` points to is `Sync`, and outlives the time the gate is open.
 unsafe impl Send for Shared {}
+
+/// In a cache line, and its neighbour, of its own.
+#[repr(align(128))]
+struct Counter(AtomicUsize);
 
 #[derive(Clone, Copy)]
 struct Work {
@@ -93,7 +98,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: Gate(AtomicU64::new(0)),
             work: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            taken: (0..threads.max(1)).map(|_| Counter(AtomicUsize::new(0))).collect(),
             panic: Mutex::new(None),
             spin: threads <= cores,
             stop: AtomicBool::new(false),
@@ -106,7 +111,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let helper = thread::Builder::new()
                 .name(format!("inkling-{index}"))
-                .spawn(move || shared.help())
+                .spawn(move || shared.help(index))
                 .map_err(|error| Error::new(format!("cannot start {threads} threads: {error}")))?;
             pool.helpers.push(helper);
         }
@@ -133,10 +138,10 @@ impl Pool {
         let shared = &*self.shared;
         // SAFETY: the gate is shut and nobody is inside: the last turn ended so, and `turn` is ours.
         unsafe { *shared.work.get() = Some(Work { tasks, task }) };
-        shared.next.store(0, Relaxed);
+        shared.taken.iter().for_each(|taken| taken.0.store(0, Relaxed));
         shared.gate.0.fetch_add(TURN, AcqRel);
         shared.wake();
-        let result = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(Work { tasks, task })));
+        let result = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(Work { tasks, task }, 0)));
         shared.gate.0.fetch_add(TURN, AcqRel);
         shared.wait(|| shared.gate.0.load(Acquire) & INSIDE == 0);
         let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -160,7 +165,7 @@ impl Drop for Pool {
 
 impl Shared {
     /// A helper's life.
-    fn help(&self) {
+    fn help(&self, index: usize) {
         let mut seen = 0;
         loop {
             let mut entered = false;
@@ -177,7 +182,7 @@ impl Shared {
             // SAFETY: inside the gate it is only read.
             let work = unsafe { *self.work.get() };
             if let Some(work) = work
-                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(work)))
+                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(work, index)))
             {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
             }
@@ -185,15 +190,20 @@ impl Shared {
         }
     }
 
-    fn take_tasks(&self, work: Work) {
+    /// Does the tasks of the thread's own part, then those that are left of the others'.
+    fn take_tasks(&self, work: Work, index: usize) {
         // SAFETY: the caller of `run` keeps it until nobody is inside.
         let task = unsafe { &*work.task };
-        loop {
-            let at = self.next.fetch_add(1, Relaxed);
-            if at >= work.tasks {
-                return;
+        let parts = self.taken.len();
+        for part in (index..parts).chain(0..index) {
+            let [start, end] = [part, part + 1].map(|part| work.tasks * part / parts);
+            loop {
+                let at = start + self.taken[part].0.fetch_add(1, Relaxed);
+                if at >= end {
+                    break;
+                }
+                task(at);
             }
-            task(at);
         }
     }
 

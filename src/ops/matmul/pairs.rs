@@ -103,13 +103,9 @@ pub(super) fn run<T: Float>(
     }
     let pairs = panels.div_ceil(2);
     // Many tasks a thread, so that all end at about the same time.
-    let threads = cpu.threads();
-    let chunk = (pairs / (threads * 16)).max(1);
+    let chunk = (pairs / (cpu.threads() * 16)).max(1);
     cpu.parallel_chunks(pairs, chunk, |range| {
-        // The other threads take a chunk each meanwhile.
-        let last = range.end - 1;
-        let next = |pair| if pair < last { pair + 1 } else { last + (threads - 1) * chunk + 1 };
-        SUMS.with_borrow_mut(|sums| range.for_each(|pair| product.pair(pair, next(pair), sums)));
+        SUMS.with_borrow_mut(|sums| range.for_each(|pair| product.pair(pair, sums)));
     });
 }
 
@@ -190,13 +186,13 @@ impl Product<'_> {
         }
     }
 
-    /// `next`: the pair that this thread will probably take after it.
-    fn pair(&self, pair: usize, next: usize, sums: &mut [[Sums; 2]; BLOCKS]) {
+    fn pair(&self, pair: usize, sums: &mut [[Sums; 2]; BLOCKS]) {
         let panels = self.weight.len() / self.steps;
         // An odd last panel is its own neighbour; nobody reads the second sums.
         let w = [2 * pair, (panels - 1).min(2 * pair + 1)];
         let w = w.map(|panel| &self.weight[panel * self.steps..][..self.steps]);
-        let next = self.weight.as_ptr().wrapping_add(2 * next * self.steps);
+        // This thread will probably take the next pair after it.
+        let next = self.weight.as_ptr().wrapping_add(2 * (pair + 1) * self.steps);
         let plain = self.plain.filter(|(_, n)| (pair + 1) * 2 * SIDE <= *n);
         for first in (0..self.rows).step_by(BLOCKS * SIDE) {
             let rows = (self.rows - first).min(BLOCKS * SIDE);
