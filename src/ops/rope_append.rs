@@ -44,14 +44,32 @@ impl RopeTable {
         Ok(Self { half, cos: Buffer::upload(device, &cos)?, sin: Buffer::upload(device, &sin)? })
     }
 
-    fn rotate(&self, position: usize, head: &mut [f32]) {
+    /// (cosines, sines) of a position.
+    fn angles(&self, position: usize) -> (&[f32], &[f32]) {
         let at = position * self.half;
-        let (cos, sin) = (&self.cos.host()[at..][..self.half], &self.sin.host()[at..][..self.half]);
-        let (low, high) = head.split_at_mut(self.half);
-        for i in 0..self.half {
-            let (a, b) = (low[i], high[i]);
-            low[i] = a * cos[i] - b * sin[i];
-            high[i] = b * cos[i] + a * sin[i];
+        (&self.cos.host()[at..][..self.half], &self.sin.host()[at..][..self.half])
+    }
+}
+
+/// Turns heads of one position.
+struct Rotate<'a> {
+    heads: &'a mut [f32],
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Kernel for Rotate<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let half = self.cos.len();
+        for head in self.heads.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
+            for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin) {
+                let (a, b) = (*low, *high);
+                *low = a * cos - b * sin;
+                *high = b * cos + a * sin;
+            }
         }
     }
 }
@@ -131,16 +149,17 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
                     }
                 }
             }
-            for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
-                rope.rotate(position, head);
-            }
+            let (cos, sin) = rope.angles(position);
+            cpu.isa().run(Rotate { heads: &mut *q, cos, sin });
+            cpu.isa().run(Rotate { heads: &mut *k, cos, sin });
             let page = tables.page(slot as usize, layer, position / super::attention::PAGE);
             let lane = position % super::attention::PAGE;
             let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
-            for (head, (k, v)) in heads.enumerate() {
+            for (head, (key, value)) in heads.enumerate() {
+                let place = (page, head, lane);
                 // SAFETY: no two rows of a step have the same sequence and position, and a page that
                 // is written belongs to one sequence.
-                unsafe { page_shape.write(&pages, (page, head, lane), k, v) };
+                unsafe { page_shape.write(cpu, &pages, place, key, value) };
             }
         }
     });

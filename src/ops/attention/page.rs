@@ -1,11 +1,11 @@
 //! How a page of the cache is laid out: first its keys, then its values.
 
-use super::PAGE;
+use super::{MAX_HEAD_DIM, PAGE};
 use crate::{
     device::{
         Device,
         cpu::{
-            Products, Shared,
+            Cpu, Kernel, Products, Shared,
             pairs::{DEPTH, SIDE},
         },
     },
@@ -103,26 +103,32 @@ impl PageShape {
     /// Nobody else reads or writes this position of this page meanwhile.
     pub(in crate::ops) unsafe fn write<T: Float>(
         &self,
+        cpu: &Cpu,
         pages: &Shared<'_, T>,
         (page, head, lane): (usize, usize, usize),
         key: &[f32],
         value: &[f32],
     ) {
+        let mut rounded = [[T::default(); MAX_HEAD_DIM]; 2];
+        cpu.isa().run(Round(key, &mut rounded[0]));
+        cpu.isa().run(Round(value, &mut rounded[1]));
+        let [key, value] = rounded;
+        let (key, value) = (&key[..self.head_dim], &value[..self.head_dim]);
         let (keys, values) = (self.keys_start(page, head), self.values_start(page, head));
+        // SAFETY: promised by the caller; every place is of this position alone.
+        let put = |at: usize, part: &[T]| unsafe { pages.range(at, part.len()) }.copy_from_slice(part);
         match self.layout {
             Layout::Columns => {
-                // SAFETY: promised by the caller.
-                unsafe {
-                    scatter(pages, keys, key, |d| d * PAGE + lane);
-                    scatter(pages, values, value, |d| lane * self.head_dim + d);
-                }
+                key.iter().enumerate().for_each(|(d, &k)| put(keys + d * PAGE + lane, &[k]));
+                put(values + lane * self.head_dim, value);
             }
             Layout::Pairs => {
-                let start = lane / 2 * DEPTH + lane % 2;
-                // SAFETY: likewise.
-                unsafe {
-                    scatter(pages, keys, key, |d| d / 2 * DEPTH + 2 * lane + d % 2);
-                    scatter(pages, values, value, |d| d / SIDE * SIDE * PAGE + start + d % SIDE * 2);
+                for (pair, key) in key.chunks(2).enumerate() {
+                    put(keys + pair * DEPTH + 2 * lane, key);
+                }
+                for (block, value) in value.chunks(SIDE).enumerate() {
+                    let start = values + block * SIDE * PAGE + lane / 2 * DEPTH + lane % 2;
+                    value.iter().enumerate().for_each(|(d, &v)| put(start + 2 * d, &[v]));
                 }
             }
             Layout::Rows => unreachable!("the kernels write their pages"),
@@ -130,20 +136,15 @@ impl PageShape {
     }
 }
 
-/// Writes each value to its place behind `start`.
-///
-/// # Safety
-/// Nobody else reads or writes these places meanwhile.
-#[inline(always)]
-unsafe fn scatter<T: Float>(
-    pages: &Shared<'_, T>,
-    start: usize,
-    values: &[f32],
-    place: impl Fn(usize) -> usize,
-) {
-    for (d, &value) in values.iter().enumerate() {
-        // SAFETY: promised by the caller.
-        let to = unsafe { pages.range(start + place(d), 1) };
-        to[0] = T::from_f32(value);
+/// Rounds to another type.
+struct Round<'a, T>(&'a [f32], &'a mut [T]);
+
+impl<T: Float> Kernel for Round<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for (to, &value) in self.1.iter_mut().zip(self.0) {
+            *to = T::from_f32(value);
+        }
     }
 }

@@ -162,31 +162,29 @@ pub unsafe fn multiply(
                 to_step: to.step * size_of::<f32>(),
             };
             macro_rules! of {
-                ($lines:literal) => {
+                ($lines:literal of $apart:literal) => {
                     // SAFETY: promised by the caller; the tiles lie inside.
                     unsafe {
                         if block + 1 == blocks {
-                            pass.multiply_one::<$lines>();
+                            pass.multiply_one::<$lines, $apart>();
                         } else {
-                            pass.multiply_two::<$lines>();
+                            pass.multiply_two::<$lines, $apart>();
                         }
-                        next = next.wrapping_add($lines * LINE * (end - start));
+                        next = next.wrapping_add($lines * $apart * (end - start));
                     }
                 };
             }
-            // 32 lines are two tiles of w.
+            // 32 lines are two tiles of w. In a single pass the processor follows by itself, and each
+            // fourth line is enough to have it begin early.
             match passes {
-                1 => of!(32),
-                2 | 3 => of!(16),
-                4..=7 => of!(8),
-                _ => of!(4),
+                1 => of!(8 of 256),
+                2 | 3 => of!(16 of 64),
+                4..=7 => of!(8 of 64),
+                _ => of!(4 of 64),
             }
         }
     }
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// One or two blocks of 16 rows against 32 columns. Strides are in bytes.
 struct Pass {
@@ -207,11 +205,11 @@ struct Pass {
 
 impl Pass {
     /// 16 rows × 32 columns, in one piece of assembly, since the compiler knows nothing of what tiles
-    /// hold between two. `LINES` are fetched a step.
+    /// hold between two. `LINES` are fetched a step, so many bytes apart.
     ///
     /// # Safety
     /// The tiles are granted and configured; x, w and `to` have what is multiplied.
-    unsafe fn multiply_one<const LINES: usize>(&self) {
+    unsafe fn multiply_one<const LINES: usize, const APART: usize>(&self) {
         let to = [self.to, self.to.wrapping_byte_add(self.to_step)];
         // SAFETY: promised by the caller; each step reads one tile of every list. A fetch reads
         // nothing, wherever it points.
@@ -231,7 +229,7 @@ impl Pass {
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 ".rept {lines}",
                 "prefetcht1 [{next}]",
-                "add {next}, 64",
+                "add {next}, {apart}",
                 ".endr",
                 "add {x}, {x_step}",
                 "add {w0}, 1024",
@@ -253,6 +251,7 @@ impl Pass {
                 to_row = in(reg) self.to_row,
                 from = in(reg) self.from.unwrap_or(ptr::null()),
                 lines = const LINES,
+                apart = const APART,
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
@@ -263,7 +262,7 @@ impl Pass {
     ///
     /// # Safety
     /// As for [`Self::multiply_one`].
-    unsafe fn multiply_two<const LINES: usize>(&self) {
+    unsafe fn multiply_two<const LINES: usize, const APART: usize>(&self) {
         let lower = self.to.wrapping_byte_add(self.to_block);
         let to = [self.to, lower].map(|to| [to, to.wrapping_byte_add(self.to_step)]);
         // SAFETY: as in `multiply_one`; where the sums go is looked up.
@@ -290,7 +289,7 @@ impl Pass {
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".rept {lines}",
                 "prefetcht1 [{next}]",
-                "add {next}, 64",
+                "add {next}, {apart}",
                 ".endr",
                 "add {x0}, {x_step}",
                 "add {x1}, {x_step}",
@@ -319,6 +318,7 @@ impl Pass {
                 to_row = in(reg) self.to_row,
                 from = in(reg) self.from.unwrap_or(ptr::null()),
                 lines = const LINES,
+                apart = const APART,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
