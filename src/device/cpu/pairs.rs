@@ -186,7 +186,7 @@ pub(crate) fn multiply_pages(
 ) {
     let steps = x.len();
     assert!(steps > 0 && keys.iter().all(|keys| keys.len() == steps), "tiles of keys");
-    assert!(rows.end <= SIDE, "rows of a tile");
+    assert!(rows.start < rows.end && rows.end <= SIDE, "rows of a tile");
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as in `multiply`; the numbers were checked.
@@ -208,7 +208,8 @@ pub(crate) fn add_pages(
     out: &mut [f32],
 ) {
     let blocks = out.len() / (SIDE * SIDE);
-    assert!(values.len() <= PAGES && rows.end <= SIDE, "pages and rows");
+    assert!(values.len() <= PAGES, "pages");
+    assert!(rows.start < rows.end && rows.end <= SIDE, "rows of a tile");
     assert!(values.iter().all(|values| values.len() == blocks), "tiles of values");
     match isa {
         #[cfg(target_arch = "x86_64")]

@@ -123,9 +123,7 @@ fn for_each_group<T: Float>(
             (pages, positions)
         });
         if seen.1 > 0 {
-            // Behind the last row nobody minds.
-            let last = if end == block.rows.len() { SIDE } else { end * block.heads };
-            multiply(first * block.heads..last, seen);
+            multiply(first * block.heads..end * block.heads, seen);
         }
         first = end;
     }

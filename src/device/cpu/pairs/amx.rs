@@ -10,7 +10,7 @@ use std::{
 
 use half::bf16;
 
-use super::{Blocks, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
+use super::{Blocks, DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
 
 /// Bytes from a row of a tile to the next.
 const STRIDE: usize = 64;
@@ -71,7 +71,7 @@ struct Configuration {
 const _: () = assert!(size_of::<Configuration>() == 64, "as ldtilecfg reads it");
 
 /// All eight tiles whole.
-static WHOLE: Configuration = Configuration {
+const WHOLE: Configuration = Configuration {
     palette: 1,
     start_row: 0,
     reserved: [0; 14],
@@ -79,11 +79,20 @@ static WHOLE: Configuration = Configuration {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// Likewise, but tile 6 has the left half, and tile 7 the upper: 16 elements of k.
-static HALVES: Configuration = Configuration {
-    row_bytes: [64, 64, 64, 64, 64, 64, 32, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 8, 0, 0, 0, 0, 0, 0, 0, 0],
-    ..WHOLE
+static FOR_PRODUCTS: Configuration = WHOLE;
+
+/// For pages, by rows of the left side: tiles 0 to 4 and 6 have so many, of which 6 has the left
+/// half, and tile 7 is the upper half of a right side: 16 elements of k.
+static OF_PAGES: [Configuration; SIDE] = {
+    let mut all = [const { Configuration { ..WHOLE } }; SIDE];
+    let mut at = 0;
+    while at < SIDE {
+        let rows = at as u8 + 1;
+        all[at].row_bytes[6] = 32;
+        all[at].rows = [rows, rows, rows, rows, rows, 16, rows, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+        at += 1;
+    }
+    all
 };
 
 thread_local! {
@@ -137,7 +146,7 @@ pub unsafe fn multiply(
     to: Option<Blocks<*mut f32>>,
 ) {
     // SAFETY: promised by the caller.
-    unsafe { configure(&WHOLE) };
+    unsafe { configure(&FOR_PRODUCTS) };
     let blocks = sums.len();
     let sums = Blocks::of_tiles(sums.as_mut_ptr().cast::<f32>(), (SIDE, 2));
     let passes = blocks.div_ceil(2);
@@ -333,7 +342,7 @@ const WEIGHTS_STRIDE: usize = size_of::<[bf16; PAGES * SIDE]>();
 
 /// # Safety
 /// The tiles are granted; there are as many tiles in each of `keys` as in x, at least one; `rows` are
-/// of a tile.
+/// of a tile, at least one.
 pub unsafe fn multiply_pages(
     rows: Range<usize>,
     x: &[Tile],
@@ -341,22 +350,7 @@ pub unsafe fn multiply_pages(
     scores: &mut OfPages<f32>,
 ) {
     // SAFETY: promised by the caller.
-    unsafe { configure(&HALVES) };
-    if rows == (0..SIDE) {
-        // SAFETY: likewise.
-        return unsafe { multiply_keys(x, keys, scores) };
-    }
-    let mut all = [[0.0; PAGES * SIDE]; SIDE];
-    // SAFETY: likewise.
-    unsafe { multiply_keys(x, keys, &mut all) };
-    scores[rows.clone()].copy_from_slice(&all[rows]);
-}
-
-/// All rows of a tile.
-///
-/// # Safety
-/// As for [`multiply_pages`], and the tiles are configured.
-unsafe fn multiply_keys(x: &[Tile], keys: [&[Tile]; PAGES], scores: &mut OfPages<f32>) {
+    unsafe { configure(&OF_PAGES[rows.len() - 1]) };
     // SAFETY: promised by the caller; each step reads one tile of every list, and four tiles side by
     // side are the scores.
     unsafe {
@@ -386,14 +380,14 @@ unsafe fn multiply_keys(x: &[Tile], keys: [&[Tile]; PAGES], scores: &mut OfPages
             "tilestored [{scores} + {scores_stride}*1 + 64], tmm1",
             "tilestored [{scores} + {scores_stride}*1 + 128], tmm2",
             "tilestored [{scores} + {scores_stride}*1 + 192], tmm3",
-            x = inout(reg) x.as_ptr() => _,
+            x = inout(reg) x.as_ptr().cast::<[bf16; DEPTH]>().add(rows.start) => _,
             k0 = inout(reg) keys[0].as_ptr() => _,
             k1 = inout(reg) keys[1].as_ptr() => _,
             k2 = inout(reg) keys[2].as_ptr() => _,
             k3 = inout(reg) keys[3].as_ptr() => _,
             steps = inout(reg) x.len() => _,
             stride = in(reg) STRIDE,
-            scores = in(reg) scores.as_mut_ptr(),
+            scores = in(reg) scores[rows.start..].as_mut_ptr(),
             scores_stride = in(reg) SCORES_STRIDE,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _,
@@ -403,8 +397,8 @@ unsafe fn multiply_keys(x: &[Tile], keys: [&[Tile]; PAGES], scores: &mut OfPages
 }
 
 /// # Safety
-/// The tiles are granted; `rows` are of a tile, `out` has 16 rows, and every page a half tile for
-/// each 16 of its columns.
+/// The tiles are granted; `rows` are of a tile, at least one; `out` has 16 rows, and every page a half
+/// tile for each 16 of its columns.
 pub unsafe fn add_pages(
     rows: Range<usize>,
     weights: &OfPages<bf16>,
@@ -412,30 +406,23 @@ pub unsafe fn add_pages(
     out: &mut [f32],
 ) {
     // SAFETY: promised by the caller.
-    unsafe { configure(&HALVES) };
+    unsafe { configure(&OF_PAGES[rows.len() - 1]) };
     let mut pages = [ptr::null::<HalfTile>(); PAGES];
     pages.iter_mut().zip(values).for_each(|(to, page)| *to = page.as_ptr());
     let pages = &pages[..values.len()];
+    if pages.is_empty() {
+        return;
+    }
     let width = out.len() / SIDE;
+    let (weights, out) = (&weights[rows.start..], &mut out[rows.start * width..]);
     let mut first = 0;
     while first < width {
         let (columns, add): (_, unsafe fn(_, _, _, _, _)) = match width - first {
             FOUR.. => (FOUR, add_four),
             _ => (SIDE, add_one),
         };
-        let from = (out[first..].as_mut_ptr(), width);
-        if rows == (0..SIDE) {
-            // SAFETY: promised by the caller; the columns lie in a row.
-            unsafe { add(weights, pages, first / SIDE, from, from) };
-        } else {
-            let mut all = [[0.0; FOUR]; SIDE];
-            let to = (all.as_flattened_mut().as_mut_ptr(), FOUR);
-            // SAFETY: likewise.
-            unsafe { add(weights, pages, first / SIDE, from, to) };
-            for row in rows.clone() {
-                out[row * width + first..][..columns].copy_from_slice(&all[row][..columns]);
-            }
-        }
+        // SAFETY: promised by the caller; the columns lie in a row.
+        unsafe { add(weights, pages, first / SIDE, out[first..].as_mut_ptr(), width) };
         first += columns;
     }
 }
@@ -443,29 +430,25 @@ pub unsafe fn add_pages(
 /// The columns of four tiles.
 const FOUR: usize = 4 * SIDE;
 
-/// All rows of a tile: `to` becomes `from` and the products of 4 × 16 columns, from `block` × 16 on.
-/// Each of `from` and `to` is 16 rows, the second number apart.
+/// Adds to 4 × 16 columns, of the values those from `block` × 16 on. Rows of `out` are `width` apart.
 ///
 /// # Safety
-/// As for [`add_pages`], and the tiles are configured; the columns lie inside.
+/// As for [`add_pages`], and the tiles are configured; there is a page, and all lies inside.
 unsafe fn add_four(
-    weights: &OfPages<bf16>,
+    weights: &[[bf16; PAGES * SIDE]],
     pages: &[*const HalfTile],
     block: usize,
-    from: (*mut f32, usize),
-    to: (*mut f32, usize),
+    out: *mut f32,
+    width: usize,
 ) {
-    if pages.is_empty() {
-        return;
-    }
     // SAFETY: promised by the caller; each step reads 16 columns of the weights, and of the next
     // page four half tiles side by side.
     unsafe {
         asm!(
-            "tileloadd tmm0, [{from} + {from_stride}*1]",
-            "tileloadd tmm1, [{from} + {from_stride}*1 + 64]",
-            "tileloadd tmm2, [{from} + {from_stride}*1 + 128]",
-            "tileloadd tmm3, [{from} + {from_stride}*1 + 192]",
+            "tileloadd tmm0, [{out} + {width}*1]",
+            "tileloadd tmm1, [{out} + {width}*1 + 64]",
+            "tileloadd tmm2, [{out} + {width}*1 + 128]",
+            "tileloadd tmm3, [{out} + {width}*1 + 192]",
             "2:",
             "mov {page}, [{pages}]",
             "add {page}, {offset}",
@@ -482,14 +465,12 @@ unsafe fn add_four(
             "add {pages}, 8",
             "dec {count}",
             "jnz 2b",
-            "tilestored [{to} + {to_stride}*1], tmm0",
-            "tilestored [{to} + {to_stride}*1 + 64], tmm1",
-            "tilestored [{to} + {to_stride}*1 + 128], tmm2",
-            "tilestored [{to} + {to_stride}*1 + 192], tmm3",
-            from = in(reg) from.0,
-            from_stride = in(reg) from.1 * size_of::<f32>(),
-            to = in(reg) to.0,
-            to_stride = in(reg) to.1 * size_of::<f32>(),
+            "tilestored [{out} + {width}*1], tmm0",
+            "tilestored [{out} + {width}*1 + 64], tmm1",
+            "tilestored [{out} + {width}*1 + 128], tmm2",
+            "tilestored [{out} + {width}*1 + 192], tmm3",
+            out = in(reg) out,
+            width = in(reg) width * size_of::<f32>(),
             weights = inout(reg) weights.as_ptr() => _,
             weights_stride = in(reg) WEIGHTS_STRIDE,
             pages = inout(reg) pages.as_ptr() => _,
@@ -509,19 +490,16 @@ unsafe fn add_four(
 /// # Safety
 /// As for [`add_four`].
 unsafe fn add_one(
-    weights: &OfPages<bf16>,
+    weights: &[[bf16; PAGES * SIDE]],
     pages: &[*const HalfTile],
     block: usize,
-    from: (*mut f32, usize),
-    to: (*mut f32, usize),
+    out: *mut f32,
+    width: usize,
 ) {
-    if pages.is_empty() {
-        return;
-    }
     // SAFETY: as in `add_four`, one half tile of a page.
     unsafe {
         asm!(
-            "tileloadd tmm0, [{from} + {from_stride}*1]",
+            "tileloadd tmm0, [{out} + {width}*1]",
             "2:",
             "mov {page}, [{pages}]",
             "add {page}, {offset}",
@@ -532,11 +510,9 @@ unsafe fn add_one(
             "add {pages}, 8",
             "dec {count}",
             "jnz 2b",
-            "tilestored [{to} + {to_stride}*1], tmm0",
-            from = in(reg) from.0,
-            from_stride = in(reg) from.1 * size_of::<f32>(),
-            to = in(reg) to.0,
-            to_stride = in(reg) to.1 * size_of::<f32>(),
+            "tilestored [{out} + {width}*1], tmm0",
+            out = in(reg) out,
+            width = in(reg) width * size_of::<f32>(),
             weights = inout(reg) weights.as_ptr() => _,
             weights_stride = in(reg) WEIGHTS_STRIDE,
             pages = inout(reg) pages.as_ptr() => _,
