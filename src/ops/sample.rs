@@ -5,13 +5,13 @@
 
 use super::{
     math::{exp, max},
-    philox::{Purpose, gumbel, philox, philox_row, uniform},
+    philox::{Purpose, ROW, gumbel, philox, philox_row, uniform},
     rows::NONE,
 };
 use crate::{
     device::{
         Buffer, Cuda, Device, Element,
-        cpu::{Cpu, Kernel, Shared},
+        cpu::{Cpu, Isa, Kernel, Shared},
         cuda::{Launch, Params},
     },
     error::Result,
@@ -139,9 +139,9 @@ fn on_cpu(cpu: &Cpu, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) {
         // SAFETY: each task has its own token.
         let token = unsafe { tokens.range(at, 1) };
         token[0] = if draw.temperature == 0.0 {
-            cpu.isa().run(Argmax(logits))
+            cpu.isa().run(Argmax(cpu.isa(), logits))
         } else if draw.top_k == 0 && draw.top_p >= 1.0 && draw.min_p <= 0.0 {
-            cpu.isa().run(GumbelMax { logits, draw })
+            cpu.isa().run(GumbelMax { isa: cpu.isa(), logits, draw })
         } else {
             among(&kept(logits, draw), logits, draw)
         };
@@ -189,28 +189,29 @@ fn launch(cuda: &Cuda, vocab: usize, logits: &Buffer<f32>, draws: &mut Draws) ->
 }
 
 /// The lowest id of the largest logit.
-struct Argmax<'a>(&'a [f32]);
+struct Argmax<'a>(Isa, &'a [f32]);
 
 impl Kernel for Argmax<'_> {
     type Output = u32;
     #[inline(always)]
     fn run(self) -> u32 {
-        let best = max(self.0);
+        let best = max(self.0, self.1);
         match best {
             f32::NEG_INFINITY => NO_TOKEN,
-            _ => self.0.iter().position(|&v| v == best).unwrap_or(0) as u32,
+            _ => self.1.iter().position(|&v| v == best).unwrap_or(0) as u32,
         }
     }
 }
 
-/// Entries whose randomness is made at once.
-const BLOCK: usize = 64;
 /// Counters that give a block its words, four each.
-const COUNTERS: usize = BLOCK / 4;
+const COUNTERS: usize = ROW;
+/// Entries whose randomness is made at once.
+const BLOCK: usize = 4 * COUNTERS;
 /// Word `at % 4` of counter `at / 4` is for entry `at` of a block.
 type Words = [[u32; COUNTERS]; 4];
 
 struct GumbelMax<'a> {
+    isa: Isa,
     logits: &'a [f32],
     draw: &'a Draw,
 }
@@ -219,7 +220,7 @@ impl GumbelMax<'_> {
     #[inline(always)]
     fn words(&self, block: usize) -> Words {
         let first = (block * COUNTERS) as u32;
-        philox_row(self.draw.seed, [first, self.draw.index, Purpose::Token as u32, 0])
+        philox_row(self.isa, self.draw.seed, [first, self.draw.index, Purpose::Token as u32, 0])
     }
 
     /// Scores a block and keeps the better of its best and `best`.
@@ -251,14 +252,15 @@ impl Kernel for GumbelMax<'_> {
     type Output = u32;
     #[inline(always)]
     fn run(self) -> u32 {
-        let top = max(self.logits);
-        let first = self.logits.chunks(BLOCK).position(|logits| max(logits) == top).unwrap_or(0);
+        let top = max(self.isa, self.logits);
+        let is_top = |logits| max(self.isa, logits) == top;
+        let first = self.logits.chunks(BLOCK).position(is_top).unwrap_or(0);
         let mut best = self.visit(first, &self.words(first), (f32::NEG_INFINITY, NO_TOKEN));
         for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
             // An entry beats `best` only if g > best − l, that is u < 1 − exp(−exp(l − best)),
             // which is below exp(l − best). Most blocks hold no such u, so no logarithm is taken.
             // The slack covers the rounding of both sides, half a unit in the last place each.
-            let top = max(logits) / self.draw.temperature;
+            let top = max(self.isa, logits) / self.draw.temperature;
             let slack = (top.abs() + best.0.abs()).mul_add(2.0 * f32::EPSILON, 1e-3);
             let bound = exp(top - best.0 + slack);
             if bound < uniform(0) {

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     device::{
         Buffer, Cuda, Device, Element, Staging,
-        cpu::{Cpu, Kernel, Shared},
+        cpu::{Cpu, Isa, Kernel, Shared},
         cuda::{Launch, Params},
     },
     error::Result,
@@ -234,7 +234,7 @@ fn on_cpu(
                 top_logits.range(first_top, top_len),
             )
         };
-        sums[0] = cpu.isa().run(Softmax(row)).into();
+        sums[0] = cpu.isa().run(Softmax(cpu.isa(), row)).into();
         for (&id, out) in ids[first_id..].iter().zip(id_logits) {
             let id = if id & DRAWN == 0 { id } else { tokens.host()[(id & !DRAWN) as usize] };
             // Where nothing could be drawn, any id will do.
@@ -289,15 +289,15 @@ fn launch(
 }
 
 /// Gives (logsumexp, entropy).
-struct Softmax<'a>(&'a [f32]);
+struct Softmax<'a>(Isa, &'a [f32]);
 
 impl Kernel for Softmax<'_> {
     type Output = (f32, f32);
     #[inline(always)]
     fn run(self) -> (f32, f32) {
-        let top = max(self.0);
+        let top = max(self.0, self.1);
         let (mut sums, mut products) = ([0.0f64; LANES], [0.0f64; LANES]);
-        let (chunks, rest) = self.0.as_chunks::<LANES>();
+        let (chunks, rest) = self.1.as_chunks::<LANES>();
         for chunk in chunks {
             for lane in 0..LANES {
                 let shifted = chunk[lane] - top;

@@ -398,7 +398,7 @@ impl<T: Float> Block<'_, T> {
             }
             for q in at * self.heads..(at + 1) * self.heads {
                 let weights = &mut scratch.weights[q * TILE..][..TILE];
-                let tile_max = max(weights);
+                let tile_max = max(self.isa, weights);
                 let old = scratch.max[q];
                 let new_max = if tile_max > old { tile_max } else { old };
                 let keep = exp(old - new_max);
