@@ -2,9 +2,7 @@
 //! they are written as fixed lanes of fused multiply-adds.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{
-    _mm512_loadu_ps, _mm512_max_ps, _mm512_reduce_max_ps, _mm512_set1_ps,
-};
+use std::arch::x86_64::{_mm512_loadu_ps, _mm512_max_ps, _mm512_reduce_max_ps, _mm512_set1_ps};
 
 use crate::device::cpu::Isa;
 

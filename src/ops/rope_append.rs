@@ -65,7 +65,8 @@ impl Kernel for Rotate<'_> {
         let half = self.cos.len();
         for head in self.heads.chunks_exact_mut(2 * half) {
             let (low, high) = head.split_at_mut(half);
-            for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin) {
+            for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin)
+            {
                 let (a, b) = (*low, *high);
                 *low = a * cos - b * sin;
                 *high = b * cos + a * sin;

@@ -233,13 +233,13 @@ impl Case {
             rotated.chunks_exact(width).map(row).collect()
         };
         let (keys, values) = (part(out_width), part(out_width + kv));
-        // Kernels round queries and weights to bf16, half a unit in the last place each; the
-        // weights in the sum and in the products.
-        let by_kernels = !device.starts_with("cpu");
-        let weights = if by_kernels { T::ROUNDOFF } else { 0.0 };
+        // Kernels and products of pairs round queries and weights to bf16, half a unit in the last
+        // place each; the weights in the sum and in the products.
+        let are_rounded = device != "cpu";
+        let weights = if are_rounded { T::ROUNDOFF } else { 0.0 };
         for (length, got) in LENGTHS.iter().zip(alone.chunks_exact(out_width)) {
             let query = &rotated[(length - 1) * width..][..out_width];
-            let query: Vec<f64> = match by_kernels {
+            let query: Vec<f64> = match are_rounded {
                 true => query.iter().map(|&v| T::nearest(v)).collect(),
                 false => widen(query),
             };

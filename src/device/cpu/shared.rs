@@ -36,7 +36,12 @@ impl<'a, T> Shared<'a, T> {
     /// # Safety
     /// No range of it that overlaps them is alive while the pointer is used.
     #[inline(always)]
-    pub(crate) unsafe fn columns(&self, rows: Range<usize>, n: usize, columns: Range<usize>) -> *mut T {
+    pub(crate) unsafe fn columns(
+        &self,
+        rows: Range<usize>,
+        n: usize,
+        columns: Range<usize>,
+    ) -> *mut T {
         assert!(columns.end <= n && rows.end * n <= self.len, "columns outside the array");
         self.start.wrapping_add(rows.start * n + columns.start)
     }

@@ -116,7 +116,8 @@ impl PageShape {
         let (key, value) = (&key[..self.head_dim], &value[..self.head_dim]);
         let (keys, values) = (self.keys_start(page, head), self.values_start(page, head));
         // SAFETY: promised by the caller; every place is of this position alone.
-        let put = |at: usize, part: &[T]| unsafe { pages.range(at, part.len()) }.copy_from_slice(part);
+        let put =
+            |at: usize, part: &[T]| unsafe { pages.range(at, part.len()) }.copy_from_slice(part);
         match self.layout {
             Layout::Columns => {
                 key.iter().enumerate().for_each(|(d, &k)| put(keys + d * PAGE + lane, &[k]));

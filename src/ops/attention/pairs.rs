@@ -91,7 +91,8 @@ impl<'a> Pairs<'a> {
             round(weights, rounded);
         }
         for_each_group(block, tile, |queries, (pages, positions)| {
-            let values = |page| half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
+            let values =
+                |page| half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
             let mut list = pages.map(values);
             let count = positions.div_ceil(PAGE);
             let last = positions % PAGE;

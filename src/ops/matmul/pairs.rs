@@ -162,8 +162,13 @@ struct Product<'a> {
     plain: Option<Plain<'a>>,
 }
 
-/// Blocks of 16 rows that one pass over a pair of panels covers.
+/// The most blocks of 16 rows that one pass over a pair of panels covers.
 const BLOCKS: usize = 16;
+
+/// Blocks of a pass: without AMX so many that their sums stay in the L1 cache beside the weights.
+fn blocks_of_a_pass(isa: Isa) -> usize {
+    if reads_rows(isa) { BLOCKS } else { 6 }
+}
 
 thread_local! {
     /// The sums of a pass.
@@ -194,14 +199,16 @@ impl Product<'_> {
         // This thread will probably take the next pair after it.
         let next = self.weight.as_ptr().wrapping_add(2 * (pair + 1) * self.steps);
         let plain = self.plain.filter(|(_, n)| (pair + 1) * 2 * SIDE <= *n);
-        for first in (0..self.rows).step_by(BLOCKS * SIDE) {
-            let rows = (self.rows - first).min(BLOCKS * SIDE);
+        let pass = blocks_of_a_pass(self.isa) * SIDE;
+        for first in (0..self.rows).step_by(pass) {
+            let rows = (self.rows - first).min(pass);
             let sums = &mut sums[..rows.div_ceil(SIDE)];
             let x = self.x.behind(first / SIDE, self.steps);
             if let (Some((out, n)), true) = (plain, rows.is_multiple_of(SIDE)) {
                 // SAFETY: each task writes the columns of its own panels.
                 unsafe {
-                    let to = out.columns(first..first + rows, n, pair * 2 * SIDE..(pair + 1) * 2 * SIDE);
+                    let to =
+                        out.columns(first..first + rows, n, pair * 2 * SIDE..(pair + 1) * 2 * SIDE);
                     multiply_into(self.isa, x, w, next, sums, (to, n));
                 }
                 continue;
