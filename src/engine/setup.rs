@@ -121,7 +121,7 @@ impl Limits {
         let c = config;
         let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
         let page = PageShape::new(device, options.dtype, c.kv_heads, c.head_dim);
-        let page_bytes = page.len() * element;
+        let page_bytes = page.elements() * element;
         let blocks = c.context.div_ceil(PAGE);
         // Every sequence's own pages and its prompt's clean ones, at full length.
         let most = (2 * options.max_batch + 1) * c.layers * blocks;

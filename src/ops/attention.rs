@@ -89,7 +89,7 @@ impl<T: Float> Cache<T> {
             shape,
             page,
             tables: Buffer::zeroed(device, shape.slots * shape.layers * shape.blocks)?,
-            pages: Buffer::zeroed(device, shape.pages * page.len())?,
+            pages: Buffer::zeroed(device, shape.pages * page.elements())?,
             copies: Buffer::zeroed(device, 4096)?,
         })
     }

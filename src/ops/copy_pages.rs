@@ -23,7 +23,7 @@ pub fn copy_pages<T: Float>(
     assert!(pairs.iter().flatten().all(|&page| page < pages), "a page beyond the cache");
     match device {
         Device::Cpu(cpu) => {
-            let len = cache.page.len();
+            let len = cache.page.elements();
             let pages = Shared::new(cache.split_mut().1);
             cpu.parallel(pairs.len(), |at| {
                 let [from, to] = pairs[at].map(|page| page as usize * len);
@@ -59,9 +59,9 @@ fn launch<T: Float>(cuda: &Cuda, count: usize, cache: &mut Cache<T>) -> Result<(
         pages: cache.address_mut(),
         pairs: Buffer::address(&cache.copies),
         count: count as i32,
-        page_len: cache.page.len() as i32,
+        page_len: cache.page.elements() as i32,
     };
-    let grid = [count as u32, cache.page.len().div_ceil(8192) as u32, 1];
+    let grid = [count as u32, cache.page.elements().div_ceil(8192) as u32, 1];
     let launch = Launch { grid, block: 256, shared: 0 };
     // SAFETY: every page was checked, and `count` pairs were written.
     unsafe { cuda.launch("copy_pages", launch, &params) }

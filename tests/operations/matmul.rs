@@ -10,8 +10,11 @@ use inkling::{
 
 use crate::{
     reference::ops::{Matrix, gated, matmul as products, silu},
-    tools::{Numbers, Stored, U, activations, all_nan, close, first_difference, kernel_devices},
-    tools::{nan_activations, nans, on_every_device, on_every_family, read, read_rows, sizes},
+    tools::{
+        Numbers, Stored, U, activations, activations_before, all_nan, close, first_difference,
+    },
+    tools::{kernel_devices, nan_activations, nans, on_every_device, on_every_family, read},
+    tools::{read_rows, sizes},
 };
 
 /// (m, n, k): x is (m, k), the weight (n, k). Around the register tile (6 or 8 rows, 16 with AMX),
@@ -19,6 +22,10 @@ use crate::{
 fn shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(95, 17, 257), (96, 17, 40), (97, 17, 257), (200, 33, 40)];
     shapes.extend([15, 16, 17, 31, 32, 33, 48].map(|m| (m, 49, 65)));
+    // AMX takes tiles of k in parts where there are more than 32 rows, 16 blocks of rows at a time, and
+    // writes whole ones itself.
+    shapes.extend([33, 48, 64, 65, 80, 96, 112, 300].map(|m| (m, 49, 352)));
+    shapes.extend([32, 48, 256].map(|m| (m, 64, 672)));
     // Few rows take up to 8 panels at a time.
     shapes.extend([1, 2, 3, 4].map(|m| (m, 250, 65)));
     for n in [1, 15, 16, 17, 33, 50] {
@@ -79,7 +86,8 @@ fn chain_error(k: usize) -> f64 {
     (2 * k + 4) as f64 * U
 }
 
-/// The product, and a row of NaNs behind it.
+/// The product, and a row of NaNs behind it. Where there are rows enough behind x AMX reads it as it is;
+/// otherwise it is packed: the same bits.
 fn multiply<T: Stored>(
     device: &Device,
     x: &[f32],
@@ -88,14 +96,18 @@ fn multiply<T: Stored>(
     bias: Option<&[f32]>,
 ) -> Vec<f32> {
     let m = x.len() / k;
-    let x = activations::<T>(device, k, x);
     let mut weight = pack(device, T::DTYPE, (n, k), weight);
     if let Some(bias) = bias {
         weight = weight.with_bias(device, bias).unwrap();
     }
-    let mut out = nans(device, (m + 1) * n);
-    matmul(device, m, &x, &weight, &mut out).unwrap();
-    read(&out)
+    let [packed, as_it_is] = [0, 16].map(|nan_rows| {
+        let x = activations_before::<T>(device, k, x, nan_rows);
+        let mut out = nans(device, (m + 1) * n);
+        matmul(device, m, &x, &weight, &mut out).unwrap();
+        read(&out)
+    });
+    assert_eq!(first_difference(&packed, &as_it_is), None, "({m}, {n}, {k}), packed or not");
+    packed
 }
 
 fn check_matmul<T: Stored>(shapes: Vec<(usize, usize, usize)>, on: &[(String, Device)]) {

@@ -167,8 +167,18 @@ pub fn upload<T: Float>(device: &Device, values: &[f32], spare: usize) -> Buffer
 
 /// (rows, dim) rounded to T, and a row of NaNs after them.
 pub fn activations<T: Float>(device: &Device, dim: usize, values: &[f32]) -> Activations<T> {
+    activations_before(device, dim, values, 1)
+}
+
+/// Likewise with so many rows of NaNs.
+pub fn activations_before<T: Float>(
+    device: &Device,
+    dim: usize,
+    values: &[f32],
+    nan_rows: usize,
+) -> Activations<T> {
     let mut rounded: Vec<T> = values.iter().map(|&v| T::from_f32(v)).collect();
-    rounded.resize(values.len() + dim, T::from_f32(f32::NAN));
+    rounded.resize(values.len() + nan_rows * dim, T::from_f32(f32::NAN));
     Activations::upload(device, dim, &rounded).unwrap()
 }
 

@@ -62,21 +62,21 @@ impl PageShape {
     }
 
     /// Elements of a page.
-    pub fn len(&self) -> usize {
+    pub fn elements(&self) -> usize {
         self.kv_heads * self.head_len().iter().sum::<usize>()
     }
 
     /// Where a head's keys start in the cache.
     #[inline(always)]
     fn keys_start(&self, page: usize, head: usize) -> usize {
-        page * self.len() + head * self.head_len()[0]
+        page * self.elements() + head * self.head_len()[0]
     }
 
     /// Where its values start.
     #[inline(always)]
     fn values_start(&self, page: usize, head: usize) -> usize {
         let [keys, values] = self.head_len();
-        page * self.len() + self.kv_heads * keys + head * values
+        page * self.elements() + self.kv_heads * keys + head * values
     }
 
     /// A head's keys.
