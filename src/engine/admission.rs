@@ -12,10 +12,11 @@ use super::{
     types::{Event, Job},
 };
 use crate::{
+    device::{Device, cuda::Mark},
     error::{Error, Result},
     ops::{
         Float,
-        attention::{PAGE, SharedPrefix, TILE},
+        attention::{Cache, PAGE, SharedPrefix, TILE},
         copy_pages::copy_pages,
         hooks::site_count,
     },
@@ -26,6 +27,22 @@ use crate::{
 const LOOK_AHEAD: usize = 256;
 /// Clean runs at a time.
 const CLEAN_RUNS: usize = 8;
+
+/// Copies pages of the cache, and notes begin and end: the next step counts the time.
+fn copy<T: Float>(
+    device: &Device,
+    pairs: &[[u32; 2]],
+    cache: &mut Cache<T>,
+    copies: &mut Vec<[Mark; 2]>,
+) -> Result<()> {
+    if pairs.is_empty() {
+        return Ok(());
+    }
+    let begin = device.mark()?;
+    copy_pages(device, pairs, cache)?;
+    copies.push([begin, device.mark()?]);
+    Ok(())
+}
 
 /// Pages that a prompt and its continuations need.
 struct Room {
@@ -161,7 +178,7 @@ impl<T: Float> Core<T> {
         let Some(begun) = self.prompts.touch(&from) else { return Ok(None) };
         let (pages, copies) =
             PageTable::fork(&begun.pages, &mut self.pool, blocks, |_| shared_blocks(known));
-        copy_pages(&self.device, &copies, &mut self.cache)?;
+        copy(&self.device, &copies, &mut self.cache, &mut self.copies)?;
         self.prompts.insert(key.clone(), pages, site_count(depth));
         self.prompts.copy_norms(&from, key, known);
         Ok(Some(known))
@@ -260,7 +277,7 @@ impl<T: Float> Core<T> {
             Some(clean) => PageTable::fork(&clean.pages, &mut self.pool, blocks, shared),
             None => (PageTable::take(&mut self.pool, layers, blocks), Vec::new()),
         };
-        copy_pages(&self.device, &copies, &mut self.cache)?;
+        copy(&self.device, &copies, &mut self.cache, &mut self.copies)?;
         let clean = self.prompts.touch(&key).filter(|_| forks);
         let prompt_shared = clean.map_or(SharedPrefix::default(), |clean| SharedPrefix {
             group: clean.id << 1,
@@ -383,7 +400,7 @@ impl<T: Float> Core<T> {
             let from = trunk.pages.as_ref().expect("likewise");
             let shared = |_| shared_blocks(prompt);
             let (pages, copies) = PageTable::fork(from, &mut self.pool, blocks, shared);
-            copy_pages(&self.device, &copies, &mut self.cache)?;
+            copy(&self.device, &copies, &mut self.cache, &mut self.copies)?;
             pages
         };
         active.waiting -= 1;

@@ -18,7 +18,7 @@ use super::{
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::Device,
+    device::{Device, cuda::Mark},
     error::{Error, Result},
     model::{ModelConfig, Tokenizer, forward::State, weights::Weights},
     ops::{
@@ -66,6 +66,8 @@ pub struct Core<T> {
     pub(super) outputs: [Outputs; 2],
     /// The step whose results are not collected yet.
     pub(super) in_flight: Option<InFlight>,
+    /// Begins and ends of copies of pages since the last step was queued.
+    pub(super) copies: Vec<[Mark; 2]>,
     pub(super) pool: PagePool,
     pub(super) bank: Bank,
     pub(super) prompts: Prompts,
@@ -118,6 +120,7 @@ impl<T: Float> Core<T> {
             summaries: Summaries::new(&device, limits.head_rows, limits.ids, limits.top)?,
             outputs: [outputs()?, outputs()?],
             in_flight: None,
+            copies: Vec::new(),
             pool: PagePool::new(limits.pages),
             bank: Bank::new(limits.vectors),
             prompts: Prompts::new(limits.residual_pages),

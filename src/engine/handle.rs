@@ -62,8 +62,8 @@ pub struct Stats {
     pub prompt_seconds: f64,
     /// Time spent on steps of drawn tokens only.
     pub decode_seconds: f64,
-    /// Time that the device spent on steps, of all that was spent; the rest is planning, handing
-    /// out and waiting.
+    /// Time that the device spent on steps and on copies of pages before them, of all that was spent;
+    /// the rest is planning, handing out and waiting.
     pub device_seconds: f64,
     /// Time that the device spent on steps of drawn tokens only.
     pub decode_device_seconds: f64,

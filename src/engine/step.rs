@@ -54,6 +54,8 @@ pub(super) struct InFlight {
     turn: usize,
     /// Whether it has rows of drawn tokens only.
     is_decoding: bool,
+    /// Copies of pages before it.
+    copies: Vec<[Mark; 2]>,
     /// Its begin on the device.
     begin: Mark,
     /// Its ends, of its work and of its captures' copies.
@@ -147,7 +149,19 @@ impl<T: Float> Core<T> {
         let drained = self.state.captured.drain(&self.device, captured, &mut outputs.captured)?;
         let ends = [self.device.mark()?, drained];
         let (rows, takes, is_decoding) = (plan.rows, plan.takes, self.is_decoding);
-        Ok(InFlight { rows, takes, receipts, place, chunks, turn, is_decoding, begin, ends })
+        let copies = std::mem::take(&mut self.copies);
+        Ok(InFlight {
+            rows,
+            takes,
+            receipts,
+            place,
+            chunks,
+            turn,
+            is_decoding,
+            copies,
+            begin,
+            ends,
+        })
     }
 
     /// Whether a step is only drawn tokens' rows, so that its launches can be recorded.
@@ -227,6 +241,9 @@ impl<T: Float> Core<T> {
         step.ends.iter().try_for_each(Mark::wait)?;
         let seconds = step.begin.seconds_to(&step.ends[0])?;
         self.stats.device_seconds += seconds;
+        for [begin, end] in &step.copies {
+            self.stats.device_seconds += begin.seconds_to(end)?;
+        }
         self.stats.decode_device_seconds += if step.is_decoding { seconds } else { 0.0 };
         self.collect_rows(&step);
         self.collect_captures(step.turn, &step.takes);
