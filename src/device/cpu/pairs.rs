@@ -198,27 +198,31 @@ pub(crate) fn multiply_pages(
     }
 }
 
-/// `out[r][c] += Σ weights[r][16 p + l] · values[p][l][c]`, page after page, each in one step of 16, for
-/// `rows` of a tile; the other rows are left alone. values[p]: `[columns / 16]`; out: (16, columns).
+/// `out[r][c] += Σ weights[r][16 (first + p) + l] · values[p][l][c]`, page after page, each in one step of
+/// 16, for `rows` of a tile; the other rows are left alone. values[p]: `[columns / 16]`; out: (16,
+/// columns).
 pub(crate) fn add_pages(
     isa: Isa,
     rows: Range<usize>,
+    first: usize,
     weights: &OfPages<bf16>,
     values: &[&[HalfTile]],
     out: &mut [f32],
 ) {
     let blocks = out.len() / (SIDE * SIDE);
-    assert!(values.len() <= PAGES, "pages");
+    assert!(first + values.len() <= PAGES, "pages");
     assert!(rows.start < rows.end && rows.end <= SIDE, "rows of a tile");
     assert!(values.iter().all(|values| values.len() == blocks), "tiles of values");
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as in `multiply`; the numbers were checked.
-        Isa::Amx => unsafe { amx::add_pages(rows, weights, values, out) },
+        Isa::Amx => unsafe { amx::add_pages(rows, first, weights, values, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Isa::Avx512Bf16 => unsafe { dot::add_pages(rows, weights, values, out) },
-        _ => isa.run(EmulatedValues { products: isa.products(), rows, weights, values, out }),
+        Isa::Avx512Bf16 => unsafe { dot::add_pages(rows, first, weights, values, out) },
+        _ => {
+            isa.run(EmulatedValues { products: isa.products(), rows, first, weights, values, out })
+        }
     }
 }
 
@@ -278,6 +282,7 @@ impl Kernel for EmulatedKeys<'_> {
 struct EmulatedValues<'a> {
     products: Products,
     rows: Range<usize>,
+    first: usize,
     weights: &'a OfPages<bf16>,
     values: &'a [&'a [HalfTile]],
     out: &'a mut [f32],
@@ -292,7 +297,7 @@ impl Kernel for EmulatedValues<'_> {
             for (block, values) in values.iter().enumerate() {
                 let columns: [_; SIDE] = by_element(values);
                 for row in self.rows.clone() {
-                    let weights = &self.weights[row][page * SIDE..][..SIDE];
+                    let weights = &self.weights[row][(self.first + page) * SIDE..][..SIDE];
                     let out = &mut self.out[row * width..][..width];
                     let sums = &mut out.as_chunks_mut::<SIDE>().0[block];
                     add_products(self.products, weights, &columns, sums);

@@ -1,8 +1,6 @@
 //! The fold's products in pairs of k, where pages are laid out for them: a tile of up to 16 queries
 //! against four pages at a time. Queries and weights are rounded to bfloat16, as the kernels do.
 
-use std::ops::Range;
-
 use half::bf16;
 
 use super::{PAGE, TILE, cpu::Block};
@@ -38,8 +36,30 @@ pub(super) struct Pairs<'a> {
     scratch: &'a mut Scratch,
 }
 
-/// What a row sees of a tile: its pages, and positions from the tile's first to the row's own.
-type Seen = ([usize; PAGES], usize);
+/// What a row sees of a tile: its pages, and how many positions from the tile's first to its own.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    pages: [usize; PAGES],
+    positions: usize,
+}
+
+impl Seen {
+    fn pages(&self) -> &[usize] {
+        &self.pages[..self.positions.div_ceil(PAGE)]
+    }
+
+    /// Pages all of which is seen.
+    fn whole(&self) -> usize {
+        self.positions / PAGE
+    }
+
+    /// Whether one's pages begin with the other's.
+    fn agrees(&self, other: &Self) -> bool {
+        self.positions > 0
+            && other.positions > 0
+            && self.pages().iter().zip(other.pages()).all(|(a, b)| a == b)
+    }
+}
 
 impl<'a> Pairs<'a> {
     /// queries: (queries, `head_dim`).
@@ -68,11 +88,14 @@ impl<'a> Pairs<'a> {
         tile: usize,
         scores: &mut OfPages<f32>,
     ) {
-        for_each_group(block, tile, |queries, (pages, positions)| {
+        for_each_group(block, tile, |first, rows| {
+            // Pages that only some rows see are multiplied for all, and so are those beyond the last;
+            // the mask takes care of it.
+            let longest = rows.iter().max_by_key(|row| row.positions);
+            let pages = longest.map_or(&[][..], |row| row.pages());
             let keys = |page| block.cache.page.keys(self.pages, page, block.kv_head);
-            // Those beyond the last are multiplied too, and masked with it.
-            let seen = positions.div_ceil(PAGE);
-            let keys = std::array::from_fn(|at| tiles(keys(pages[at.min(seen - 1)])));
+            let keys = std::array::from_fn(|at| tiles(keys(pages[at.min(pages.len() - 1)])));
+            let queries = first * block.heads..(first + rows.len()) * block.heads;
             multiply_pages(block.isa, queries, &self.scratch.queries, keys, scores);
         });
     }
@@ -90,41 +113,63 @@ impl<'a> Pairs<'a> {
         for (weights, rounded) in weights.iter().zip(&mut *rounded) {
             round(weights, rounded);
         }
-        for_each_group(block, tile, |queries, (pages, positions)| {
-            let values =
-                |page| half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
-            let mut list = pages.map(values);
-            let count = positions.div_ceil(PAGE);
-            let last = positions % PAGE;
-            if last > 0 {
-                // Beyond what is seen the page may hold anything.
-                copy_positions(list[count - 1], last, seen);
-                list[count - 1] = seen;
+        let values = |page| half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
+        for_each_group(block, tile, |first, rows| {
+            // What all rows see whole is added for all; the rest of each row's pages row by row.
+            let common = rows.iter().map(Seen::whole).min().unwrap_or(0);
+            let list = rows[0].pages.map(values);
+            if common > 0 {
+                let queries = first * block.heads..(first + rows.len()) * block.heads;
+                add_pages(block.isa, queries, 0, rounded, &list[..common], out);
             }
-            add_pages(block.isa, queries, rounded, &list[..count], out);
+            for (row, of_row) in (first..).zip(rows) {
+                let pages = of_row.pages();
+                let mut list = of_row.pages.map(values);
+                let last = of_row.positions % PAGE;
+                if last > 0 {
+                    // Beyond what is seen the page may hold anything.
+                    copy_positions(list[pages.len() - 1], last, seen);
+                    list[pages.len() - 1] = seen;
+                }
+                if pages.len() > common {
+                    let queries = row * block.heads..(row + 1) * block.heads;
+                    let list = &list[common..pages.len()];
+                    add_pages(block.isa, queries, common, rounded, list, out);
+                }
+            }
         });
     }
 }
 
-/// Calls `multiply` with the queries of each group of neighbouring rows that see the same of a tile.
+/// Calls `multiply` with each group of neighbouring rows whose pages of a tile agree: the first's
+/// number, and what they see.
 #[inline(always)]
 fn for_each_group<T: Float>(
     block: &Block<'_, T>,
     tile: usize,
-    mut multiply: impl FnMut(Range<usize>, Seen),
+    mut multiply: impl FnMut(usize, &[Seen]),
 ) {
+    let mut seen = [Seen::default(); QUERIES];
+    for (seen, row) in seen.iter_mut().zip(block.rows) {
+        if row.sees(tile) {
+            seen.positions = (row.positions - tile).min(TILE);
+            for at in 0..seen.positions.div_ceil(PAGE) {
+                seen.pages[at] = block.cache.tables().page(row.slot, block.layer, tile / PAGE + at);
+            }
+        }
+    }
     let mut first = 0;
     while first < block.rows.len() {
-        let (end, seen) = block.alike(first, |row| {
-            let mut pages = [0; PAGES];
-            let positions = if row.sees(tile) { (row.positions - tile).min(TILE) } else { 0 };
-            for (at, page) in pages[..positions.div_ceil(PAGE)].iter_mut().enumerate() {
-                *page = block.cache.tables().page(row.slot, block.layer, tile / PAGE + at);
+        // As long as each row agrees with the longest before it.
+        let (mut end, mut longest) = (first + 1, seen[first]);
+        while end < block.rows.len() && longest.agrees(&seen[end]) {
+            if seen[end].positions > longest.positions {
+                longest = seen[end];
             }
-            (pages, positions)
-        });
-        if seen.1 > 0 {
-            multiply(first * block.heads..end * block.heads, seen);
+            end += 1;
+        }
+        if seen[first].positions > 0 {
+            multiply(first, &seen[first..end]);
         }
         first = end;
     }

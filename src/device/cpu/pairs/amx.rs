@@ -397,10 +397,11 @@ pub unsafe fn multiply_pages(
 }
 
 /// # Safety
-/// The tiles are granted; `rows` are of a tile, at least one; `out` has 16 rows, and every page a half
-/// tile for each 16 of its columns.
+/// The tiles are granted; `rows` are of a tile, at least one; `out` has 16 rows, and every page, of
+/// which `page` is the first's number, a half tile for each 16 of its columns.
 pub unsafe fn add_pages(
     rows: Range<usize>,
+    page: usize,
     weights: &OfPages<bf16>,
     values: &[&[HalfTile]],
     out: &mut [f32],
@@ -414,7 +415,8 @@ pub unsafe fn add_pages(
         return;
     }
     let width = out.len() / SIDE;
-    let (weights, out) = (&weights[rows.start..], &mut out[rows.start * width..]);
+    let weights = weights.as_flattened()[(rows.start * PAGES + page) * SIDE..].as_ptr();
+    let out = &mut out[rows.start * width..];
     let mut first = 0;
     while first < width {
         let (columns, add): (_, unsafe fn(_, _, _, _, _)) = match width - first {
@@ -435,7 +437,7 @@ const FOUR: usize = 4 * SIDE;
 /// # Safety
 /// As for [`add_pages`], and the tiles are configured; there is a page, and all lies inside.
 unsafe fn add_four(
-    weights: &[[bf16; PAGES * SIDE]],
+    weights: *const bf16,
     pages: &[*const HalfTile],
     block: usize,
     out: *mut f32,
@@ -471,7 +473,7 @@ unsafe fn add_four(
             "tilestored [{out} + {width}*1 + 192], tmm3",
             out = in(reg) out,
             width = in(reg) width * size_of::<f32>(),
-            weights = inout(reg) weights.as_ptr() => _,
+            weights = inout(reg) weights => _,
             weights_stride = in(reg) WEIGHTS_STRIDE,
             pages = inout(reg) pages.as_ptr() => _,
             count = inout(reg) pages.len() => _,
@@ -490,7 +492,7 @@ unsafe fn add_four(
 /// # Safety
 /// As for [`add_four`].
 unsafe fn add_one(
-    weights: &[[bf16; PAGES * SIDE]],
+    weights: *const bf16,
     pages: &[*const HalfTile],
     block: usize,
     out: *mut f32,
@@ -513,7 +515,7 @@ unsafe fn add_one(
             "tilestored [{out} + {width}*1], tmm0",
             out = in(reg) out,
             width = in(reg) width * size_of::<f32>(),
-            weights = inout(reg) weights.as_ptr() => _,
+            weights = inout(reg) weights => _,
             weights_stride = in(reg) WEIGHTS_STRIDE,
             pages = inout(reg) pages.as_ptr() => _,
             count = inout(reg) pages.len() => _,

@@ -286,6 +286,7 @@ unsafe fn multiply_keys<const N: usize>(
 /// half tile for each 16 of its columns.
 pub unsafe fn add_pages(
     rows: Range<usize>,
+    page: usize,
     weights: &OfPages<bf16>,
     values: &[&[HalfTile]],
     out: &mut [f32],
@@ -295,15 +296,16 @@ pub unsafe fn add_pages(
     // SAFETY: promised by the caller; there are as many rows from `row` on, and as many columns.
     unsafe {
         for block in (0..wide).step_by(FOUR) {
-            by_four!(rows, |row| add_values::<_, 4>(row, block, weights, values, out));
+            by_four!(rows, |row| add_values::<_, 4>(row, block, page, weights, values, out));
         }
         for block in wide..blocks {
-            by_four!(rows, |row| add_values::<_, 1>(row, block, weights, values, out));
+            by_four!(rows, |row| add_values::<_, 1>(row, block, page, weights, values, out));
         }
     }
 }
 
-/// `N` rows, from `row` on, and `B` times 16 columns, from `block` × 16 on.
+/// `N` rows, from `row` on, and `B` times 16 columns, from `block` × 16 on; `first` is the first page's
+/// number.
 ///
 /// # Safety
 /// As for [`add_pages`]; there are so many rows and columns.
@@ -311,6 +313,7 @@ pub unsafe fn add_pages(
 unsafe fn add_values<const N: usize, const B: usize>(
     row: usize,
     block: usize,
+    first: usize,
     weights: &OfPages<bf16>,
     values: &[&[HalfTile]],
     out: &mut [f32],
@@ -333,7 +336,7 @@ unsafe fn add_values<const N: usize, const B: usize>(
                     std::array::from_fn(|at| load(values.add(at * SIDE / 2 + pair)));
                 for (weights, tile) in weights[row..].iter().zip(&mut tile) {
                     let pairs = weights.as_ptr().cast::<Pair>();
-                    let x = broadcast(pairs.add(page * SIDE / 2 + pair));
+                    let x = broadcast(pairs.add((first + page) * SIDE / 2 + pair));
                     tile.iter_mut().zip(values).for_each(|(sum, value)| *sum = dot(*sum, x, value));
                 }
             }
