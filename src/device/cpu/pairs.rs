@@ -221,7 +221,7 @@ pub(crate) fn add_pages(
         // SAFETY: likewise.
         Isa::Avx512Bf16 => unsafe { dot::add_pages(rows, first, weights, values, out) },
         _ => {
-            isa.run(EmulatedValues { products: isa.products(), rows, first, weights, values, out })
+            isa.run(EmulatedValues { products: isa.products(), rows, first, weights, values, out });
         }
     }
 }
