@@ -4,7 +4,6 @@ use super::{Float, attention::Cache};
 use crate::{
     device::{
         Buffer, Cuda, Device,
-        cpu::Shared,
         cuda::{Launch, Params},
     },
     error::Result,
@@ -22,14 +21,13 @@ pub fn copy_pages<T: Float>(
     let pages = cache.shape.pages as u32;
     assert!(pairs.iter().flatten().all(|&page| page < pages), "a page beyond the cache");
     match device {
-        Device::Cpu(cpu) => {
+        Device::Cpu(_) => {
             let len = cache.page.elements();
-            let pages = Shared::new(cache.split_mut().1);
-            cpu.parallel(pairs.len(), |at| {
-                let [from, to] = pairs[at].map(|page| page as usize * len);
-                // SAFETY: no page is both, and none is written twice (promised).
-                unsafe { pages.range(to, len).copy_from_slice(pages.range(from, len)) };
-            });
+            let (_, pages) = cache.split_mut();
+            for &[from, to] in pairs {
+                let from = from as usize * len;
+                pages.copy_within(from..from + len, to as usize * len);
+            }
         }
         Device::Cuda(cuda) => {
             for some in pairs.chunks(cache.copies.len()) {

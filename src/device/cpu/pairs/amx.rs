@@ -120,9 +120,9 @@ unsafe fn configure(configuration: &'static Configuration) {
 }
 
 /// The most tiles of k that all rows go through before the next ones: their weights stay in the L1
-/// cache, beside what passes through of x. Whatever is read from the L2 cache waits for one of the 16
-/// buffers that fetching weights from memory needs, so the two hinder each other. (Blocks of 64 rows and of 128
-/// on two cores of a Xeon: 24 instead of 21 and 18 instead of 15 GB/s of weights.)
+/// cache, beside what passes through of x. (Weights from memory for 64 and for 128 rows, on two cores of
+/// a Xeon: 24 instead of 21 and 18 instead of 15 GB/s. What is read from the L2 cache seems to wait for
+/// the buffers that fetching from memory needs.)
 fn most_steps(blocks: usize) -> usize {
     match blocks {
         0..=2 => usize::MAX,
@@ -132,11 +132,12 @@ fn most_steps(blocks: usize) -> usize {
 }
 
 /// Two blocks of 16 rows at a time. `next`: weights that will be wanted after these, as many; they are
-/// fetched to the L2 cache meanwhile. `sums` is worked in.
+/// fetched to the L2 cache meanwhile. The products go to `to`, and without it to `sums`, which is worked
+/// in.
 ///
 /// # Safety
 /// The tiles are granted; there are `steps` tiles, at least one, in each w, and for each of the sums
-/// in x; as many blocks can be written to `to`, which may be the sums.
+/// in x; as many blocks can be written to `to`.
 pub unsafe fn multiply(
     steps: usize,
     x: Blocks<*const bf16>,
