@@ -17,7 +17,7 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         self, Shard, Summary, Ways,
-        plan::{PartOutline, outline},
+        grid::{Grid, PartOutline},
         prepare::prepare,
         protocol::Protocol,
         results::PromptRecord,
@@ -147,7 +147,7 @@ fn list() -> anyhow::Result<ExitCode> {
 
 fn dry_run(protocol: &Protocol, model: &Model, json: bool) -> anyhow::Result<ExitCode> {
     let prepared = prepare(model, protocol)?;
-    let parts = outline(protocol, &prepared);
+    let parts = Grid::new(protocol, &prepared).outline();
     let prompts = prepared.prompt_records();
     let mut output = Output::new();
     if json {

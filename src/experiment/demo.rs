@@ -3,7 +3,7 @@
 //! Repeats go first, then doses, then layers; controls, prompts and words never. The cuts are stored
 //! in the run's protocol, so that a resumed run takes them over and measures nothing.
 
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,8 @@ use crate::{
     error::Result,
     experiment::{
         Jobs, Progress,
-        plan::{Grid, Plan, cells, grid_of},
+        grid::{Dimensions, Grid},
+        plan::Plan,
         prepare::Prepared,
         protocol::{Kind, Protocol},
         results::Trial,
@@ -50,8 +51,8 @@ pub struct Measurement {
     pub trials: Vec<Trial>,
 }
 
-/// Runs a few trials of each part, evenly spread over its first repeat, which is never cut. A part too small for a full round takes
-/// the rate of the slowest measured part of its kind.
+/// Runs a few trials of each part, evenly spread over its first repeat, which is never cut. A part
+/// too small for a full round takes the rate of the slowest measured part of its kind.
 pub fn measure(
     plan: &Plan,
     protocol: &Protocol,
@@ -60,23 +61,18 @@ pub fn measure(
 ) -> Result<Measurement> {
     let parts = &protocol.parts;
     let mut measurement = Measurement { seconds: vec![0.0; parts.len()], trials: Vec::new() };
-    let trials_of = |part: usize| -> Vec<usize> {
-        let trials = plan.trials().iter().enumerate();
-        trials.filter(|(_, trial)| trial.cell.part == part).map(|(index, _)| index).collect()
-    };
+    let grid = plan.grid();
     let mut order: Vec<usize> = (0..parts.len()).collect();
-    order.sort_by_key(|part| std::cmp::Reverse(trials_of(*part).len()));
+    order.sort_by_key(|part| std::cmp::Reverse(grid.of_part(*part).len()));
     let is_reply = |part: usize| matches!(parts[part].kind, Kind::Sample(_));
     for (at, &part) in order.iter().enumerate() {
-        let trials = trials_of(part);
-        let is_first = |index: &usize| plan.trials()[*index].cell.repeat == 0;
-        let mut left: Vec<usize> = trials.iter().copied().filter(is_first).collect();
         let measured = order[..at].iter().filter(|other| is_reply(**other) == is_reply(part));
         let slowest = measured.map(|other| measurement.seconds[*other]).max_by(f64::total_cmp);
-        if let Some(slowest) = slowest.filter(|_| trials.len() < ROUNDS[1]) {
+        if let Some(slowest) = slowest.filter(|_| grid.of_part(part).len() < ROUNDS[1]) {
             measurement.seconds[part] = slowest;
             continue;
         }
+        let mut left = spread(grid.first_repeat(part), ROUNDS.iter().sum());
         for size in ROUNDS {
             let round = take_spread(&mut left, size);
             if round.is_empty() {
@@ -89,7 +85,7 @@ pub fn measure(
                 Ok(())
             };
             progress.advance("measuring", before, 0, 0);
-            runner::execute(plan, &round, engine, &mut save, &mut ())?;
+            runner::execute(plan, &|place| round.contains(&place), engine, &mut save, &mut ())?;
             let took = clock.elapsed().as_secs_f64();
             measurement.seconds[part] = took / round.len() as f64;
             if took >= SLOW_SECONDS {
@@ -100,11 +96,16 @@ pub fn measure(
     Ok(measurement)
 }
 
+/// `count` evenly spaced entries of a range, or all.
+fn spread(range: Range<usize>, count: usize) -> Vec<usize> {
+    let count = count.min(range.len());
+    let step = range.len() as f64 / count as f64;
+    (0..count).map(|i| range.start + ((i as f64 + 0.5) * step) as usize).collect()
+}
+
 /// Takes `count` evenly spaced entries out of the list.
 fn take_spread(left: &mut Vec<usize>, count: usize) -> Vec<usize> {
-    let count = count.min(left.len());
-    let step = left.len() as f64 / count as f64;
-    let chosen: Vec<usize> = (0..count).map(|i| left[((i as f64 + 0.5) * step) as usize]).collect();
+    let chosen: Vec<usize> = spread(0..left.len(), count).iter().map(|i| left[*i]).collect();
     left.retain(|index| !chosen.contains(index));
     chosen
 }
@@ -113,8 +114,8 @@ fn take_spread(left: &mut Vec<usize>, count: usize) -> Vec<usize> {
 /// takes: a pure function. None where everything fits. Where even the smallest grid does not fit,
 /// the texts say so.
 pub fn fit(protocol: &Protocol, prepared: &Prepared, seconds: &[f64], budget: f64) -> Vec<Cut> {
-    let grids: Vec<Grid> = (0..protocol.parts.len())
-        .map(|index| grid_of(&protocol.uncut(), prepared, index))
+    let grids: Vec<Dimensions> = (0..protocol.parts.len())
+        .map(|index| Dimensions::of(&protocol.uncut(), prepared, index))
         .collect();
     let mut cut = protocol.uncut();
     let mut kept = grids.clone();
@@ -152,20 +153,18 @@ fn finish(mut cuts: Vec<Cut>, more: &str) -> Vec<Cut> {
 
 /// Predicted seconds of each part.
 fn costs(protocol: &Protocol, prepared: &Prepared, seconds: &[f64]) -> Vec<f64> {
-    let mut costs = vec![0.0; protocol.parts.len()];
-    for cell in cells(protocol, prepared) {
-        costs[cell.part] += seconds[cell.part];
-    }
-    costs
+    let grid = Grid::new(protocol, prepared);
+    let cost = |(part, seconds): (usize, &f64)| grid.of_part(part).len() as f64 * seconds;
+    seconds.iter().enumerate().map(cost).collect()
 }
 
-fn drop_repeat(grid: &Grid, _: bool) -> Option<Grid> {
-    (grid.repeats > 1).then(|| Grid { repeats: grid.repeats - 1, ..grid.clone() })
+fn drop_repeat(grid: &Dimensions, _: bool) -> Option<Dimensions> {
+    (grid.repeats > 1).then(|| Dimensions { repeats: grid.repeats - 1, ..grid.clone() })
 }
 
 /// A readout loses its largest dose, since the logits show small ones; a reply the smallest, since
 /// it shows only large ones. Dose 0 costs nothing and stays.
-fn drop_dose(grid: &Grid, is_readout: bool) -> Option<Grid> {
+fn drop_dose(grid: &Dimensions, is_readout: bool) -> Option<Dimensions> {
     let doses = grid.doses.iter().copied().filter(|dose| *dose != 0.0);
     let by_size = |a: &f64, b: &f64| a.abs().total_cmp(&b.abs());
     let dropped =
@@ -177,7 +176,7 @@ fn drop_dose(grid: &Grid, is_readout: bool) -> Option<Grid> {
 }
 
 /// The layer farthest from three quarters of the depth goes first: that is where concepts show.
-fn drop_place(grid: &Grid, _: bool) -> Option<Grid> {
+fn drop_place(grid: &Dimensions, _: bool) -> Option<Dimensions> {
     if grid.places.len() < 2 {
         return None;
     }
@@ -189,7 +188,12 @@ fn drop_place(grid: &Grid, _: bool) -> Option<Grid> {
     Some(grid)
 }
 
-fn cuts(protocol: &Protocol, before: &[Grid], after: &[Grid], seconds: &[f64]) -> Vec<Cut> {
+fn cuts(
+    protocol: &Protocol,
+    before: &[Dimensions],
+    after: &[Dimensions],
+    seconds: &[f64],
+) -> Vec<Cut> {
     let changed = (0..before.len()).filter(|index| before[*index] != after[*index]);
     changed
         .map(|index| {
@@ -202,8 +206,9 @@ fn cuts(protocol: &Protocol, before: &[Grid], after: &[Grid], seconds: &[f64]) -
                 what.push(format!("doses {} -> {}", list(&old.doses), list(&new.doses)));
             }
             if old.places != new.places {
-                let depths =
-                    |grid: &Grid| list(&grid.places.iter().map(|p| p.depth).collect::<Vec<_>>());
+                let depths = |grid: &Dimensions| {
+                    list(&grid.places.iter().map(|p| p.depth).collect::<Vec<_>>())
+                };
                 what.push(format!("depths {} -> {}", depths(old), depths(new)));
             }
             let name = &protocol.parts[index].name;
@@ -228,13 +233,17 @@ fn list(values: &[f64]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::experiment::{fake, plan::outline, results::Condition};
+    use crate::experiment::{fake, grid::PartOutline, results::Condition};
 
     fn fitted(seconds: [f64; 3], budget: f64) -> (Protocol, Prepared) {
         let mut protocol = Protocol::builtin("demo").unwrap();
         let prepared = fake::prepared(&protocol, 30);
         protocol.cuts = fit(&protocol, &prepared, &seconds, budget);
         (protocol, prepared)
+    }
+
+    fn outline(protocol: &Protocol, prepared: &Prepared) -> Vec<PartOutline> {
+        Grid::new(protocol, prepared).outline()
     }
 
     #[test]
@@ -265,9 +274,9 @@ mod tests {
         assert!(outline[0].doses.contains(&0.125) && outline[1].doses.contains(&1.0));
         assert!(outline.iter().all(|part| part.places.iter().any(|place| place.layer == 24)));
         for (index, part) in outline.iter().enumerate() {
-            let of_part = cells(&protocol, &prepared);
+            let grid = Grid::new(&protocol, &prepared);
             let count = |condition| {
-                of_part.iter().filter(|c| c.part == index && c.condition == condition).count()
+                grid.of_part(index).filter(|place| grid.cell(*place).condition == condition).count()
             };
             assert!(part.clean > 0 && count(Condition::Concept) > 0);
             if index < 2 {
@@ -302,7 +311,6 @@ mod tests {
         let measurement = measure(&plan, &protocol, &engine, &mut ()).unwrap();
         assert_eq!(measurement.seconds.len(), 3);
         assert!(measurement.seconds.iter().all(|seconds| *seconds > 0.0));
-        let ids: Vec<&str> = plan.trials().iter().map(|trial| trial.id.as_str()).collect();
-        assert!(measurement.trials.iter().all(|trial| ids.contains(&trial.id.as_str())));
+        assert!(measurement.trials.iter().all(|trial| plan.place_of(trial).is_some()));
     }
 }

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::TryLockError,
-    io::{ErrorKind, Read, Seek, SeekFrom, Write},
+    io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -72,12 +72,10 @@ impl Folder {
         Ok(())
     }
 
-    /// The finished trials, and the file to which more are appended. A half-written last line is
-    /// dropped from the file.
-    pub fn trials(&self) -> Result<(Vec<Trial>, Lines)> {
-        let (trials, lines) = Lines::open(&self.dir.join(TRIALS))?;
-        check_once(&trials).at(|| self.dir.join(TRIALS).display().to_string())?;
-        Ok((trials, lines))
+    /// Hands out the finished trials, and gives the file to which more are appended. A half-written
+    /// last line is dropped from the file.
+    pub fn trials(&self, each: impl FnMut(Trial) -> Result<()>) -> Result<Lines> {
+        Lines::open(&self.dir.join(TRIALS), each)
     }
 }
 
@@ -138,17 +136,16 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Reads the lines and drops a half-written last one from the file.
-    fn open<T: DeserializeOwned>(path: &Path) -> Result<(Vec<T>, Self)> {
+    /// Hands out the lines and drops a half-written last one from the file.
+    fn open<T: DeserializeOwned>(path: &Path, each: impl FnMut(T) -> Result<()>) -> Result<Self> {
         let mut file = fs::OpenOptions::new().create(true).read(true).append(true).open(path)?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        let (lines, length) = parse_lines(&bytes).at(|| path.display().to_string())?;
-        if length != bytes.len() {
-            file.set_len(length as u64)?;
+        let length = for_each_line(&mut BufReader::new(&mut file), each)
+            .at(|| path.display().to_string())?;
+        if length != file.metadata()?.len() {
+            file.set_len(length)?;
             file.seek(SeekFrom::End(0))?;
         }
-        Ok((lines, Self { file, path: path.to_owned(), length: length as u64 }))
+        Ok(Self { file, path: path.to_owned(), length })
     }
 
     /// Appends one line with one write. When that fails (a full disk), what was written of it is
@@ -177,19 +174,28 @@ impl Lines {
     }
 }
 
-/// The complete lines and their length in bytes; what follows the last line break is half a line.
-fn parse_lines<T: DeserializeOwned>(bytes: &[u8]) -> Result<(Vec<T>, usize)> {
-    let length = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-    let mut lines = Vec::new();
-    for (index, line) in bytes[..length].split_inclusive(|byte| *byte == b'\n').enumerate() {
-        let line = serde_json::from_slice(line).map_err(|error| {
+/// Hands out the complete lines one by one and gives their length in bytes; what follows the last
+/// line break is half a line.
+fn for_each_line<T: DeserializeOwned>(
+    reader: &mut impl BufRead,
+    mut each: impl FnMut(T) -> Result<()>,
+) -> Result<u64> {
+    let (mut line, mut length) = (Vec::new(), 0);
+    for number in 1.. {
+        line.clear();
+        reader.read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\n") {
+            break;
+        }
+        let parsed = serde_json::from_slice(&line).map_err(|error| {
             Error::new("not a line that this version of inkling reads")
-                .at(format!("line {}", index + 1))
+                .at(format!("line {number}"))
                 .got(error)
         })?;
-        lines.push(line);
+        each(parsed)?;
+        length += line.len() as u64;
     }
-    Ok((lines, length))
+    Ok(length)
 }
 
 /// Reads a run, finished or not, without changing it. Of a judge's verdicts on a trial the last
@@ -208,23 +214,29 @@ pub fn load(dir: &Path) -> Result<Run> {
 }
 
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let bytes = match fs::read(path) {
+    let file = match fs::File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        bytes => bytes?,
+        file => file?,
     };
-    parse_lines(&bytes).map(|(lines, _)| lines).at(|| path.display().to_string())
+    let mut lines = Vec::new();
+    let keep = |line| {
+        lines.push(line);
+        Ok(())
+    };
+    for_each_line(&mut BufReader::new(file), keep).at(|| path.display().to_string())?;
+    Ok(lines)
 }
 
 /// Appends the verdicts that the folder does not have yet, word for word.
 pub fn append_grades(dir: &Path, grades: &[Grade]) -> Result<()> {
     let _folder = Folder::open(dir)?;
-    let (stored, mut lines) = Lines::open::<Grade>(&dir.join(GRADES))?;
-    let mut last: BTreeMap<(&str, &str), &Grade> = BTreeMap::new();
-    for grade in &stored {
-        last.insert((&grade.trial, &grade.judge), grade);
-    }
+    let mut last: BTreeMap<(String, String), Grade> = BTreeMap::new();
+    let mut lines = Lines::open(&dir.join(GRADES), |grade: Grade| {
+        last.insert((grade.trial.clone(), grade.judge.clone()), grade);
+        Ok(())
+    })?;
     for grade in grades {
-        if last.get(&(grade.trial.as_str(), grade.judge.as_str())) != Some(&grade) {
+        if last.get(&(grade.trial.clone(), grade.judge.clone())) != Some(grade) {
             lines.append(grade)?;
         }
     }

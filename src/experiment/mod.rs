@@ -2,7 +2,7 @@
 //!
 //! [`run`] is the whole of it: a protocol, a model and a folder in, finished trials in the folder.
 
-use std::{collections::HashSet, path::Path, str::FromStr};
+use std::{path::Path, str::FromStr};
 
 use crate::{
     engine::{Engine, Finished, Job},
@@ -15,6 +15,7 @@ pub mod demo;
 pub(crate) mod fake;
 pub mod folder;
 pub mod grading;
+pub mod grid;
 pub mod plan;
 pub mod prepare;
 pub mod protocol;
@@ -28,6 +29,7 @@ pub mod words;
 
 use demo::measure;
 use folder::Folder;
+use grid::Grid;
 use plan::Plan;
 use prepare::{Prepared, prepare};
 use protocol::Protocol;
@@ -208,40 +210,42 @@ impl Run<'_> {
         shard: Option<Shard>,
         progress: &mut dyn Progress,
     ) -> Result<Summary> {
-        let (mut trials, mut lines) = folder.trials()?;
-        let resumed = trials.len();
-        let planned: HashSet<&str> = plan.trials().iter().map(|trial| trial.id.as_str()).collect();
-        if let Some(stranger) = trials.iter().find(|trial| !planned.contains(trial.id.as_str())) {
-            return Err(Error::new("the folder has a trial that is not in its plan")
-                .at(folder.vectors_path().display().to_string())
-                .got(&stranger.id)
-                .hint(
+        let mut finished = vec![false; plan.grid().len()];
+        let mut failed = Vec::new();
+        let mut resumed = 0;
+        let mut lines = folder.trials(|trial: Trial| {
+            resumed += 1;
+            failed.extend(failure(&trial));
+            let place = plan.place_of(&trial).ok_or_else(|| {
+                Error::new("the folder has a trial that is not in its plan").got(&trial.id).hint(
                     "the vectors were changed, or the trials are of another version of inkling",
-                ));
-        }
-        for trial in measured.into_iter().filter(|trial| planned.contains(trial.id.as_str())) {
-            lines.append(&trial)?;
-            trials.push(trial);
-        }
-        let finished: HashSet<&str> = trials.iter().map(|trial| trial.id.as_str()).collect();
-        let left = |index: &usize| {
-            let is_ours = shard.is_none_or(|shard| shard.has(*index));
-            is_ours && !finished.contains(plan.trials()[*index].id.as_str())
-        };
-        let wanted: Vec<usize> = (0..plan.trials().len()).filter(left).collect();
-        let measured = trials.len() - resumed;
-        let mut failed: Vec<(String, String)> = trials.iter().filter_map(failure).collect();
+                )
+            })?;
+            if std::mem::replace(&mut finished[place], true) {
+                return Err(Error::new("a trial stands twice in the file").got(&trial.id));
+            }
+            Ok(())
+        })?;
         let mut save = |trial: Trial| {
             failed.extend(failure(&trial));
             lines.append(&trial)
         };
-        runner::execute(plan, &wanted, self.engine, &mut save, progress)?;
+        let mut run = 0;
+        for trial in measured {
+            if let Some(place) = plan.place_of(&trial) {
+                finished[place] = true;
+                run += 1;
+                save(trial)?;
+            }
+        }
+        let is_left = |place: usize| shard.is_none_or(|shard| shard.has(place)) && !finished[place];
+        run += runner::execute(plan, &is_left, self.engine, &mut save, progress)?;
         lines.sync()?;
         let manifest = folder.stored().cloned();
         Ok(Summary {
             manifest: manifest.ok_or_else(|| Error::new("the run has no manifest"))?,
             resumed,
-            run: measured + wanted.len(),
+            run,
             failed,
         })
     }
@@ -261,7 +265,7 @@ impl Run<'_> {
             prompts: self.prepared.prompt_records(),
             words: vectors.map_or_else(Vec::new, |vectors| self.prepared.word_records(vectors)),
             cuts: protocol.cuts.iter().map(|cut| cut.text.clone()).collect(),
-            trials: plan::cells(protocol, self.prepared).len() as u64,
+            trials: Grid::new(protocol, self.prepared).len() as u64,
         })
     }
 }

@@ -2,8 +2,8 @@
 
 use std::{
     cell::RefCell,
-    collections::{HashMap, VecDeque},
-    iter,
+    collections::{BTreeSet, HashMap, VecDeque},
+    iter::{self, Peekable},
 };
 
 use crate::{
@@ -21,29 +21,27 @@ use crate::{
 /// The largest part by which a measured change may differ from the planned one.
 const CHANGE_TOLERANCE: f32 = 0.01;
 
-/// Runs the trials with these indices into the plan, in order, and hands each finished line to
-/// `save` in the order in which they finish. A line is handed out once and complete; what is lost
-/// when the process is killed is only what was in flight.
+/// Runs the trials at the wanted places of the plan's grid, in order, and hands each finished line
+/// to `save` in the order in which they finish; says how many it was. A line is handed out once and
+/// complete; what is lost when the process is killed is only what was in flight. Trials are made as
+/// the engine asks for them.
 pub fn execute(
     plan: &Plan,
-    wanted: &[usize],
+    is_wanted: &dyn Fn(usize) -> bool,
     engine: &dyn Jobs,
     save: &mut dyn FnMut(Trial) -> Result<()>,
     progress: &mut dyn Progress,
-) -> Result<()> {
-    let mut tally = Tally { save, progress, done: 0, total: wanted.len() as u64, tokens: 0 };
-    for indices in wanted.chunk_by(|a, b| part_of(plan, *a) == part_of(plan, *b)) {
-        let trials: Vec<&Planned> = indices.iter().map(|index| &plan.trials()[*index]).collect();
-        match plan.part(trials[0]).kind {
-            Kind::Readout => readouts(plan, &trials, engine, &mut tally)?,
-            Kind::Sample(_) => samples(plan, &trials, engine, &mut tally)?,
+) -> Result<usize> {
+    let total = (0..plan.grid().len()).filter(|place| is_wanted(*place)).count();
+    let mut tally = Tally { save, progress, done: 0, total: total as u64, tokens: 0 };
+    for (part, kind) in plan.kinds().enumerate() {
+        let wanted = plan.grid().of_part(part).filter(|place| is_wanted(*place));
+        match kind {
+            Kind::Readout => readouts(plan, wanted, engine, &mut tally)?,
+            Kind::Sample(_) => samples(plan, wanted, engine, &mut tally)?,
         }
     }
-    Ok(())
-}
-
-fn part_of(plan: &Plan, index: usize) -> usize {
-    plan.trials()[index].cell.part
+    Ok(total)
 }
 
 /// Counts and passes on the finished lines.
@@ -65,40 +63,78 @@ impl Tally<'_> {
     }
 }
 
+/// What the engine was asked and has not answered.
+struct Issued<T> {
+    next: usize,
+    by_index: HashMap<usize, T>,
+}
+
+impl<T> Issued<T> {
+    fn new() -> Self {
+        Self { next: 0, by_index: HashMap::new() }
+    }
+
+    /// Notes the engine's next job.
+    fn push(&mut self, task: T) {
+        self.by_index.insert(self.next, task);
+        self.next += 1;
+    }
+
+    fn take(&mut self, index: usize) -> Result<T> {
+        let task = self.by_index.remove(&index);
+        task.ok_or_else(|| Error::new("the engine finished a job twice"))
+    }
+
+    fn check_none_is_lost(&self) -> Result<()> {
+        if self.by_index.is_empty() { Ok(()) } else { Err(Error::new("the engine lost a job")) }
+    }
+}
+
+/// Runs the trials at these places, one job each.
+fn run_each<'a>(
+    plan: &Plan<'a>,
+    places: impl Iterator<Item = usize>,
+    engine: &dyn Jobs,
+    mut done: impl FnMut(usize, &Planned<'a>, Finished) -> Result<()>,
+) -> Result<()> {
+    let issued = RefCell::new(Issued::new());
+    let mut jobs = places.map(|place| {
+        let trial = plan.trial(place);
+        let job = plan.job(&trial);
+        issued.borrow_mut().push((place, trial));
+        job
+    });
+    engine.run_all(&mut jobs, &mut |index, finished| {
+        let (place, trial) = issued.borrow_mut().take(index)?;
+        done(place, &trial, finished.at(|| name_of(plan, &trial))?)
+    })?;
+    issued.borrow().check_none_is_lost()
+}
+
 /// Clean logits first: they are not stored, so a resumed run computes them again, one job a prompt.
 fn readouts(
     plan: &Plan,
-    trials: &[&Planned],
+    wanted: impl Iterator<Item = usize> + Clone,
     engine: &dyn Jobs,
     tally: &mut Tally<'_>,
 ) -> Result<()> {
-    let is_wanted: HashMap<&str, &Planned> =
-        trials.iter().map(|trial| (trial.id.as_str(), *trial)).collect();
-    let partners: Vec<&str> =
-        trials.iter().map(|trial| trial.clean.as_deref().unwrap_or(&trial.id)).collect();
-    let cleans: Vec<&Planned> = {
-        let mut cleans: Vec<&Planned> = plan.trials().iter().collect();
-        let needed: std::collections::HashSet<&str> = partners.into_iter().collect();
-        cleans.retain(|trial| needed.contains(trial.id.as_str()));
-        cleans
-    };
-    let mut logits: HashMap<&str, Vec<f32>> = HashMap::new();
-    engine.run_all(&mut cleans.iter().map(|trial| plan.job(trial)), &mut |index, finished| {
-        let trial = cleans[index];
-        let finished = finished.at(|| name_of(plan, trial))?;
-        let first = first_token(plan, trial, &finished)?;
-        logits.insert(&trial.id, first.watch.clone());
-        if is_wanted.contains_key(trial.id.as_str()) {
+    let grid = plan.grid();
+    let wanted_cleans: BTreeSet<usize> =
+        wanted.clone().filter(|place| grid.clean_of(*place).is_none()).collect();
+    let injected = wanted.filter(|place| grid.clean_of(*place).is_some());
+    let partners = injected.clone().filter_map(|place| grid.clean_of(place));
+    let cleans: BTreeSet<usize> = partners.chain(wanted_cleans.iter().copied()).collect();
+    let mut logits: HashMap<usize, Vec<f32>> = HashMap::new();
+    run_each(plan, cleans.into_iter(), engine, |place, trial, finished| {
+        logits.insert(place, first_token(plan, trial, &finished)?.watch.clone());
+        if wanted_cleans.contains(&place) {
             tally.finish(line(plan, trial, &finished)?)?;
         }
         Ok(())
     })?;
-    let injected: Vec<&&Planned> = trials.iter().filter(|trial| trial.clean.is_some()).collect();
-    engine.run_all(&mut injected.iter().map(|trial| plan.job(trial)), &mut |index, finished| {
-        let trial = injected[index];
-        let finished = finished.at(|| name_of(plan, trial))?;
+    run_each(plan, injected, engine, |place, trial, finished| {
         let first = first_token(plan, trial, &finished)?;
-        let clean = trial.clean.as_deref().and_then(|id| logits.get(id)).ok_or_else(|| {
+        let clean = grid.clean_of(place).and_then(|clean| logits.get(&clean)).ok_or_else(|| {
             Error::new("the clean partner's logits are missing").at(name_of(plan, trial))
         })?;
         let (yes, no) = plan.answers(trial);
@@ -124,46 +160,53 @@ fn read_out(words: &[String], logits: &[f32], clean: &[f32], trial: &Planned) ->
 /// What a job of a sample part was for.
 enum Task<'a> {
     /// The reply is drawn.
-    Draw(&'a Planned),
+    Draw(Planned<'a>),
     /// The drawn reply's likelihood under the uninjected model.
-    Score(&'a Planned, Box<Trial>),
+    Score(Planned<'a>, Box<Trial>),
 }
 
 /// The jobs of a sample part: a drawn reply comes back as a job that scores it.
-struct Queue<'a, 'b> {
-    plan: &'a Plan<'a>,
-    waiting: VecDeque<Task<'a>>,
-    /// By the engine's job index; taken when the job is done.
-    issued: Vec<Option<Task<'a>>>,
-    tally: &'a mut Tally<'b>,
+struct Queue<'a, 'b, 'c, I: Iterator<Item = usize>> {
+    plan: &'b Plan<'a>,
+    draws: Peekable<I>,
+    scores: VecDeque<Task<'a>>,
+    issued: Issued<Task<'a>>,
+    tally: &'b mut Tally<'c>,
 }
 
 fn samples(
     plan: &Plan,
-    trials: &[&Planned],
+    wanted: impl Iterator<Item = usize>,
     engine: &dyn Jobs,
     tally: &mut Tally<'_>,
 ) -> Result<()> {
-    let waiting = trials.iter().map(|trial| Task::Draw(trial)).collect();
-    let queue = RefCell::new(Queue { plan, waiting, issued: Vec::new(), tally });
+    let (scores, issued) = (VecDeque::new(), Issued::new());
+    let queue = Queue { plan, draws: wanted.peekable(), scores, issued, tally };
+    let queue = RefCell::new(queue);
     // The engine may find the queue empty while the last replies are still being drawn; their
     // scores are then a second, short round.
-    while !queue.borrow().waiting.is_empty() {
-        queue.borrow_mut().issued.clear();
+    while queue.borrow_mut().has_more() {
+        queue.borrow_mut().issued = Issued::new();
         let mut jobs = iter::from_fn(|| queue.borrow_mut().next_job());
         engine.run_all(&mut jobs, &mut |index, finished| {
             queue.borrow_mut().finish(index, finished)
         })?;
-        if queue.borrow().issued.iter().any(Option::is_some) {
-            return Err(Error::new("the engine lost a job"));
-        }
+        queue.borrow().issued.check_none_is_lost()?;
     }
     Ok(())
 }
 
-impl Queue<'_, '_> {
+impl<I: Iterator<Item = usize>> Queue<'_, '_, '_, I> {
+    fn has_more(&mut self) -> bool {
+        !self.scores.is_empty() || self.draws.peek().is_some()
+    }
+
+    /// Scores go first: they free their memory and finish lines early.
     fn next_job(&mut self) -> Option<Job> {
-        let task = self.waiting.pop_front()?;
+        let task = match self.scores.pop_front() {
+            Some(score) => score,
+            None => Task::Draw(self.plan.trial(self.draws.next()?)),
+        };
         let job = match &task {
             Task::Draw(trial) => self.plan.job(trial),
             Task::Score(trial, line) => Job {
@@ -174,17 +217,16 @@ impl Queue<'_, '_> {
                 ..Job::default()
             },
         };
-        self.issued.push(Some(task));
+        self.issued.push(task);
         Some(job)
     }
 
     fn finish(&mut self, index: usize, finished: Result<Finished>) -> Result<()> {
-        let task = self.issued.get_mut(index).and_then(Option::take);
-        match task.ok_or_else(|| Error::new("the engine finished a job twice"))? {
+        match self.issued.take(index)? {
             Task::Draw(trial) => {
-                let place = || name_of(self.plan, trial);
+                let place = || name_of(self.plan, &trial);
                 let mut finished = finished.at(place)?;
-                let mut line = line(self.plan, trial, &finished)?;
+                let mut line = line(self.plan, &trial, &finished)?;
                 let sample = finished.outcome.samples.pop().filter(|s| !s.tokens.is_empty());
                 let sample = sample.ok_or_else(|| Error::new("no token was drawn").at(place()))?;
                 line.reply = Some(Reply {
@@ -193,12 +235,11 @@ impl Queue<'_, '_> {
                     finish: sample.finish,
                     nll: 0.0,
                 });
-                // To the front: scores free their memory and finish lines early.
-                self.waiting.push_front(Task::Score(trial, Box::new(line)));
+                self.scores.push_back(Task::Score(trial, Box::new(line)));
                 Ok(())
             }
             Task::Score(trial, mut line) => {
-                let place = || name_of(self.plan, trial);
+                let place = || name_of(self.plan, &trial);
                 let finished = finished.at(place)?;
                 if let Some(reply) = &mut line.reply {
                     reply.nll = mean_nll(&finished, reply.tokens.len()).at(place)?;

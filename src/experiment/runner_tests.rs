@@ -3,7 +3,8 @@ use crate::{
     engine::{Outcome, Receipt, Score},
     experiment::{
         fake,
-        plan::{Cell, Planned},
+        grid::Cell,
+        plan::Planned,
         protocol::{Place, Protocol},
         results::Condition,
     },
@@ -35,13 +36,13 @@ fn far_logits_do_not_overflow() {
     assert_eq!(answer.unwrap().p_yes, 1.0);
 }
 
-fn planned(concept: &str) -> Planned {
+fn planned(concept: &str) -> Planned<'_> {
     let at = Some((Place { layer: 3, depth: 0.8 }, 0.5));
     let cell = Cell {
         part: 0,
-        prompt: "cued".into(),
-        prompt_word: String::new(),
-        concept: concept.into(),
+        prompt: "cued",
+        prompt_word: "",
+        concept,
         condition: Condition::Concept,
         at,
         repeat: 0,
@@ -92,8 +93,8 @@ fn injected(change: impl Fn(&mut Receipt)) -> Option<String> {
         rows_touched: 7,
     };
     change(&mut receipt);
-    let trial = plan.trials().iter().find(|trial| trial.clean.is_some()).unwrap();
-    failed_check(&Trial { receipts: vec![receipt], ..plan.line(trial) })
+    let trial = plan.trials().find(|trial| trial.clean.is_some()).unwrap();
+    failed_check(&Trial { receipts: vec![receipt], ..plan.line(&trial) })
 }
 
 #[test]
@@ -121,7 +122,7 @@ fn an_injected_trial_needs_a_receipt_and_a_clean_one_none() {
     let protocol = Protocol::builtin("demo").unwrap();
     let prepared = fake::prepared(&protocol, 30);
     let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
-    let find = |clean: bool| plan.trials().iter().find(|t| t.clean.is_none() == clean).unwrap();
-    assert!(failed_check(&plan.line(find(false))).unwrap().contains("no receipt"));
-    assert_eq!(failed_check(&plan.line(find(true))), None);
+    let find = |clean: bool| plan.trials().find(|t| t.clean.is_none() == clean).unwrap();
+    assert!(failed_check(&plan.line(&find(false))).unwrap().contains("no receipt"));
+    assert_eq!(failed_check(&plan.line(&find(true))), None);
 }
