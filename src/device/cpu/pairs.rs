@@ -31,6 +31,10 @@ pub(crate) type OfPages<T> = [[T; PAGES * SIDE]; SIDE];
 /// 16 columns of a page's values, `[position / 2][column][position % 2]`.
 pub(crate) type HalfTile = [bf16; SIDE * SIDE];
 
+/// Tiles of k whose weights for 32 columns stay in the L1 cache of a processor with AMX, beside what
+/// passes through of x.
+pub(crate) const STEPS: usize = 18;
+
 /// The most rows and panels of [`multiply_few`]: 24 sums.
 pub(crate) const FEW: (usize, usize) = (3, 8);
 
@@ -69,6 +73,21 @@ pub(crate) enum Left<'a> {
     Rows(&'a [bf16]),
 }
 
+/// Weights that will be wanted after those of a product: fetched to the L2 cache meanwhile, as many.
+pub(crate) struct Ahead {
+    next: *const Tile,
+    /// Of the whole product, over which the fetching is spread.
+    rows: usize,
+}
+
+impl Ahead {
+    /// For a product of so many rows, in one call of [`multiply`] or several. Nothing is read: `next`
+    /// may point anywhere.
+    pub(crate) fn new(next: *const Tile, rows: usize) -> Self {
+        Self { next, rows }
+    }
+}
+
 /// Whether products are of rows as they are.
 pub(crate) fn reads_rows(isa: Isa) -> bool {
     isa == Isa::Amx
@@ -76,14 +95,13 @@ pub(crate) fn reads_rows(isa: Isa) -> bool {
 
 /// `sums[r][c] = Σ x[r][t] · w[c][t]` over all tiles t, one step of k after another, for `rows` rows
 /// and twice 16 columns. sums: `[rows / 16]`, what its last rows beyond `rows` become is open. A row's
-/// bits do not depend on the others. `next` is where the weights start that will be wanted after
-/// these; they may be fetched to a cache meanwhile.
+/// bits do not depend on the others.
 pub(crate) fn multiply(
     isa: Isa,
     rows: usize,
     x: Left,
     w: [&[Tile]; 2],
-    next: *const Tile,
+    ahead: &mut Ahead,
     sums: &mut [[Sums; 2]],
 ) {
     let (steps, blocks) = (w[0].len(), rows.div_ceil(SIDE));
@@ -92,17 +110,17 @@ pub(crate) fn multiply(
     if isa == Isa::Amx {
         // SAFETY: a `Cpu` is made only with an instruction set that `Isa::check` found here, so the
         // tiles were granted; their numbers are checked.
-        return unsafe { amx::multiply(steps, x.blocks(steps, blocks), w, next, sums, None) };
+        return unsafe { amx::multiply(steps, x.blocks(steps, blocks), w, ahead, sums, None) };
     }
     let Left::Tiles(x) = x else { unreachable!("only AMX reads rows") };
     assert!(x.len() >= blocks * steps, "tiles of x");
     let x = &x[..blocks * steps];
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = next;
+    let _ = ahead;
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, next, sums) },
+        Isa::Avx512Bf16 => unsafe { dot::multiply(steps, rows, x, w, ahead, sums) },
         _ => isa.run(Emulated { products: isa.products(), x, w, sums }),
     }
 }
@@ -116,7 +134,7 @@ pub(crate) unsafe fn multiply_into(
     isa: Isa,
     x: Left,
     w: [&[Tile]; 2],
-    next: *const Tile,
+    ahead: &mut Ahead,
     sums: &mut [[Sums; 2]],
     (out, row): (*mut f32, usize),
 ) {
@@ -126,10 +144,10 @@ pub(crate) unsafe fn multiply_into(
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as in `multiply`; the caller promises the rest.
     unsafe {
-        amx::multiply(steps, x, w, next, sums, Some(to));
+        amx::multiply(steps, x, w, ahead, sums, Some(to));
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (x, next, to);
+    let _ = (x, ahead, to);
 }
 
 impl Left<'_> {

@@ -69,14 +69,14 @@ impl PageShape {
     /// Where a head's keys start in the cache.
     #[inline(always)]
     fn keys_start(&self, page: usize, head: usize) -> usize {
-        page * self.elements() + head * self.head_len()[0]
+        let [keys, values] = self.head_len();
+        page * self.elements() + head * (keys + values)
     }
 
     /// Where its values start.
     #[inline(always)]
     fn values_start(&self, page: usize, head: usize) -> usize {
-        let [keys, values] = self.head_len();
-        page * self.elements() + self.kv_heads * keys + head * values
+        self.keys_start(page, head) + self.head_len()[0]
     }
 
     /// A head's keys.

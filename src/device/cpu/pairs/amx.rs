@@ -10,7 +10,7 @@ use std::{
 
 use half::bf16;
 
-use super::{Blocks, DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
+use super::{Ahead, Blocks, DEPTH, HalfTile, OfPages, PAGES, SIDE, STEPS, Sums, Tile};
 
 /// Bytes from a row of a tile to the next.
 const STRIDE: usize = 64;
@@ -127,13 +127,11 @@ fn most_steps(blocks: usize) -> usize {
     match blocks {
         0..=2 => usize::MAX,
         3..=4 => 6,
-        _ => 10,
+        _ => STEPS,
     }
 }
 
-/// Two blocks of 16 rows at a time. `next`: weights that will be wanted after these, as many; they are
-/// fetched to the L2 cache meanwhile. The products go to `to`, and without it to `sums`, which is worked
-/// in.
+/// Two blocks of 16 rows at a time. The products go to `to`, and without it to `sums`, which is worked in.
 ///
 /// # Safety
 /// The tiles are granted; there are `steps` tiles, at least one, in each w, and for each of the sums
@@ -142,7 +140,7 @@ pub unsafe fn multiply(
     steps: usize,
     x: Blocks<*const bf16>,
     w: [&[Tile]; 2],
-    next: *const Tile,
+    ahead: &mut Ahead,
     sums: &mut [[Sums; 2]],
     to: Option<Blocks<*mut f32>>,
 ) {
@@ -150,9 +148,9 @@ pub unsafe fn multiply(
     unsafe { configure(&FOR_PRODUCTS) };
     let blocks = sums.len();
     let sums = Blocks::of_tiles(sums.as_mut_ptr().cast::<f32>(), (SIDE, 2));
-    let passes = blocks.div_ceil(2);
+    let passes = ahead.rows.div_ceil(2 * SIDE);
     let stride = steps.div_ceil(steps.div_ceil(most_steps(blocks)));
-    let mut next: *const u8 = next.cast();
+    let mut next: *const u8 = ahead.next.cast();
     for start in (0..steps).step_by(stride) {
         let end = steps.min(start + stride);
         let to = to.filter(|_| end == steps).unwrap_or(sums);
@@ -190,10 +188,12 @@ pub unsafe fn multiply(
                 1 => of!(8 of 256),
                 2 | 3 => of!(16 of 64),
                 4..=7 => of!(8 of 64),
-                _ => of!(4 of 64),
+                8..=15 => of!(4 of 64),
+                _ => of!(2 of 64),
             }
         }
     }
+    ahead.next = next.cast();
 }
 
 /// One or two blocks of 16 rows against 32 columns. Strides are in bytes.
@@ -289,12 +289,12 @@ impl Pass {
                 "tileloadd tmm2, [{from} + {stride}*1 + 2048]",
                 "tileloadd tmm3, [{from} + {stride}*1 + 3072]",
                 "2:",
-                "tileloadd tmm4, [{x0} + {x_row}*1]",
+                "tileloaddt1 tmm4, [{x0} + {x_row}*1]",
                 "tileloadd tmm6, [{w0} + {stride}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{w1} + {stride}*1]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x1} + {x_row}*1]",
+                "tileloaddt1 tmm5, [{x1} + {x_row}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".rept {lines}",

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
+use super::{Ahead, DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
 
 /// Two elements of k.
 type Pair = [bf16; 2];
@@ -23,15 +23,15 @@ const ROWS: usize = 8;
 const LINE: usize = 64;
 
 /// What is fetched while something else is multiplied.
-struct Ahead {
+struct Fetch {
     next: *const [u8; LINE],
     /// Lines for every tile of k.
     lines: usize,
 }
 
-impl Ahead {
+impl Fetch {
     #[inline(always)]
-    fn fetch(&mut self) {
+    fn step(&mut self) {
         for _ in 0..self.lines {
             // SAFETY: a prefetch reads nothing, wherever it points.
             #[allow(unused_unsafe, reason = "it is unsafe in older compilers")]
@@ -47,9 +47,6 @@ impl Ahead {
 /// cache.
 const STEPS: usize = 12;
 
-/// `next`: weights that will be wanted after these, as many; they are fetched to the L2 cache
-/// meanwhile.
-///
 /// # Safety
 /// The processor has AVX-512 with bfloat16; there are `steps` tiles in each w and for each of the
 /// sums in x, and sums for `rows`.
@@ -58,12 +55,12 @@ pub unsafe fn multiply(
     rows: usize,
     x: &[Tile],
     w: [&[Tile]; 2],
-    next: *const Tile,
+    ahead: &mut Ahead,
     sums: &mut [[Sums; 2]],
 ) {
     // All of them by the last row of the last step.
-    let lines = (2 * size_of::<Tile>() / LINE).div_ceil(rows.div_ceil(ROWS));
-    let mut ahead = Ahead { next: next.cast(), lines };
+    let lines = (2 * size_of::<Tile>() / LINE).div_ceil(ahead.rows.div_ceil(ROWS));
+    let mut fetch = Fetch { next: ahead.next.cast(), lines };
     let stride = if rows <= ROWS { steps } else { steps.div_ceil(steps.div_ceil(STEPS)) };
     for start in (0..steps).step_by(stride) {
         let end = steps.min(start + stride);
@@ -74,7 +71,7 @@ pub unsafe fn multiply(
             macro_rules! of {
                 ($rows:literal) => {
                     // SAFETY: promised by the caller; the rows lie inside the block.
-                    unsafe { multiply_rows::<$rows>(start == 0, row, x, w, &mut ahead, sums) }
+                    unsafe { multiply_rows::<$rows>(start == 0, row, x, w, &mut fetch, sums) }
                 };
             }
             match rows - first {
@@ -89,6 +86,7 @@ pub unsafe fn multiply(
             }
         }
     }
+    ahead.next = fetch.next.cast();
 }
 
 /// Adds to `N` rows, from `row` on, × 32 columns; to zero if it `is_first`.
@@ -102,7 +100,7 @@ unsafe fn multiply_rows<const N: usize>(
     row: usize,
     x: &[Tile],
     w: [&[Tile]; 2],
-    ahead: &mut Ahead,
+    fetch: &mut Fetch,
     sums: &mut [Sums; 2],
 ) {
     let mut tile = [[_mm512_setzero_ps(); 2]; N];
@@ -115,7 +113,7 @@ unsafe fn multiply_rows<const N: usize>(
     let [mut left, mut right] = w.map(|w| w.as_ptr().cast::<Lanes>());
     let mut pairs = x.as_ptr().cast::<Pair>().wrapping_add(row * SIDE);
     for _ in 0..x.len() {
-        ahead.fetch();
+        fetch.step();
         for pair in 0..SIDE {
             // SAFETY: a tile of w has 16 times 16 pairs, one of x 16 rows of 16 pairs.
             unsafe {
