@@ -108,7 +108,7 @@ pub struct Limits {
 }
 
 /// Rows of a step, and of logits made at a time: enough to read weights seldom.
-const CPU_ROWS: (usize, usize) = (512, 128);
+const CPU_ROWS: (usize, usize) = (1024, 128);
 /// Likewise; a GPU computes a hundred rows in the time it reads the weights.
 const GPU_ROWS: (usize, usize) = (4096, 1024);
 /// Likewise, for tests.

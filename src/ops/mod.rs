@@ -23,7 +23,7 @@ mod tile;
 
 use half::bf16;
 
-use crate::device::Element;
+use crate::device::{Element, cpu::Kernel};
 use tile::Wide;
 
 /// The type of matmul inputs and of the KV cache.
@@ -68,11 +68,11 @@ impl Float for bf16 {
     }
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
-        // Branch-free, so that loops over it vectorise.
+        // Branch-free, so that loops over it vectorise; narrowed once.
         let bits = value.to_bits();
-        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-        let quiet = ((bits >> 16) | 0x40) as u16;
-        Self::from_bits(if value.is_nan() { quiet } else { rounded })
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        let quiet = bits | 0x40_0000;
+        Self::from_bits(((if value.is_nan() { quiet } else { rounded }) >> 16) as u16)
     }
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
@@ -81,6 +81,19 @@ impl Float for bf16 {
     #[inline(always)]
     fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
         Some(values)
+    }
+}
+
+/// Rounds to another type.
+struct Round<'a, T>(&'a [f32], &'a mut [T]);
+
+impl<T: Float> Kernel for Round<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for (to, &value) in self.1.iter_mut().zip(self.0) {
+            *to = T::from_f32(value);
+        }
     }
 }
 

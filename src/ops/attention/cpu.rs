@@ -12,7 +12,7 @@ use super::{
 use crate::{
     device::cpu::{Cpu, Isa, Kernel, Shared, pairs::OfPages},
     ops::{
-        Float,
+        Float, Round,
         math::{LANES, exp, max, sum_lanes},
         rows::NONE,
         tile::{Left, Right, WIDTH, tile, widen},
@@ -90,9 +90,7 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
                 let out = unsafe { out.range(start, len) };
                 let queries = scratch.out.chunks_exact(block.width()).skip(row * block.heads);
                 for (out, query) in out.chunks_exact_mut(head_dim).zip(queries) {
-                    for (out, &v) in out.iter_mut().zip(query) {
-                        *out = T::from_f32(v);
-                    }
+                    cpu.isa().run(Round(query, out));
                 }
             }
         });
@@ -194,10 +192,15 @@ impl<T: Float> Kernel for Fold<'_, '_, T> {
         let first = live().map(Row::first_tile).min().unwrap_or(0);
         let queries = block.rows.len() * block.heads;
         scratch.start(0..queries, block.width());
-        let mut pairs = pages.map(|(pages, of_pairs)| {
-            let head_dim = block.head_dim();
-            Pairs::new(pages, &scratch.queries[..queries * head_dim], head_dim, of_pairs)
-        });
+        let head_dim = block.head_dim();
+        // Not in a closure, which would be compiled for every processor.
+        let mut pairs = match pages {
+            Some((pages, of_pairs)) => {
+                let queries = &scratch.queries[..queries * head_dim];
+                Some(Pairs::new(pages, queries, head_dim, of_pairs))
+            }
+            None => None,
+        };
         for tile in (first..end).step_by(TILE) {
             if tile.is_multiple_of(CHUNK) && tile > first {
                 block.close_chunk(tile, scratch);
@@ -400,8 +403,8 @@ impl<T: Float> Block<'_, T> {
                 let weights = &mut scratch.weights[q * TILE..][..TILE];
                 let tile_max = max(self.isa, weights);
                 let old = scratch.max[q];
-                let new_max = if tile_max > old { tile_max } else { old };
-                let keep = exp(old - new_max);
+                let grows = tile_max > old;
+                let new_max = if grows { tile_max } else { old };
                 let mut lanes = [0.0f32; LANES];
                 for chunk in weights.as_chunks_mut::<LANES>().0 {
                     for lane in 0..LANES {
@@ -409,9 +412,13 @@ impl<T: Float> Block<'_, T> {
                         lanes[lane] += chunk[lane];
                     }
                 }
-                scratch.max[q] = new_max;
-                scratch.sum[q] = scratch.sum[q] * keep + sum_lanes(lanes);
-                scratch.out[q * width..][..width].iter_mut().for_each(|out| *out *= keep);
+                if grows {
+                    let keep = exp(old - new_max);
+                    scratch.max[q] = new_max;
+                    scratch.sum[q] *= keep;
+                    scratch.out[q * width..][..width].iter_mut().for_each(|out| *out *= keep);
+                }
+                scratch.sum[q] += sum_lanes(lanes);
             }
         }
     }

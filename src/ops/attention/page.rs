@@ -5,11 +5,11 @@ use crate::{
     device::{
         Device,
         cpu::{
-            Cpu, Kernel, Products, Shared,
+            Cpu, Products, Shared,
             pairs::{DEPTH, SIDE},
         },
     },
-    ops::{Float, matmul::Dtype},
+    ops::{Float, Round, matmul::Dtype},
 };
 
 const _: () = assert!(PAGE == SIDE, "a page's positions are the columns of a tile");
@@ -133,19 +133,6 @@ impl PageShape {
                 }
             }
             Layout::Rows => unreachable!("the kernels write their pages"),
-        }
-    }
-}
-
-/// Rounds to another type.
-struct Round<'a, T>(&'a [f32], &'a mut [T]);
-
-impl<T: Float> Kernel for Round<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self) {
-        for (to, &value) in self.1.iter_mut().zip(self.0) {
-            *to = T::from_f32(value);
         }
     }
 }

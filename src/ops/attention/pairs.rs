@@ -88,16 +88,23 @@ impl<'a> Pairs<'a> {
         tile: usize,
         scores: &mut OfPages<f32>,
     ) {
-        for_each_group(block, tile, |first, rows| {
+        let mut groups = Groups::new(block, tile);
+        while let Some((first, rows)) = groups.next() {
             // Pages that only some rows see are multiplied for all, and so are those beyond the last;
             // the mask takes care of it.
-            let longest = rows.iter().max_by_key(|row| row.positions);
-            let pages = longest.map_or(&[][..], |row| row.pages());
-            let keys = |page| block.cache.page.keys(self.pages, page, block.kv_head);
-            let keys = std::array::from_fn(|at| tiles(keys(pages[at.min(pages.len() - 1)])));
+            let mut longest = &rows[0];
+            for row in rows {
+                longest = if row.positions > longest.positions { row } else { longest };
+            }
+            let pages = longest.pages();
+            let mut keys: [&[Tile]; PAGES] = [&[]; PAGES];
+            for (at, keys) in keys.iter_mut().enumerate() {
+                let page = pages[at.min(pages.len() - 1)];
+                *keys = tiles(block.cache.page.keys(self.pages, page, block.kv_head));
+            }
             let queries = first * block.heads..(first + rows.len()) * block.heads;
             multiply_pages(block.isa, queries, &self.scratch.queries, keys, scores);
-        });
+        }
     }
 
     /// Adds the weighted values of a tile. weights: (queries, TILE); out: (16, values).
@@ -113,65 +120,88 @@ impl<'a> Pairs<'a> {
         for (weights, rounded) in weights.iter().zip(&mut *rounded) {
             round(weights, rounded);
         }
-        let values = |page| half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
-        for_each_group(block, tile, |first, rows| {
+        let mut groups = Groups::new(block, tile);
+        while let Some((first, rows)) = groups.next() {
             // What all rows see whole is added for all; the rest of each row's pages row by row.
-            let common = rows.iter().map(Seen::whole).min().unwrap_or(0);
-            let list = rows[0].pages.map(values);
+            let mut common = PAGES;
+            for row in rows {
+                common = common.min(row.whole());
+            }
             if common > 0 {
+                let mut list: [&[HalfTile]; PAGES] = [&[]; PAGES];
+                for (to, page) in list.iter_mut().zip(&rows[0].pages[..common]) {
+                    *to = half_tiles(block.cache.page.values(self.pages, *page, block.kv_head));
+                }
                 let queries = first * block.heads..(first + rows.len()) * block.heads;
                 add_pages(block.isa, queries, 0, rounded, &list[..common], out);
             }
             for (row, of_row) in (first..).zip(rows) {
                 let pages = of_row.pages();
-                let mut list = of_row.pages.map(values);
+                if pages.len() == common {
+                    continue;
+                }
+                let mut list: [&[HalfTile]; PAGES] = [&[]; PAGES];
+                for (to, page) in list.iter_mut().zip(pages).skip(common) {
+                    *to = half_tiles(block.cache.page.values(self.pages, *page, block.kv_head));
+                }
                 let last = of_row.positions % PAGE;
                 if last > 0 {
                     // Beyond what is seen the page may hold anything.
                     copy_positions(list[pages.len() - 1], last, seen);
                     list[pages.len() - 1] = seen;
                 }
-                if pages.len() > common {
-                    let queries = row * block.heads..(row + 1) * block.heads;
-                    let list = &list[common..pages.len()];
-                    add_pages(block.isa, queries, common, rounded, list, out);
-                }
+                let queries = row * block.heads..(row + 1) * block.heads;
+                let list = &list[common..pages.len()];
+                add_pages(block.isa, queries, common, rounded, list, out);
             }
-        });
+        }
     }
 }
 
-/// Calls `multiply` with each group of neighbouring rows whose pages of a tile agree: the first's
-/// number, and what they see.
-#[inline(always)]
-fn for_each_group<T: Float>(
-    block: &Block<'_, T>,
-    tile: usize,
-    mut multiply: impl FnMut(usize, &[Seen]),
-) {
-    let mut seen = [Seen::default(); QUERIES];
-    for (seen, row) in seen.iter_mut().zip(block.rows) {
-        if row.sees(tile) {
-            seen.positions = (row.positions - tile).min(TILE);
-            for at in 0..seen.positions.div_ceil(PAGE) {
-                seen.pages[at] = block.cache.tables().page(row.slot, block.layer, tile / PAGE + at);
+/// Groups of neighbouring rows whose pages of a tile agree. (Written as loops: what a closure does is
+/// not compiled for the instruction set that runs it.)
+struct Groups {
+    seen: [Seen; QUERIES],
+    rows: usize,
+    next: usize,
+}
+
+impl Groups {
+    #[inline(always)]
+    fn new<T: Float>(block: &Block<'_, T>, tile: usize) -> Self {
+        let mut seen = [Seen::default(); QUERIES];
+        for (seen, row) in seen.iter_mut().zip(block.rows) {
+            if row.sees(tile) {
+                seen.positions = (row.positions - tile).min(TILE);
+                for at in 0..seen.positions.div_ceil(PAGE) {
+                    seen.pages[at] =
+                        block.cache.tables().page(row.slot, block.layer, tile / PAGE + at);
+                }
             }
         }
+        Self { seen, rows: block.rows.len(), next: 0 }
     }
-    let mut first = 0;
-    while first < block.rows.len() {
+
+    /// The next group's first row, and what its rows see.
+    #[inline(always)]
+    fn next(&mut self) -> Option<(usize, &[Seen])> {
+        while self.next < self.rows && self.seen[self.next].positions == 0 {
+            self.next += 1;
+        }
+        let first = self.next;
+        if first == self.rows {
+            return None;
+        }
         // As long as each row agrees with the longest before it.
-        let (mut end, mut longest) = (first + 1, seen[first]);
-        while end < block.rows.len() && longest.agrees(&seen[end]) {
-            if seen[end].positions > longest.positions {
-                longest = seen[end];
+        let mut longest = self.seen[first];
+        self.next += 1;
+        while self.next < self.rows && longest.agrees(&self.seen[self.next]) {
+            if self.seen[self.next].positions > longest.positions {
+                longest = self.seen[self.next];
             }
-            end += 1;
+            self.next += 1;
         }
-        if seen[first].positions > 0 {
-            multiply(first, &seen[first..end]);
-        }
-        first = end;
+        Some((first, &self.seen[first..self.next]))
     }
 }
 

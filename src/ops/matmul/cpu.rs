@@ -94,6 +94,8 @@ impl<'a, T: Float, O: Fn(usize) -> &'a mut [T]> Kernel for Gate<'_, O> {
     fn run(self) {
         for (row, (linear, up)) in self.linear.iter().zip(self.up).enumerate() {
             let Some(out) = (self.out)(row).first_chunk_mut::<PANEL>() else { continue };
+            // A copy, of which the compiler sees that it is not written to.
+            let (linear, up) = (*linear, *up);
             for lane in 0..PANEL {
                 let gate = match self.activation {
                     Activation::Silu => silu(linear[lane]),
