@@ -60,17 +60,18 @@ pub(crate) fn ln(x: f32) -> f32 {
     e.mul_add(0.693_359_375, x + y)
 }
 
-/// Sum of the lanes in a fixed order.
+/// Sum of the lanes: of each and the one half of them further, and so on. (Written out, since the
+/// compiler makes vectors of it so.)
 #[inline(always)]
-pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
+pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    let (mut eight, mut four) = ([0.0; LANES / 2], [0.0; LANES / 4]);
+    for lane in 0..LANES / 2 {
+        eight[lane] = lanes[lane] + lanes[lane + LANES / 2];
     }
-    lanes[0]
+    for lane in 0..LANES / 4 {
+        four[lane] = eight[lane] + eight[lane + LANES / 4];
+    }
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Sum of squares.
