@@ -90,10 +90,10 @@ def spread(ratios):
 # ---- the goals
 
 
-def against_transformers(dtype):
+def against_transformers(dtype, own="w1"):
     def measure(results):
         peer = results.median(f"transformers-{dtype}", "trials_per_s")
-        ours = results.median("w1", "trials_per_s")
+        ours = results.median(own, "trials_per_s")
         about = next(iter(results.outputs(f"transformers-{dtype}").values()))
         name = f"transformers {about['transformers']}, torch {about['torch'].partition('+')[0]}, {dtype}"
         return ours / peer, name, f"{ours:.2f} ÷ {peer:.2f} trials/s, its batch {about['batch']}"
@@ -174,6 +174,7 @@ GOALS = [
     Goal("C1", "W1 trials/s ÷ transformers and a hook, bf16", against_transformers("bf16"), 8, 14),
     Goal("C1, better type", "the same ÷ its faster type here", against_best_transformers, None, None),
     Goal("C2", "W1 ÷ nothing shared", against_own("w1", "w1-no-share", trials_per_s), 1.4, 1.8),
+    Goal("C2, alone", "nothing shared ÷ transformers", against_transformers("bf16", "w1-no-share"), 4, None),
     Goal("C3", "W1 tokens/s ÷ llama.cpp, batched, no injections", against_llama("llama-batched", "w1"), 6, 9),
     Goal("C4", "W3 ÷ llama.cpp, single stream", against_llama("llama-single", "w3"), 1.3, 1.6),
     Goal("C5", "matmul ÷ oneDNN", against_onednn, 0.9, 1.1),
