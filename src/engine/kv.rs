@@ -85,9 +85,9 @@ impl PageTable {
         (Self { layers }, copies)
     }
 
-    /// Gives all pages back.
+    /// Gives all pages back, the last first: the next sequence has them in the order of memory again.
     pub fn release(self, pool: &mut PagePool) {
-        self.layers.iter().flatten().for_each(|&page| pool.release(page));
+        self.layers.iter().flatten().rev().for_each(|&page| pool.release(page));
     }
 }
 
