@@ -31,6 +31,28 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 
+    /// Writes arrays of `N` elements from `start` on, `apart` elements from one's start to the next's.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these elements meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn scatter<const N: usize>(
+        &self,
+        start: usize,
+        apart: usize,
+        values: &[[T; N]],
+    ) where
+        T: Copy,
+    {
+        let Some(last) = values.len().checked_sub(1) else { return };
+        let end = last.checked_mul(apart).and_then(|end| end.checked_add(start + N));
+        assert!(end.is_some_and(|end| end <= self.len), "elements outside the array");
+        for (at, values) in values.iter().enumerate() {
+            // SAFETY: inside the slice (checked for the last one), and nobody else's (promised).
+            unsafe { self.start.add(start + at * apart).cast::<[T; N]>().write_unaligned(*values) };
+        }
+    }
+
     /// Where these columns of these rows start in an array of rows of `n`.
     ///
     /// # Safety

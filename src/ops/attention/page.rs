@@ -1,6 +1,6 @@
 //! How a page of the cache is laid out: first its keys, then its values.
 
-use super::{MAX_HEAD_DIM, PAGE};
+use super::PAGE;
 use crate::{
     device::{
         Device,
@@ -109,30 +109,39 @@ impl PageShape {
         key: &[f32],
         value: &[f32],
     ) {
-        let mut rounded = [[T::default(); MAX_HEAD_DIM]; 2];
-        cpu.isa().run(Round(key, &mut rounded[0]));
-        cpu.isa().run(Round(value, &mut rounded[1]));
-        let [key, value] = rounded;
-        let (key, value) = (&key[..self.head_dim], &value[..self.head_dim]);
+        /// Elements rounded at a time, even.
+        const PART: usize = 64;
         let (keys, values) = (self.keys_start(page, head), self.values_start(page, head));
-        // SAFETY: promised by the caller; every place is of this position alone.
-        let put =
-            |at: usize, part: &[T]| unsafe { pages.range(at, part.len()) }.copy_from_slice(part);
-        match self.layout {
-            Layout::Columns => {
-                key.iter().enumerate().for_each(|(d, &k)| put(keys + d * PAGE + lane, &[k]));
-                put(values + lane * self.head_dim, value);
-            }
-            Layout::Pairs => {
-                for (pair, key) in key.chunks(2).enumerate() {
-                    put(keys + pair * DEPTH + 2 * lane, key);
+        for (first, (key, value)) in
+            (0..).step_by(PART).zip(key.chunks(PART).zip(value.chunks(PART)))
+        {
+            let mut rounded = [[T::default(); PART]; 2];
+            cpu.isa().run(Round(key, &mut rounded[0]));
+            cpu.isa().run(Round(value, &mut rounded[1]));
+            let [key, value] = rounded.each_ref().map(|rounded| &rounded[..key.len()]);
+            // SAFETY: promised by the caller; every place is of this position alone.
+            unsafe {
+                match self.layout {
+                    Layout::Columns => {
+                        let start = keys + first * PAGE + lane;
+                        pages.scatter::<1>(start, PAGE, key.as_chunks().0);
+                        let start = values + lane * self.head_dim + first;
+                        pages.scatter::<1>(start, 1, value.as_chunks().0);
+                    }
+                    Layout::Pairs => {
+                        let start = keys + first / 2 * DEPTH + 2 * lane;
+                        let (pairs, last) = key.as_chunks::<2>();
+                        pages.scatter(start, DEPTH, pairs);
+                        pages.scatter::<1>(start + pairs.len() * DEPTH, 1, last.as_chunks().0);
+                        let start = values + lane / 2 * DEPTH + lane % 2;
+                        for (block, value) in (first / SIDE..).zip(value.chunks(SIDE)) {
+                            let start = start + block * SIDE * PAGE;
+                            pages.scatter::<1>(start, 2, value.as_chunks().0);
+                        }
+                    }
+                    Layout::Rows => unreachable!("the kernels write their pages"),
                 }
-                for (block, value) in value.chunks(SIDE).enumerate() {
-                    let start = values + block * SIDE * PAGE + lane / 2 * DEPTH + lane % 2;
-                    value.iter().enumerate().for_each(|(d, &v)| put(start + 2 * d, &[v]));
-                }
             }
-            Layout::Rows => unreachable!("the kernels write their pages"),
         }
     }
 }
