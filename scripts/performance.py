@@ -192,7 +192,7 @@ def steps_of(options):
     return [
         transformers(options, "bf16"),
         transformers(options, "f32"),
-        Step("w1-no-share", w1(options, trials, "--no-share")),
+        Step("w1-no-share", w1(options, 2 * trials, "--no-share")),
         Step("w1", w1(options, trials)),
         Step("w1-vectors-one", w1(options, trials, "--vectors", 1)),
         Step("w1-hooks-off", w1(options, trials, "--hooks", "off")),

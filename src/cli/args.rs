@@ -103,7 +103,7 @@ pub struct EngineArgs {
     /// Type of the weights and the KV cache: bf16 or f32
     #[arg(long, value_name = "TYPE", default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
-    /// The most sequences in one step [default: 128; 1024 on a GPU]
+    /// The most sequences in one step [default: 256; 1024 on a GPU]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub max_batch: Option<usize>,
 }

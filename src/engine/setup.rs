@@ -58,7 +58,7 @@ impl Default for Options {
             device: DeviceKind::Cpu,
             dtype: Dtype::Bf16,
             threads: None,
-            max_batch: 128,
+            max_batch: 256,
             kv_bytes: None,
             share: true,
             isa: None,
