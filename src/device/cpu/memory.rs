@@ -21,8 +21,8 @@ const ALIGNMENT: usize = 64;
 /// What every allocator aligns to. Asking for more would make it write the zeros itself, and
 /// touch gigabytes that are never used.
 const NATURAL: usize = 16;
-/// Bytes from which an array has pages of its own: products of hundreds of rows are an eighth faster
-/// when what they read and write are large pages too (512 rows of a model of 576 wide, two cores of a Xeon).
+/// Bytes from which an array has pages of its own, what products of hundreds of rows read and write
+/// included.
 const LARGE: usize = 256 << 10;
 /// Bytes of a large page.
 const PAGE: usize = 2 << 20;

@@ -1,4 +1,4 @@
-//! How a page of the cache is laid out: first its keys, then its values.
+//! How a page of the cache is laid out.
 
 use super::PAGE;
 use crate::{
@@ -16,13 +16,13 @@ const _: () = assert!(PAGE == SIDE, "a page's positions are the columns of a til
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// On the processor: keys `[kv_heads][head_dim][PAGE]`, values `[kv_heads][PAGE][head_dim]`.
+    /// On the processor, for each key head: keys `[head_dim][PAGE]`, then values `[PAGE][head_dim]`.
     Columns,
-    /// On the processor, for products of pairs (see [`Products`]): keys `[kv_heads][head_dim / 32]` tiles
-    /// of `[16][PAGE][2]`, values `[kv_heads][head_dim / 16]` half tiles of `[PAGE / 2][16][2]`; zero
-    /// where a head ends inside of one.
+    /// On the processor, for products of pairs (see [`Products`]), for each key head: keys `[head_dim / 32]`
+    /// tiles of `[16][PAGE][2]`, then values `[head_dim / 16]` half tiles of `[PAGE / 2][16][2]`; zero where a
+    /// head ends inside of one.
     Pairs,
-    /// For the kernels: both `[kv_heads][PAGE][head_dim]`.
+    /// For the kernels: keys, then values, both `[kv_heads][PAGE][head_dim]`.
     Rows,
 }
 
