@@ -162,10 +162,10 @@ impl<'a> Grid<'a> {
     /// The place of a trial's clean partner; none for a clean trial.
     pub fn clean_of(&self, place: usize) -> Option<usize> {
         let cell = self.cell(place);
+        cell.at?;
         let of = &self.parts[cell.part];
         let prompt = of.prompts.iter().position(|prompt| prompt.name == cell.prompt)?;
         let concept = if of.prompts[prompt].shares_clean { "" } else { cell.concept };
-        cell.at?;
         Some(of.from + of.clean_place(cell.repeat, prompt, concept)?)
     }
 

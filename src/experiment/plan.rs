@@ -4,11 +4,12 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     engine::{Injection, Job},
-    error::{Error, Result},
+    error::{Context, Error, Result},
     experiment::{
         grid::{Cell, Grid},
         prepare::Prepared,
         protocol::{Kind, Part, Protocol},
+        protocol_file::check_distinct,
         results::{Condition, PromptRecord, Trial},
         seeds::{self, Identity, InjectionIdentity, SCHEMA},
         vectors::{ConceptVectors, SITE, random_vector},
@@ -47,12 +48,13 @@ struct Content {
 }
 
 impl<'a> Plan<'a> {
-    /// The vectors of all trials. An error where one is missing.
+    /// The vectors of all trials. An error where one is missing, or where two trials would be the same.
     pub fn new(
         protocol: &'a Protocol,
         prepared: &'a Prepared,
         concepts: &ConceptVectors,
     ) -> Result<Self> {
+        check_all_differ(protocol, prepared)?;
         let vectors = contents(protocol, prepared, concepts)?;
         Ok(Self { protocol, prepared, grid: Grid::new(protocol, prepared), vectors })
     }
@@ -225,6 +227,22 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// Trials differ where no dimension of a part has a value twice: each is a part of their ids.
+fn check_all_differ(protocol: &Protocol, prepared: &Prepared) -> Result<()> {
+    let names: Vec<&str> = protocol.parts.iter().map(|part| part.name.as_str()).collect();
+    check_distinct(&names, "parts")?;
+    for (part, prepared) in protocol.parts.iter().zip(&prepared.parts) {
+        let layers: Vec<usize> = prepared.places.iter().map(|place| place.layer).collect();
+        check_distinct(&part.prompts, "prompts")
+            .and_then(|()| check_distinct(&prepared.words, "words"))
+            .and_then(|()| check_distinct(&layers, "layers"))
+            .and_then(|()| check_distinct(&part.doses, "doses"))
+            .and_then(|()| check_distinct(&part.conditions, "conditions"))
+            .at(|| format!("part {:?}", part.name))?;
+    }
+    Ok(())
+}
+
 /// Every vector that the trials need, once.
 fn contents<'a>(
     protocol: &Protocol,
@@ -310,6 +328,31 @@ mod tests {
         assert!((norm(&a.vector) / norm(&b.vector) - 1.0).abs() < 1e-5, "norm-matched");
         assert_eq!(concept.sampling.seed, random.sampling.seed);
         assert_eq!(concept.tokens, clean.tokens);
+    }
+
+    #[test]
+    fn no_two_trials_are_the_same() {
+        type Change<'a> = &'a dyn Fn(&mut Protocol, &mut Prepared);
+        let prepared = fake::prepared(&Protocol::builtin("demo").unwrap(), 30);
+        let changes: [(Change, &str); 6] = [
+            (&|protocol, _| protocol.parts[1].name = "readout".into(), "parts"),
+            (&|protocol, _| protocol.parts[1].prompts.push("cued".into()), "prompts"),
+            (
+                &|_, prepared| prepared.parts[1].words[0] = prepared.parts[1].words[1].clone(),
+                "words",
+            ),
+            (&|_, prepared| prepared.parts[1].places[0] = prepared.parts[1].places[1], "layers"),
+            (&|protocol, _| protocol.parts[1].doses.push(0.5), "doses"),
+            (&|protocol, _| protocol.parts[1].conditions.push(Condition::Random), "conditions"),
+        ];
+        for (change, field) in changes {
+            let (mut protocol, mut prepared) =
+                (Protocol::builtin("demo").unwrap(), prepared.clone());
+            let vectors = fake::vectors(&prepared);
+            change(&mut protocol, &mut prepared);
+            let error = Plan::new(&protocol, &prepared, &vectors).err().unwrap().to_string();
+            assert!(error.contains("twice") && error.contains(field), "{field}: {error}");
+        }
     }
 
     #[test]

@@ -305,7 +305,10 @@ fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -
     })
 }
 
-fn check_distinct<T: PartialEq + std::fmt::Debug>(values: &[T], field: &str) -> Result<()> {
+pub(super) fn check_distinct<T: PartialEq + std::fmt::Debug>(
+    values: &[T],
+    field: &str,
+) -> Result<()> {
     for (index, value) in values.iter().enumerate() {
         check(!values[..index].contains(value), || {
             Error::new("the same thing twice").at(field).got(format!("{value:?}"))

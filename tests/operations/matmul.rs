@@ -26,6 +26,8 @@ fn shapes() -> Vec<(usize, usize, usize)> {
     // writes whole ones itself.
     shapes.extend([33, 48, 64, 65, 80, 96, 112, 300].map(|m| (m, 49, 352)));
     shapes.extend([32, 48, 256].map(|m| (m, 64, 672)));
+    // Rows come in parts whose x stays in the cache: three.
+    shapes.push((520, 33, 2080));
     // Few rows take up to 8 panels at a time.
     shapes.extend([1, 2, 3, 4].map(|m| (m, 250, 65)));
     for n in [1, 15, 16, 17, 33, 50] {
@@ -164,6 +166,8 @@ fn matmul_of_bf16_by_kernels() {
 fn a_row_of_matmul_does_not_depend_on_its_batch() {
     check_rows::<f32>(100, &[0, 1, 5, 6, 95, 96, 99], (50, 600));
     check_rows::<bf16>(270, &[0, 1, 7, 8, 15, 16, 63, 64, 127, 128, 269], (72, 200));
+    // Rows in parts, and k too.
+    check_rows::<bf16>(400, &[0, 31, 127, 128, 159, 160, 191, 192, 300], (40, 2080));
 }
 
 /// Alone, in batches of several tiles, and in one of all rows.

@@ -130,7 +130,7 @@ fn rows_of_a_part(threads: usize, rows: usize, (n, k): (usize, usize)) -> usize 
     let most = if fits { rows } else { (STAYS / row).max(LEAST) };
     let parts = rows.div_ceil(most);
     let parts = if n * row <= CACHE { parts.max(threads.min(rows / LEAST)) } else { parts };
-    rows.div_ceil(parts.max(1)).next_multiple_of(2 * SIDE)
+    rows.div_ceil(parts).next_multiple_of(2 * SIDE)
 }
 
 /// Panels of a task of few rows: an even number with which all threads end at about the same time.
