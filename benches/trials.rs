@@ -31,7 +31,7 @@ fn trials(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((trials * NEW) as u64));
         group.bench_function(BenchmarkId::new(name, trials), |bencher| {
             bencher.iter(|| {
-                let jobs = workload.jobs(&config, trials);
+                let jobs = workload.jobs(&config);
                 engine.run_all(jobs, |_, finished| finished.map(|_| ())).unwrap();
             });
         });

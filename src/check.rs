@@ -442,7 +442,7 @@ fn model(kind: DeviceKind, config: &ModelConfig) -> Result<Vec<Comparison>> {
         vectors: 3,
         capture: (0..config.layers).collect(),
     };
-    let jobs: Vec<Job> = workload.jobs(config, workload.trials).collect();
+    let jobs: Vec<Job> = workload.jobs(config).collect();
     let run = |options: &Options| -> Result<Vec<Finished>> {
         let engine = Engine::start_random(config, options)?;
         let mut results = vec![Finished::default(); jobs.len()];

@@ -88,12 +88,12 @@ impl Workload {
         Ok(())
     }
 
-    /// The first `count` trials, made as they are asked for. Vectors that several trials share are
+    /// The trials, made as they are asked for. Vectors that several trials share are
     /// the same memory.
-    pub fn jobs(&self, config: &ModelConfig, count: usize) -> impl Iterator<Item = Job> {
+    pub fn jobs(&self, config: &ModelConfig) -> impl Iterator<Item = Job> {
         let shared = if self.vectors < self.trials { self.vectors } else { 0 };
         let shared: Vec<_> = (0..shared as u64).map(|seed| vector(config.dim, seed)).collect();
-        (0..count).map(move |trial| {
+        (0..self.trials).map(move |trial| {
             let vector = match shared.len() {
                 0 => vector(config.dim, trial as u64),
                 len => Arc::clone(&shared[trial % len]),
@@ -102,8 +102,23 @@ impl Workload {
         })
     }
 
+    /// What is run before the clock starts: a trial for each of the engine's `slots`, as long as the
+    /// measured ones but with most of its length in a prompt, another one than theirs, so that
+    /// nothing of theirs is known.
+    fn warm_up(&self, slots: usize) -> Self {
+        let new_tokens = self.new_tokens.min(4);
+        Self {
+            prompt_tokens: self.prompt_tokens + self.new_tokens - new_tokens,
+            new_tokens,
+            trials: self.trials.min(slots),
+            ..self.clone()
+        }
+    }
+
     fn job(&self, config: &ModelConfig, trial: usize, vector: Option<Arc<[f32]>>) -> Job {
-        let tokens = (0..self.prompt_tokens).map(|at| ((at * 7919 + 17) % config.vocab) as u32);
+        // Prompts of different lengths have nothing in common.
+        let tokens = (0..self.prompt_tokens)
+            .map(|at| ((at * 7919 + 17 * self.prompt_tokens) % config.vocab) as u32);
         let injection = vector.map(|vector| Injection {
             vector,
             site: Site::ResidPost,
@@ -135,19 +150,19 @@ impl Workload {
     }
 }
 
-/// Runs the workload once with few trials, which does not count, and once whole.
+/// Runs the workload, after a warm-up that has touched the memory it uses.
 ///
 /// # Errors
 /// It does not fit the model, or the device has failed.
 pub fn trials(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
     let config = engine.config();
     workload.check(config)?;
-    let run = |count: usize| {
-        engine.run_all(workload.jobs(config, count), |_, finished| finished.map(|_| ()))
+    let run = |workload: &Workload| {
+        engine.run_all(workload.jobs(config), |_, finished| finished.map(|_| ()))
     };
-    run(workload.trials.min(8))?;
+    run(&workload.warm_up(engine.slots()))?;
     let (before, start) = (engine.stats(), Instant::now());
-    run(workload.trials)?;
+    run(workload)?;
     Ok(report(workload, config, (before, engine.stats()), start.elapsed().as_secs_f64()))
 }
 

@@ -255,7 +255,7 @@ fn print(
             device: fingerprint.device.clone(),
             arithmetic: fingerprint.isa.clone(),
             model,
-            max_batch: subject.engine.options()?.max_batch,
+            max_batch: engine.slots(),
             matmul_flops_per_s: ceiling,
             share_of_ceiling: share,
             workload: report,

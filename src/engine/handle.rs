@@ -171,6 +171,11 @@ impl Engine {
         &self.config
     }
 
+    /// The most sequences in a step.
+    pub fn slots(&self) -> usize {
+        self.limits.slots
+    }
+
     /// What the bits of results depend on beside the job.
     pub fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint
