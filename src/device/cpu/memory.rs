@@ -133,6 +133,30 @@ impl<T> DerefMut for Memory<T> {
     }
 }
 
+/// What a thread works in: at the start of a cache line, so that no vector and no row of a tile lies in
+/// two.
+#[repr(C, align(64))]
+pub(crate) struct Aligned<T>(pub(crate) T);
+
+/// Likewise an array that grows as it is asked for.
+pub(crate) struct Grown<T>(Vec<T>);
+
+impl<T: Element + Default> Grown<T> {
+    pub(crate) const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// `len` elements; what they hold is open.
+    pub(crate) fn of(&mut self, len: usize) -> &mut [T] {
+        let room = len + ALIGNMENT / size_of::<T>();
+        if self.0.len() < room {
+            self.0.resize(room, T::default());
+        }
+        let start = self.0.as_ptr().align_offset(ALIGNMENT);
+        &mut self.0[start..][..len]
+    }
+}
+
 /// Puts arrays side by side in large pages, for those that live about as long as each other: memory
 /// is given back when all of a chunk are gone.
 #[derive(Default)]

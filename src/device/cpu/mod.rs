@@ -12,7 +12,7 @@ use pool::Pool;
 
 pub(crate) use isa::Kernel;
 pub use isa::{Isa, Products};
-pub(crate) use memory::{Arena, Memory};
+pub(crate) use memory::{Aligned, Arena, Grown, Memory};
 pub(crate) use shared::Shared;
 
 use crate::error::Result;

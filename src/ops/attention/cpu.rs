@@ -10,7 +10,7 @@ use super::{
     pairs::{self, Pairs},
 };
 use crate::{
-    device::cpu::{Cpu, Isa, Kernel, Shared, pairs::OfPages},
+    device::cpu::{Cpu, Grown, Isa, Kernel, Shared, pairs::OfPages},
     ops::{
         Float, Round,
         math::{LANES, exp, max, sum_lanes},
@@ -29,8 +29,8 @@ const PAGES: usize = TILE / PAGE;
 
 thread_local! {
     /// What a block works in; grown once.
-    static SCRATCH: RefCell<(Vec<f32>, pairs::Scratch)> =
-        const { RefCell::new((Vec::new(), pairs::Scratch::new())) };
+    static SCRATCH: RefCell<(Grown<f32>, pairs::Scratch)> =
+        const { RefCell::new((Grown::new(), pairs::Scratch::new())) };
 }
 
 pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
@@ -59,6 +59,8 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
         let mut list = [Row::default(); QUERIES];
         let count = rows.min(p.rows - first_row);
         list.iter_mut().zip(first_row..first_row + count).for_each(|(to, row)| *to = row_of(row));
+        let head_dim = p.cache.shape.head_dim;
+        let (head, width) = (kv_head * group + first, (p.heads + 2 * kv_heads) * head_dim);
         let block = Block {
             isa: cpu.isa(),
             rows: &list[..count],
@@ -66,29 +68,19 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
             kv_head,
             layer: p.layer,
             cache: p.cache,
+            queries: &p.qkv.host()[first_row * width + head * head_dim..],
+            width,
             soft_cap: p.soft_cap,
         };
-        let head_dim = block.head_dim();
-        let head = kv_head * group + first;
         SCRATCH.with_borrow_mut(|(scratch, of_pairs)| {
-            let needed = Scratch::len(head_dim);
-            if scratch.len() < needed {
-                scratch.resize(needed, 0.0);
-            }
-            let mut scratch = Scratch::cut(scratch, head_dim);
-            let width = (p.heads + 2 * kv_heads) * head_dim;
-            let len = block.heads * head_dim;
-            for row in 0..count {
-                let start = (first_row + row) * width + head * head_dim;
-                let queries = &p.qkv.host()[start..][..len];
-                scratch.queries[row * len..][..len].copy_from_slice(queries);
-            }
+            let mut scratch = Scratch::cut(scratch.of(Scratch::len(head_dim)), head_dim);
             cpu.isa().run(Fold(&block, &mut scratch, pages.map(|pages| (pages, of_pairs))));
+            let len = block.heads * head_dim;
             for (row, _) in block.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
                 let start = ((first_row + row) * p.heads + head) * head_dim;
                 // SAFETY: each task has its own rows and heads.
                 let out = unsafe { out.range(start, len) };
-                let queries = scratch.out.chunks_exact(block.width()).skip(row * block.heads);
+                let queries = scratch.out.chunks_exact(block.out_width()).skip(row * block.heads);
                 for (out, query) in out.chunks_exact_mut(head_dim).zip(queries) {
                     cpu.isa().run(Round(query, out));
                 }
@@ -134,6 +126,9 @@ pub(super) struct Block<'a, T> {
     pub(super) kv_head: usize,
     pub(super) layer: usize,
     pub(super) cache: &'a Cache<T>,
+    /// From the first row's first head on, rows `width` apart.
+    queries: &'a [f32],
+    width: usize,
     soft_cap: Option<f32>,
 }
 
@@ -191,28 +186,34 @@ impl<T: Float> Kernel for Fold<'_, '_, T> {
         let end = live().map(|row| row.positions).max().unwrap_or(0);
         let first = live().map(Row::first_tile).min().unwrap_or(0);
         let queries = block.rows.len() * block.heads;
-        scratch.start(0..queries, block.width());
-        let head_dim = block.head_dim();
+        scratch.start(0..queries, block.out_width());
         // Not in a closure, which would be compiled for every processor.
         let mut pairs = match pages {
-            Some((pages, of_pairs)) => {
-                let queries = &scratch.queries[..queries * head_dim];
-                Some(Pairs::new(pages, queries, head_dim, of_pairs))
+            Some((pages, of_pairs)) => Some(Pairs::new(pages, block, of_pairs)),
+            None => {
+                let queries = scratch.queries.chunks_mut(block.heads * block.head_dim());
+                for (row, to) in (0..block.rows.len()).zip(queries) {
+                    to.copy_from_slice(block.queries(row));
+                }
+                None
             }
-            None => None,
         };
         for tile in (first..end).step_by(TILE) {
             if tile.is_multiple_of(CHUNK) && tile > first {
                 block.close_chunk(tile, scratch);
             }
-            match &pairs {
-                Some(pairs) => block.scores_of_pairs(pairs, tile, scratch),
-                None => block.scores(tile, scratch),
-            }
-            block.exponentials(tile, scratch);
             match &mut pairs {
-                Some(pairs) => block.values_of_pairs(pairs, tile, scratch),
-                None => block.values(tile, scratch),
+                Some(pairs) => {
+                    pairs.scores(block, tile, of_pages(scratch.weights));
+                    block.exponentials(tile, scratch);
+                    let out = &mut scratch.out[..pairs::QUERIES * block.out_width()];
+                    pairs.values(block, tile, of_pages(scratch.weights), out);
+                }
+                None => {
+                    block.scores(tile, scratch);
+                    block.exponentials(tile, scratch);
+                    block.values(tile, scratch);
+                }
             }
         }
         block.finish(scratch);
@@ -249,13 +250,19 @@ impl Scratch<'_> {
 
 impl<T: Float> Block<'_, T> {
     #[inline(always)]
-    fn head_dim(&self) -> usize {
+    pub(super) fn head_dim(&self) -> usize {
         self.cache.shape.head_dim
+    }
+
+    /// The queries of a row: (heads, `head_dim`).
+    #[inline(always)]
+    pub(super) fn queries(&self, row: usize) -> &[f32] {
+        &self.queries[row * self.width..][..self.heads * self.head_dim()]
     }
 
     /// Floats from a query's output to the next's: whole lanes.
     #[inline(always)]
-    fn width(&self) -> usize {
+    fn out_width(&self) -> usize {
         self.head_dim().next_multiple_of(WIDTH)
     }
 
@@ -268,7 +275,7 @@ impl<T: Float> Block<'_, T> {
     /// Before the first tile of a chunk: what was folded is kept, and a new fold begun.
     #[inline(always)]
     fn close_chunk(&self, tile: usize, scratch: &mut Scratch) {
-        let width = self.width();
+        let width = self.out_width();
         for (at, row) in self.rows.iter().enumerate() {
             if !row.sees(tile) || row.first_tile() >= tile {
                 continue;
@@ -288,7 +295,7 @@ impl<T: Float> Block<'_, T> {
     /// Merges the last chunks, and divides.
     #[inline(always)]
     fn finish(&self, scratch: &mut Scratch) {
-        let width = self.width();
+        let width = self.out_width();
         for (at, row) in self.rows.iter().enumerate().filter(|(_, row)| row.positions > 0) {
             for q in at * self.heads..(at + 1) * self.heads {
                 scratch.merge(q, width, Self::is_first_chunk(row, row.positions - 1));
@@ -319,18 +326,16 @@ impl<T: Float> Block<'_, T> {
         (first + 1 + same, key)
     }
 
-    /// Scores of a tile; -infinity where a row does not see a position.
+    /// Scores of a tile, neither scaled nor masked, where a row reaches a page.
     #[inline(always)]
     fn scores(&self, tile: usize, scratch: &mut Scratch) {
-        let queries = self.rows.len() * self.heads;
-        scratch.weights[..queries * TILE].fill(f32::NEG_INFINITY);
         for block in 0..PAGES {
             let mut first = 0;
             while first < self.rows.len() {
                 let page_of = |row: &Row| self.page(row, tile, block).map(|(page, _)| page);
                 let (end, page) = self.alike(first, page_of);
                 if let Some(page) = page {
-                    self.page_scores((tile, block), page, first..end, scratch);
+                    self.page_scores(block, page, first..end, scratch);
                 }
                 first = end;
             }
@@ -338,13 +343,7 @@ impl<T: Float> Block<'_, T> {
     }
 
     #[inline(always)]
-    fn page_scores(
-        &self,
-        (tile, block): (usize, usize),
-        page: usize,
-        rows: Range<usize>,
-        scratch: &mut Scratch,
-    ) {
+    fn page_scores(&self, block: usize, page: usize, rows: Range<usize>, scratch: &mut Scratch) {
         let head_dim = self.head_dim();
         let shape = self.cache.page;
         let keys = shape.keys(self.cache.pages.host(), page, self.kv_head);
@@ -369,56 +368,59 @@ impl<T: Float> Block<'_, T> {
                 tile_of(self.isa, count, head_dim, x, w, &mut scores);
             }
             for (at, scores) in (q..).zip(&scores[..count]) {
-                let row = &self.rows[at / self.heads];
-                let first = row.unseen.saturating_sub(tile + block * PAGE).min(PAGE);
-                let last = row.reached(tile + block * PAGE);
-                let weights = &mut scratch.weights[at * TILE + block * PAGE..][..PAGE];
-                self.store(scores, first..last, weights);
+                scratch.weights[at * TILE + block * PAGE..][..PAGE].copy_from_slice(scores);
             }
             q += count;
         }
     }
 
-    /// Scaled and capped scores of the lanes that are seen.
-    #[inline(always)]
-    fn store(&self, scores: &[f32; PAGE], lanes: Range<usize>, weights: &mut [f32]) {
-        let scale = 1.0 / (self.head_dim() as f32).sqrt();
-        if self.soft_cap.is_none() && lanes == (0..PAGE) {
-            return weights.iter_mut().zip(scores).for_each(|(weight, s)| *weight = s * scale);
-        }
-        for lane in lanes {
-            weights[lane] = self.capped(scores[lane] * scale);
-        }
-    }
-
-    /// Scores become weights, and what was folded before is scaled to the new maximum.
+    /// Scores become weights, and what was folded before is scaled to the new maximum. (One thing after
+    /// another for all queries: in short loops the processor overlaps one query's chain with the next's.)
     #[inline(always)]
     fn exponentials(&self, tile: usize, scratch: &mut Scratch) {
-        let width = self.width();
-        for (at, row) in self.rows.iter().enumerate() {
-            if !row.sees(tile) {
-                continue;
-            }
+        let (all, width) = (scratch.weights.as_chunks_mut::<TILE>().0, self.out_width());
+        let mut keep = [1.0f32; QUERIES];
+        for (at, row) in self.rows.iter().enumerate().filter(|(_, row)| row.sees(tile)) {
+            let first = row.unseen.saturating_sub(tile).min(TILE);
+            let last = (row.positions - tile).min(TILE);
             for q in at * self.heads..(at + 1) * self.heads {
-                let weights = &mut scratch.weights[q * TILE..][..TILE];
-                let tile_max = max(self.isa, weights);
-                let old = scratch.max[q];
-                let grows = tile_max > old;
-                let new_max = if grows { tile_max } else { old };
+                self.mask(&mut all[q], first..last);
+                let (old, tile_max) = (scratch.max[q], max(self.isa, &all[q]));
+                if tile_max > old {
+                    scratch.max[q] = tile_max;
+                    keep[q] = exp(old - tile_max);
+                }
+            }
+        }
+        for (at, _) in self.rows.iter().enumerate().filter(|(_, row)| row.sees(tile)) {
+            for q in at * self.heads..(at + 1) * self.heads {
                 let mut lanes = [0.0f32; LANES];
-                for chunk in weights.as_chunks_mut::<LANES>().0 {
+                for chunk in all[q].as_chunks_mut::<LANES>().0 {
                     for lane in 0..LANES {
-                        chunk[lane] = exp(chunk[lane] - new_max);
+                        chunk[lane] = exp(chunk[lane] - scratch.max[q]);
                         lanes[lane] += chunk[lane];
                     }
                 }
-                if grows {
-                    let keep = exp(old - new_max);
-                    scratch.max[q] = new_max;
-                    scratch.sum[q] *= keep;
-                    scratch.out[q * width..][..width].iter_mut().for_each(|out| *out *= keep);
-                }
-                scratch.sum[q] += sum_lanes(lanes);
+                scratch.sum[q] = scratch.sum[q] * keep[q] + sum_lanes(lanes);
+            }
+        }
+        for (q, &keep) in keep.iter().enumerate().filter(|(_, keep)| **keep != 1.0) {
+            scratch.out[q * width..][..width].iter_mut().for_each(|out| *out *= keep);
+        }
+    }
+
+    /// Scaled and capped scores of the positions that are seen, -infinity for the others.
+    #[inline(always)]
+    fn mask(&self, scores: &mut [f32; TILE], seen: Range<usize>) {
+        let scale = 1.0 / (self.head_dim() as f32).sqrt();
+        scores.iter_mut().for_each(|score| *score *= scale);
+        if self.soft_cap.is_some() {
+            scores.iter_mut().for_each(|score| *score = self.capped(*score));
+        }
+        if seen != (0..TILE) {
+            let (first, last) = (seen.start as u32, seen.end as u32);
+            for (score, at) in scores.iter_mut().zip(0..) {
+                *score = if first <= at && at < last { *score } else { f32::NEG_INFINITY };
             }
         }
     }
@@ -466,7 +468,7 @@ impl<T: Float> Block<'_, T> {
         weights: &[f32],
         out: &mut [f32],
     ) {
-        let (head_dim, width) = (self.head_dim(), self.width());
+        let (head_dim, width) = (self.head_dim(), self.out_width());
         for first in queries.clone().step_by(SIDE_BY_SIDE) {
             let count = SIDE_BY_SIDE.min(queries.end - first);
             let x = Left { values: &weights[first * TILE..], row_stride: TILE, k_stride: 1 };
@@ -483,39 +485,6 @@ impl<T: Float> Block<'_, T> {
                 }
             }
         }
-    }
-
-    /// As [`Self::scores`], by products of pairs.
-    #[inline(always)]
-    fn scores_of_pairs(&self, pairs: &Pairs, tile: usize, scratch: &mut Scratch) {
-        let scores = of_pages(scratch.weights);
-        pairs.scores(self, tile, scores);
-        for (scores, row) in scores.chunks_mut(self.heads).zip(self.rows) {
-            let first = row.unseen.saturating_sub(tile).min(TILE);
-            let last = row.positions.saturating_sub(tile).min(TILE);
-            for scores in scores {
-                self.mask(scores, first..last);
-            }
-        }
-    }
-
-    /// As [`Self::values`], by products of pairs.
-    #[inline(always)]
-    fn values_of_pairs(&self, pairs: &mut Pairs, tile: usize, scratch: &mut Scratch) {
-        let out = &mut scratch.out[..pairs::QUERIES * self.width()];
-        pairs.values(self, tile, of_pages(scratch.weights), out);
-    }
-
-    /// Scaled and capped scores of the positions that are seen, -infinity for the others.
-    #[inline(always)]
-    fn mask(&self, scores: &mut [f32; TILE], seen: Range<usize>) {
-        let scale = 1.0 / (self.head_dim() as f32).sqrt();
-        scores.iter_mut().for_each(|score| *score *= scale);
-        if self.soft_cap.is_some() {
-            scores.iter_mut().for_each(|score| *score = self.capped(*score));
-        }
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end.max(seen.start)..].fill(f32::NEG_INFINITY);
     }
 
     #[inline(always)]

@@ -5,7 +5,10 @@ use half::bf16;
 
 use super::{PAGE, TILE, cpu::Block};
 use crate::{
-    device::cpu::pairs::{DEPTH, HalfTile, OfPages, PAGES, SIDE, Tile, add_pages, multiply_pages},
+    device::cpu::{
+        Aligned, Grown,
+        pairs::{DEPTH, HalfTile, OfPages, PAGES, SIDE, Tile, add_pages, multiply_pages},
+    },
     ops::Float,
 };
 
@@ -16,24 +19,27 @@ pub(super) const QUERIES: usize = SIDE;
 
 /// What a block's products work in.
 pub(super) struct Scratch {
-    /// `[head_dim / 32]`, zero-padded.
-    queries: Vec<Tile>,
-    weights: OfPages<bf16>,
-    /// Values of a page that are seen, zeros in place of the others.
-    seen: Vec<HalfTile>,
+    queries: Grown<bf16>,
+    weights: Aligned<OfPages<bf16>>,
+    seen: Grown<bf16>,
 }
 
 impl Scratch {
     pub(super) const fn new() -> Self {
-        let weights = [[bf16::ZERO; PAGES * SIDE]; SIDE];
-        Self { queries: Vec::new(), weights, seen: Vec::new() }
+        let weights = Aligned([[bf16::ZERO; PAGES * SIDE]; SIDE]);
+        Self { queries: Grown::new(), weights, seen: Grown::new() }
     }
 }
 
 /// The products of a block.
 pub(super) struct Pairs<'a> {
     pages: &'a [bf16],
-    scratch: &'a mut Scratch,
+    /// `[head_dim / 32]`, zero-padded.
+    queries: &'a [Tile],
+    /// Rounded.
+    weights: &'a mut OfPages<bf16>,
+    /// Values of a page that are seen, zeros in place of the others.
+    seen: &'a mut [HalfTile],
 }
 
 /// What a row sees of a tile: its pages, and how many positions from the tile's first to its own.
@@ -48,11 +54,6 @@ impl Seen {
         &self.pages[..self.positions.div_ceil(PAGE)]
     }
 
-    /// Pages all of which is seen.
-    fn whole(&self) -> usize {
-        self.positions / PAGE
-    }
-
     /// Whether one's pages begin with the other's.
     fn agrees(&self, other: &Self) -> bool {
         self.positions > 0
@@ -62,22 +63,30 @@ impl Seen {
 }
 
 impl<'a> Pairs<'a> {
-    /// queries: (queries, `head_dim`).
     #[inline(always)]
-    pub(super) fn new(
+    pub(super) fn new<T: Float>(
         pages: &'a [bf16],
-        queries: &[f32],
-        head_dim: usize,
+        block: &Block<'_, T>,
         scratch: &'a mut Scratch,
     ) -> Self {
-        scratch.queries.clear();
-        scratch.queries.resize(head_dim.div_ceil(DEPTH), [bf16::ZERO; SIDE * DEPTH]);
-        for (row, query) in queries.chunks_exact(head_dim).enumerate() {
-            for (tile, query) in scratch.queries.iter_mut().zip(query.chunks(DEPTH)) {
-                round(query, &mut tile[row * DEPTH..]);
+        let head_dim = block.head_dim();
+        let Scratch { queries: tiles, weights, seen } = scratch;
+        let tiles = tiles.of(head_dim.next_multiple_of(DEPTH) * SIDE).as_chunks_mut().0;
+        if !head_dim.is_multiple_of(DEPTH) {
+            tiles.fill([bf16::ZERO; SIDE * DEPTH]);
+        }
+        for row in 0..block.rows.len() {
+            let queries = block.queries(row).chunks_exact(head_dim);
+            for (at, query) in (row * block.heads..).zip(queries) {
+                for (tile, query) in tiles.iter_mut().zip(query.chunks(DEPTH)) {
+                    for (to, &value) in tile[at * DEPTH..].iter_mut().zip(query) {
+                        *to = Float::from_f32(value);
+                    }
+                }
             }
         }
-        Self { pages, scratch }
+        let seen = seen.of(head_dim.next_multiple_of(SIDE) * PAGE).as_chunks_mut().0;
+        Self { pages, queries: tiles, weights: &mut weights.0, seen }
     }
 
     /// Scores of a tile, neither scaled nor masked, of rows that see it. scores: (queries, TILE).
@@ -92,18 +101,14 @@ impl<'a> Pairs<'a> {
         while let Some((first, rows)) = groups.next() {
             // Pages that only some rows see are multiplied for all, and so are those beyond the last;
             // the mask takes care of it.
-            let mut longest = &rows[0];
-            for row in rows {
-                longest = if row.positions > longest.positions { row } else { longest };
-            }
-            let pages = longest.pages();
+            let pages = longest(rows).pages();
             let mut keys: [&[Tile]; PAGES] = [&[]; PAGES];
             for (at, keys) in keys.iter_mut().enumerate() {
                 let page = pages[at.min(pages.len() - 1)];
                 *keys = tiles(block.cache.page.keys(self.pages, page, block.kv_head));
             }
             let queries = first * block.heads..(first + rows.len()) * block.heads;
-            multiply_pages(block.isa, queries, &self.scratch.queries, keys, scores);
+            multiply_pages(block.isa, queries, self.queries, keys, scores);
         }
     }
 
@@ -116,46 +121,99 @@ impl<'a> Pairs<'a> {
         weights: &OfPages<f32>,
         out: &mut [f32],
     ) {
-        let Scratch { weights: rounded, seen, .. } = &mut *self.scratch;
-        for (weights, rounded) in weights.iter().zip(&mut *rounded) {
-            round(weights, rounded);
+        let weights = weights.as_flattened();
+        for (to, &weight) in self.weights.as_flattened_mut().iter_mut().zip(weights) {
+            *to = Float::from_f32(weight);
         }
         let mut groups = Groups::new(block, tile);
         while let Some((first, rows)) = groups.next() {
-            // What all rows see whole is added for all; the rest of each row's pages row by row.
-            let mut common = PAGES;
-            for row in rows {
-                common = common.min(row.whole());
+            let all = Rows { first, count: rows.len(), seen: *longest(rows), common: common(rows) };
+            if all.add(block, self.pages, self.weights, self.seen, out) {
+                continue;
             }
-            if common > 0 {
-                let mut list: [&[HalfTile]; PAGES] = [&[]; PAGES];
-                for (to, page) in list.iter_mut().zip(&rows[0].pages[..common]) {
-                    *to = half_tiles(block.cache.page.values(self.pages, *page, block.kv_head));
-                }
-                let queries = first * block.heads..(first + rows.len()) * block.heads;
-                add_pages(block.isa, queries, 0, rounded, &list[..common], out);
-            }
-            for (row, of_row) in (first..).zip(rows) {
-                let pages = of_row.pages();
-                if pages.len() == common {
-                    continue;
-                }
-                let mut list: [&[HalfTile]; PAGES] = [&[]; PAGES];
-                for (to, page) in list.iter_mut().zip(pages).skip(common) {
-                    *to = half_tiles(block.cache.page.values(self.pages, *page, block.kv_head));
-                }
-                let last = of_row.positions % PAGE;
-                if last > 0 {
-                    // Beyond what is seen the page may hold anything.
-                    copy_positions(list[pages.len() - 1], last, seen);
-                    list[pages.len() - 1] = seen;
-                }
-                let queries = row * block.heads..(row + 1) * block.heads;
-                let list = &list[common..pages.len()];
-                add_pages(block.isa, queries, common, rounded, list, out);
+            for (first, row) in (first..).zip(rows) {
+                let alone = Rows { first, count: 1, seen: *row, common: row.positions };
+                alone.add(block, self.pages, self.weights, self.seen, out);
             }
         }
     }
+}
+
+/// Rows whose values are added together.
+struct Rows {
+    first: usize,
+    count: usize,
+    /// By the one that reaches farthest.
+    seen: Seen,
+    /// Positions that all of them see.
+    common: usize,
+}
+
+impl Rows {
+    /// Whether it was done: a row's weights are zero where it sees nothing, but do not undo what is not a
+    /// number there, or infinite.
+    #[inline(always)]
+    fn add<T: Float>(
+        &self,
+        block: &Block<'_, T>,
+        pages: &[bf16],
+        weights: &OfPages<bf16>,
+        copy: &mut [HalfTile],
+        out: &mut [f32],
+    ) -> bool {
+        let seen = self.seen.pages();
+        let mut list: [&[HalfTile]; PAGES] = [&[]; PAGES];
+        for (to, page) in list.iter_mut().zip(seen) {
+            *to = half_tiles(block.cache.page.values(pages, *page, block.kv_head));
+        }
+        let list = &mut list[..seen.len()];
+        let last = self.seen.positions % PAGE;
+        if last > 0 {
+            // Beyond what is seen the page may hold anything.
+            copy_positions(list[seen.len() - 1], last, copy);
+            list[seen.len() - 1] = copy;
+        }
+        if self.common < self.seen.positions {
+            for values in &list[self.common / PAGE..] {
+                if !are_finite(values.as_flattened()) {
+                    return false;
+                }
+            }
+        }
+        let queries = self.first * block.heads..(self.first + self.count) * block.heads;
+        add_pages(block.isa, queries, 0, weights, list, out);
+        true
+    }
+}
+
+/// What the row sees that sees most.
+#[inline(always)]
+fn longest(rows: &[Seen]) -> &Seen {
+    let mut longest = &rows[0];
+    for row in rows {
+        longest = if row.positions > longest.positions { row } else { longest };
+    }
+    longest
+}
+
+/// Positions that all rows see.
+#[inline(always)]
+fn common(rows: &[Seen]) -> usize {
+    let mut common = TILE;
+    for row in rows {
+        common = common.min(row.positions);
+    }
+    common
+}
+
+#[inline(always)]
+fn are_finite(values: &[bf16]) -> bool {
+    const EXPONENT: u16 = 0x7f80;
+    let mut found = 0;
+    for value in values {
+        found |= u16::from(value.to_bits() & EXPONENT == EXPONENT);
+    }
+    found == 0
 }
 
 /// Groups of neighbouring rows whose pages of a tile agree. (Written as loops: what a closure does is
@@ -206,13 +264,6 @@ impl Groups {
 }
 
 #[inline(always)]
-fn round(values: &[f32], to: &mut [bf16]) {
-    for (to, &value) in to.iter_mut().zip(values) {
-        *to = Float::from_f32(value);
-    }
-}
-
-#[inline(always)]
 fn tiles(keys: &[bf16]) -> &[Tile] {
     keys.as_chunks().0
 }
@@ -224,16 +275,30 @@ fn half_tiles(values: &[bf16]) -> &[HalfTile] {
 
 /// Copies the first positions of a page's values; zeros take the place of the others.
 #[inline(always)]
-fn copy_positions(values: &[HalfTile], positions: usize, to: &mut Vec<HalfTile>) {
-    to.clear();
-    to.resize(values.len(), [bf16::ZERO; SIDE * SIDE]);
-    let whole = positions / 2 * DEPTH;
+fn copy_positions(values: &[HalfTile], positions: usize, to: &mut [HalfTile]) {
     for (values, to) in values.iter().zip(to) {
-        to[..whole].copy_from_slice(&values[..whole]);
-        if positions % 2 == 1 {
-            for column in 0..SIDE {
-                to[whole + 2 * column] = values[whole + 2 * column];
+        let pairs = values.as_chunks::<DEPTH>().0.iter().zip(to.as_chunks_mut::<DEPTH>().0);
+        for (pair, (values, to)) in pairs.enumerate() {
+            if 2 * pair + 1 < positions {
+                *to = *values;
+            } else if 2 * pair < positions {
+                for at in 0..DEPTH {
+                    to[at] = bf16::from_bits(values[at].to_bits() & FIRST[at]);
+                }
+            } else {
+                *to = [bf16::ZERO; DEPTH];
             }
         }
     }
 }
+
+/// Of each pair only the first.
+const FIRST: [u16; DEPTH] = {
+    let mut mask = [0; DEPTH];
+    let mut at = 0;
+    while at < DEPTH {
+        mask[at] = u16::MAX;
+        at += 2;
+    }
+    mask
+};

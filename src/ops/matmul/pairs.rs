@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     device::cpu::{
-        Cpu, Isa, Shared,
+        Aligned, Cpu, Isa, Shared,
         pairs::{
             Ahead, DEPTH, FEW, Left, SIDE, STEPS, Sums, Tile, is_few, multiply, multiply_few,
             multiply_into, reads_rows,
@@ -98,7 +98,7 @@ pub(super) fn run<T: Float>(
     if let (Left::Tiles(x), true) = (x, is_few(isa, rows)) {
         let chunk = panels_of_a_task(panels, cpu.threads());
         return cpu.parallel_chunks(panels, chunk, |panels| {
-            SUMS.with_borrow_mut(|sums| product.few(x, panels, sums.as_flattened_mut()));
+            SUMS.with_borrow_mut(|sums| product.few(x, panels, sums.0.as_flattened_mut()));
         });
     }
     let pairs = panels.div_ceil(2);
@@ -110,7 +110,9 @@ pub(super) fn run<T: Float>(
         let (first, chunk_at) = (task / of_part * len, task % of_part * chunk);
         let rows = first..rows.min(first + len);
         let pairs = chunk_at..pairs.min(chunk_at + chunk);
-        SUMS.with_borrow_mut(|sums| pairs.for_each(|pair| product.pair(rows.clone(), pair, sums)));
+        SUMS.with_borrow_mut(|sums| {
+            pairs.for_each(|pair| product.pair(rows.clone(), pair, &mut sums.0));
+        });
     });
 }
 
@@ -202,7 +204,8 @@ fn blocks_of_a_pass(isa: Isa, rows: usize, steps: usize) -> usize {
 
 thread_local! {
     /// The sums of a pass.
-    static SUMS: RefCell<[[Sums; 2]; BLOCKS]> = const { RefCell::new([[[[0.0; SIDE]; SIDE]; 2]; BLOCKS]) };
+    static SUMS: RefCell<Aligned<[[Sums; 2]; BLOCKS]>> =
+        const { RefCell::new(Aligned([[[[0.0; SIDE]; SIDE]; 2]; BLOCKS])) };
 }
 
 impl Product<'_> {
