@@ -8,6 +8,9 @@ mod dot;
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+
 use half::bf16;
 
 use super::{
@@ -86,6 +89,22 @@ impl Ahead {
     pub(crate) fn new(next: *const Tile, rows: usize) -> Self {
         Self { next, rows }
     }
+}
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Fetches a line to the L2 cache. Nothing is read: it may point anywhere.
+#[inline(always)]
+pub(crate) fn fetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe, reason = "it is unsafe in older compilers")]
+    // SAFETY: a prefetch reads nothing, wherever it points.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Whether products are of rows as they are.

@@ -205,13 +205,13 @@ impl<T: Float> Kernel for Fold<'_, '_, T> {
             match &mut pairs {
                 Some(pairs) => {
                     pairs.scores(block, tile, of_pages(scratch.weights));
-                    block.exponentials(tile, scratch);
+                    block.exponentials(tile, scratch, Some(pairs));
                     let out = &mut scratch.out[..pairs::QUERIES * block.out_width()];
                     pairs.values(block, tile, of_pages(scratch.weights), out);
                 }
                 None => {
                     block.scores(tile, scratch);
-                    block.exponentials(tile, scratch);
+                    block.exponentials(tile, scratch, None);
                     block.values(tile, scratch);
                 }
             }
@@ -377,7 +377,7 @@ impl<T: Float> Block<'_, T> {
     /// Scores become weights, and what was folded before is scaled to the new maximum. (One thing after
     /// another for all queries: in short loops the processor overlaps one query's chain with the next's.)
     #[inline(always)]
-    fn exponentials(&self, tile: usize, scratch: &mut Scratch) {
+    fn exponentials(&self, tile: usize, scratch: &mut Scratch, pairs: Option<&Pairs>) {
         let (all, width) = (scratch.weights.as_chunks_mut::<TILE>().0, self.out_width());
         let mut keep = [1.0f32; QUERIES];
         for (at, row) in self.rows.iter().enumerate().filter(|(_, row)| row.sees(tile)) {
@@ -393,7 +393,10 @@ impl<T: Float> Block<'_, T> {
             }
         }
         for (at, _) in self.rows.iter().enumerate().filter(|(_, row)| row.sees(tile)) {
-            for q in at * self.heads..(at + 1) * self.heads {
+            for (head, q) in (at * self.heads..(at + 1) * self.heads).enumerate() {
+                if let Some(pairs) = pairs {
+                    pairs.fetch(at, head, self.heads);
+                }
                 let mut lanes = [0.0f32; LANES];
                 for chunk in all[q].as_chunks_mut::<LANES>().0 {
                     for lane in 0..LANES {

@@ -7,7 +7,9 @@ use super::{PAGE, TILE, cpu::Block};
 use crate::{
     device::cpu::{
         Aligned, Grown,
-        pairs::{DEPTH, HalfTile, OfPages, PAGES, SIDE, Tile, add_pages, multiply_pages},
+        pairs::{
+            DEPTH, HalfTile, LINE, OfPages, PAGES, SIDE, Tile, add_pages, fetch, multiply_pages,
+        },
     },
     ops::Float,
 };
@@ -40,6 +42,8 @@ pub(super) struct Pairs<'a> {
     weights: &'a mut OfPages<bf16>,
     /// Values of a page that are seen, zeros in place of the others.
     seen: &'a mut [HalfTile],
+    /// The values of a tile that are wanted next: those of a group of rows at its first.
+    wanted: [[&'a [HalfTile]; PAGES]; QUERIES],
 }
 
 /// What a row sees of a tile: its pages, and how many positions from the tile's first to its own.
@@ -86,17 +90,33 @@ impl<'a> Pairs<'a> {
             }
         }
         let seen = seen.of(head_dim.next_multiple_of(SIDE) * PAGE).as_chunks_mut().0;
-        Self { pages, queries: tiles, weights: &mut weights.0, seen }
+        let wanted = [[&[][..]; PAGES]; QUERIES];
+        Self { pages, queries: tiles, weights: &mut weights.0, seen, wanted }
+    }
+
+    /// Fetches the part of a row's values that is one head's, of so many: while weights are computed,
+    /// memory would be idle.
+    #[inline(always)]
+    pub(super) fn fetch(&self, row: usize, head: usize, heads: usize) {
+        let [first, ..] = self.wanted[row];
+        let lines = size_of_val(first) / LINE;
+        let lines = lines * head / heads..lines * (head + 1) / heads;
+        for values in self.wanted[row].into_iter().take_while(|values| !values.is_empty()) {
+            for line in lines.clone() {
+                fetch(values.as_ptr().wrapping_byte_add(line * LINE));
+            }
+        }
     }
 
     /// Scores of a tile, neither scaled nor masked, of rows that see it. scores: (queries, TILE).
     #[inline(always)]
     pub(super) fn scores<T: Float>(
-        &self,
+        &mut self,
         block: &Block<'_, T>,
         tile: usize,
         scores: &mut OfPages<f32>,
     ) {
+        self.wanted = [[&[]; PAGES]; QUERIES];
         let mut groups = Groups::new(block, tile);
         while let Some((first, rows)) = groups.next() {
             // Pages that only some rows see are multiplied for all, and so are those beyond the last;
@@ -106,6 +126,9 @@ impl<'a> Pairs<'a> {
             for (at, keys) in keys.iter_mut().enumerate() {
                 let page = pages[at.min(pages.len() - 1)];
                 *keys = tiles(block.cache.page.keys(self.pages, page, block.kv_head));
+            }
+            for (to, &page) in self.wanted[first].iter_mut().zip(pages) {
+                *to = half_tiles(block.cache.page.values(self.pages, page, block.kv_head));
             }
             let queries = first * block.heads..(first + rows.len()) * block.heads;
             multiply_pages(block.isa, queries, self.queries, keys, scores);

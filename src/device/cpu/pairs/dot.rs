@@ -1,15 +1,15 @@
 //! Tiles multiplied by AVX-512's dot products of pairs, `vdpbf16ps`.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
 use std::ops::Range;
 
 use half::bf16;
 
-use super::{Ahead, DEPTH, HalfTile, OfPages, PAGES, SIDE, Sums, Tile};
+use super::{Ahead, DEPTH, HalfTile, LINE, OfPages, PAGES, SIDE, Sums, Tile, fetch};
 
 /// Two elements of k.
 type Pair = [bf16; 2];
@@ -19,9 +19,6 @@ type Lanes = [Pair; SIDE];
 /// Rows of a register tile: with 16 × 2 columns 16 sums, which hide an addition's latency, beside
 /// the weights and a pair of x.
 const ROWS: usize = 8;
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// What is fetched while something else is multiplied.
 struct Fetch {
     next: *const [u8; LINE],
@@ -33,11 +30,7 @@ impl Fetch {
     #[inline(always)]
     fn step(&mut self) {
         for _ in 0..self.lines {
-            // SAFETY: a prefetch reads nothing, wherever it points.
-            #[allow(unused_unsafe, reason = "it is unsafe in older compilers")]
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
-            }
+            fetch(self.next);
             self.next = self.next.wrapping_add(1);
         }
     }
