@@ -16,7 +16,7 @@ use inkling::{
 use crate::{
     reference::ops::{attention as attend, rms_norm, rope},
     tools::{Numbers, Stored, U, close, first_difference, nan_activations, nans},
-    tools::{on_every_device, read, read_rows, sizes, upload, widen},
+    tools::{on_every_device, on_every_family, read, read_rows, sizes, upload, widen},
 };
 
 /// Positions that a query sees: around a page (16), a tile (64) and a chunk (1,024).
@@ -478,6 +478,39 @@ fn rows_do_not_depend_on_how_they_are_divided() {
                 }
             }
             vec![rotated]
+        });
+    }
+}
+
+/// Keys and values that are infinite, as after an injection that is far too strong, spoil the rows that see
+/// them and none before. (The kernels multiply what they mask, so that rows of the same item are spoilt too.)
+#[test]
+fn what_a_row_does_not_see_is_nothing_to_it() {
+    for (group, head_dim) in [(3, 16), (1, 64)] {
+        let case = Case::new(1, group, head_dim);
+        let (width, last) = (case.width(), 75);
+        on_every_family::<bf16>(0, |device| {
+            let rope = RopeTable::new(device, BLOCKS * PAGE, head_dim, THETA).unwrap();
+            let mut run = |infinite: std::ops::Range<usize>| {
+                let mut cache = case.cache::<bf16>(device, &rope);
+                let mut rows_of = case.qkv[..last * width].to_vec();
+                let kv = 2 * case.kv_heads * head_dim;
+                for at in infinite {
+                    rows_of[(at + 1) * width - kv..(at + 1) * width].fill(f32::INFINITY);
+                }
+                let mut qkv = upload::<f32>(device, &rows_of, 0);
+                let list = rows(SLOT, 0..last);
+                append(device, case.heads, &mut qkv, &list, &rope, &mut cache);
+                case.attend_rows(device, &qkv, &list, alone, &cache)
+            };
+            let want = run(0..0);
+            for from in [1, 20, 63, 70] {
+                let got = run(from..last);
+                let (before, behind) = got.split_at(from * case.out_width());
+                assert_eq!(first_difference(before, &want[..before.len()]), None, "from {from}");
+                assert!(behind.iter().all(|v| v.is_nan()), "from {from}");
+            }
+            vec![want]
         });
     }
 }
