@@ -2,6 +2,7 @@
 //! else; exit codes: 0 done, 1 finished but something failed its check, 2 usage, configuration or
 //! environment.
 
+mod agreement;
 mod args;
 mod bench;
 mod check;
@@ -50,6 +51,7 @@ enum Command {
     Tokens(tokens::Args),
     Run(run::Args),
     Grade(grade::Args),
+    Agreement(agreement::Args),
     Report(report::Args),
     Table(table::Args),
     Generate(generate::Args),
@@ -68,6 +70,7 @@ impl Command {
             Self::Tokens(args) => tokens::execute(&args),
             Self::Run(args) => run::execute(&args),
             Self::Grade(args) => grade::execute(&args),
+            Self::Agreement(args) => agreement::execute(&args),
             Self::Report(args) => report::execute(&args),
             Self::Table(args) => table::execute(&args),
             Self::Generate(args) => generate::execute(&args),

@@ -3,6 +3,7 @@
 
 mod agreement;
 mod claims;
+pub mod compare;
 mod relations;
 mod text;
 

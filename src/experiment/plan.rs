@@ -12,7 +12,7 @@ use crate::{
         protocol_file::check_distinct,
         results::{Condition, PromptRecord, Trial},
         seeds::{self, Identity, InjectionIdentity, SCHEMA},
-        vectors::{ConceptVectors, SITE, random_vector},
+        vectors::{ConceptVectors, SITE, random_vector, shuffled_vector},
     },
     request::{Op, Sampling},
 };
@@ -263,6 +263,8 @@ fn contents<'a>(
                     Condition::Clean => continue,
                     Condition::Concept => concept.to_vec(),
                     Condition::Random => random_vector(protocol.seed, word, layer, concept),
+                    Condition::Negated => concept.iter().map(|value| -value).collect(),
+                    Condition::Shuffled => shuffled_vector(protocol.seed, word, layer, concept),
                 };
                 let hash = seeds::vector_hash(&vector);
                 let content = Content { vector: vector.into(), hash };
@@ -328,6 +330,28 @@ mod tests {
         assert!((norm(&a.vector) / norm(&b.vector) - 1.0).abs() < 1e-5, "norm-matched");
         assert_eq!(concept.sampling.seed, random.sampling.seed);
         assert_eq!(concept.tokens, clean.tokens);
+    }
+
+    #[test]
+    fn controls_are_made_of_the_concepts_vector() {
+        let mut protocol = Protocol::builtin("demo").unwrap();
+        protocol.parts[0].conditions = Condition::ALL.to_vec();
+        let prepared = fake::prepared(&protocol, 30);
+        let plan = plan_of(&protocol, &prepared);
+        let of = |condition| {
+            let mut trials = plan.trials();
+            let trial = trials.find(|t| t.cell.part == 0 && t.cell.condition == condition).unwrap();
+            plan.job(&trial).inject[0].vector.to_vec()
+        };
+        let concept = of(Condition::Concept);
+        let negated: Vec<f32> = concept.iter().map(|value| -value).collect();
+        assert_eq!(of(Condition::Negated), negated);
+        let (mut sorted, mut shuffled) = (concept.clone(), of(Condition::Shuffled));
+        sorted.sort_by(f32::total_cmp);
+        shuffled.sort_by(f32::total_cmp);
+        assert_eq!(shuffled, sorted);
+        let ids: std::collections::BTreeSet<String> = plan.trials().map(|trial| trial.id).collect();
+        assert_eq!(ids.len(), plan.grid().len());
     }
 
     #[test]

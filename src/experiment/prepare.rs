@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Context, Error, Result},
     experiment::{
-        protocol::{Chat, Part, Place, PromptPlan, Protocol, Window},
+        protocol::{Chat, Part, Place, PromptPlan, Protocol},
         results::{ModelRecord, PromptRecord, WordRecord},
         vectors::{ConceptVectors, vector_prompts},
     },
     model::{Model, Tokenizer},
-    request::{Marker, Message, Position, Request},
+    request::{Message, Request},
 };
 
 /// What planning and running need to know of the model: plain data.
@@ -221,7 +221,7 @@ fn render(
         ..Request::default()
     };
     let prompt = model.render(&request)?;
-    let window = filled_window(&plan.window, fill);
+    let window = plan.window.map_texts(fill);
     let (from, to) =
         prompt.window(window.from.as_ref(), window.to.as_ref()).at(|| "window".into())?;
     Ok(PromptRecord {
@@ -238,21 +238,13 @@ fn fill(text: &str, trial: u32, word: &str) -> String {
     text.replace("{trial}", &trial.to_string()).replace("{word}", &word.to_lowercase())
 }
 
-fn filled_window(window: &Window, fill: impl Fn(&str) -> String) -> Window {
-    let filled = |position: &Position| {
-        let mut position = position.clone();
-        if let Position::Marker(Marker::StartOf(span) | Marker::EndOf(span)) = &mut position {
-            span.text = fill(&span.text);
-        }
-        position
-    };
-    Window { from: window.from.as_ref().map(filled), to: window.to.as_ref().map(filled) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{Span, Turn};
+    use crate::{
+        experiment::protocol::Window,
+        request::{Marker, Position, Span, Turn},
+    };
 
     #[test]
     fn placeholders_are_filled_in_texts_and_windows() {
@@ -264,7 +256,7 @@ mod tests {
         };
         let marker = |text: &str| Some(Position::Marker(Marker::StartOf(span(text))));
         let window = Window { from: marker("\n\nTrial {trial}"), to: Some(Position::Index(-1)) };
-        let filled = filled_window(&window, |text| fill(text, 2, ""));
+        let filled = window.map_texts(|text| fill(text, 2, ""));
         assert_eq!(filled.from, marker("\n\nTrial 2"));
         assert_eq!(filled.to, Some(Position::Index(-1)));
     }

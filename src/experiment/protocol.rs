@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Context, Error, Result},
     experiment::{demo::Cut, protocol_file, results::Condition},
-    request::{Message, Position, StrengthMode, Thinking},
+    request::{Marker, Message, Position, StrengthMode, Thinking},
 };
 
 /// The protocols that come with the program: name, text.
-const BUILTIN: [(&str, &str); 2] = [
+const BUILTIN: [(&str, &str); 3] = [
     ("injected-thoughts", include_str!("../../experiments/injected-thoughts.toml")),
+    ("yes-bias", include_str!("../../experiments/yes-bias.toml")),
     ("demo", include_str!("../../experiments/demo.toml")),
 ];
 
@@ -100,8 +101,21 @@ pub struct PromptPlan {
     pub trial: u32,
     /// Whether it is a yes/no question, whose answer is read at the first generated token.
     pub yes_no: bool,
+    /// The right answer, where the question has one: it has nothing to do with injected thoughts, and
+    /// shows what vectors do to any answer.
+    pub answer: Option<Answer>,
     /// Where injections act.
     pub window: Window,
+}
+
+/// To a yes/no question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// Yes.
+    Yes,
+    /// No.
+    No,
 }
 
 /// Where injections act in a prompt.
@@ -112,6 +126,21 @@ pub struct Window {
     pub from: Option<Position>,
     /// End (not in it); absent: through every generated token.
     pub to: Option<Position>,
+}
+
+impl Window {
+    /// With the texts of its markers changed.
+    #[must_use]
+    pub(super) fn map_texts(&self, change: impl Fn(&str) -> String) -> Self {
+        let changed = |position: &Position| {
+            let mut position = position.clone();
+            if let Position::Marker(Marker::StartOf(span) | Marker::EndOf(span)) = &mut position {
+                span.text = change(&span.text);
+            }
+            position
+        };
+        Self { from: self.from.as_ref().map(changed), to: self.to.as_ref().map(changed) }
+    }
 }
 
 /// A grid of trials: prompts × words × layers × doses × conditions × repeats, and their clean
@@ -315,12 +344,12 @@ mod tests {
             assert_eq!(serde_json::from_value::<Protocol>(json).unwrap(), protocol);
         }
         let error = Protocol::open("dmeo").unwrap_err().to_string();
-        assert!(error.contains("injected-thoughts, demo"), "{error}");
+        assert!(error.contains("injected-thoughts, yes-bias, demo"), "{error}");
     }
 
     #[test]
     fn the_window_of_the_cued_prompt_opens_at_the_blank_line() {
-        for name in Protocol::builtins() {
+        for name in ["injected-thoughts", "yes-bias", "demo"] {
             let prompt = &Protocol::builtin(name).unwrap().prompts["cued"];
             let question = &prompt.turns.last().unwrap().content;
             assert!(question.contains("\n\nTrial {trial}: "), "{question}");

@@ -8,8 +8,8 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         protocol::{
-            Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe, VectorRecipe,
-            Window,
+            Answer, Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe,
+            VectorRecipe, Window,
         },
         results::Condition,
         words,
@@ -19,8 +19,8 @@ use crate::{
 
 /// The doses of a part that names none, in reference units.
 const DOSES: [f64; 4] = [0.125, 0.25, 0.5, 1.0];
-/// What texts may hold.
-const PLACEHOLDERS: [&str; 2] = ["word", "trial"];
+/// What texts may hold. A prompt's question is put in when the file is read.
+const PLACEHOLDERS: [&str; 3] = ["word", "trial", "question"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -66,20 +66,36 @@ enum Words {
     Inline(Vec<String>),
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PromptTable {
-    turns: Vec<TurnTable>,
+    like: Option<String>,
+    turns: Option<Vec<TurnTable>>,
+    question: Option<String>,
     prefill: Option<String>,
-    #[serde(default = "one")]
-    trial: u32,
-    #[serde(default = "yes")]
-    yes_no: bool,
-    #[serde(default)]
-    window: Window,
+    trial: Option<u32>,
+    yes_no: Option<bool>,
+    answer: Option<Answer>,
+    window: Option<Window>,
 }
 
-#[derive(Deserialize)]
+impl PromptTable {
+    /// With all that it does not say itself from another; the right answer belongs to a question alone.
+    fn like(self, other: Self) -> Self {
+        Self {
+            like: None,
+            turns: self.turns.or(other.turns),
+            question: self.question.or(other.question),
+            prefill: self.prefill.or(other.prefill),
+            trial: self.trial.or(other.trial),
+            yes_no: self.yes_no.or(other.yes_no),
+            answer: self.answer,
+            window: self.window.or(other.window),
+        }
+    }
+}
+
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TurnTable {
     role: String,
@@ -131,14 +147,6 @@ struct Evenly {
     evenly: usize,
 }
 
-fn one() -> u32 {
-    1
-}
-
-fn yes() -> bool {
-    true
-}
-
 fn reference() -> StrengthMode {
     StrengthMode::Reference
 }
@@ -159,9 +167,9 @@ pub(super) fn parse(text: &str, base: &Path) -> Result<Protocol> {
         check(!list.is_empty(), || Error::new("no answers").at(format!("answers.{name}")))?;
     }
     let mut prompts = BTreeMap::new();
-    for (name, table) in file.prompts {
-        let plan = prompt(table).at(|| format!("prompts.{name}"))?;
-        prompts.insert(name, plan);
+    for (name, table) in &file.prompts {
+        let plan = prompt(table.clone(), &file.prompts).at(|| format!("prompts.{name}"))?;
+        prompts.insert(name.clone(), plan);
     }
     check(!file.parts.is_empty(), || Error::new("the protocol has no parts").at("parts"))?;
     let mut parts: Vec<Part> = Vec::new();
@@ -226,9 +234,20 @@ fn read_words(words: Words, base: &Path) -> Result<Vec<String>> {
     }
 }
 
-fn prompt(table: PromptTable) -> Result<PromptPlan> {
-    check(!table.turns.is_empty(), || Error::new("a prompt without turns").at("turns"))?;
-    for (index, turn) in table.turns.iter().enumerate() {
+fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result<PromptPlan> {
+    if let Some(name) = table.like.take() {
+        let other = all.get(&name).filter(|other| other.like.is_none());
+        let other = other.ok_or_else(|| {
+            Error::new("not a prompt that another can be like")
+                .at("like")
+                .expected("the name of a prompt that is not like a third")
+                .got(format!("{name:?}"))
+        })?;
+        table = table.like(other.clone());
+    }
+    let turns = table.turns.unwrap_or_default();
+    check(!turns.is_empty(), || Error::new("a prompt without turns").at("turns"))?;
+    for (index, turn) in turns.iter().enumerate() {
         let place = || format!("turns[{index}]");
         check(["system", "user", "assistant"].contains(&turn.role.as_str()), || {
             Error::new("unknown role")
@@ -241,15 +260,31 @@ fn prompt(table: PromptTable) -> Result<PromptPlan> {
     if let Some(prefill) = &table.prefill {
         check_placeholders(prefill, &PLACEHOLDERS).at(|| "prefill".into())?;
     }
-    let message = |turn: TurnTable| Message { role: turn.role, content: turn.text };
+    let yes_no = table.yes_no.unwrap_or(true);
+    check(yes_no || table.answer.is_none(), || {
+        Error::new("only a yes/no question has a right answer").at("answer")
+    })?;
+    let asks = turns.iter().any(|turn| turn.text.contains(QUESTION));
+    check(asks == table.question.is_some(), || {
+        Error::new("a question goes with its place in the text")
+            .at("question")
+            .expected(format!("both `question` and {QUESTION} in a turn's text, or neither"))
+    })?;
+    let question = table.question.unwrap_or_default();
+    check_placeholders(&question, &["word", "trial"]).at(|| "question".into())?;
+    let ask = |text: &str| text.replace(QUESTION, &question);
+    let message = |turn: &TurnTable| Message { role: turn.role.clone(), content: ask(&turn.text) };
     Ok(PromptPlan {
-        turns: table.turns.into_iter().map(message).collect(),
-        prefill: table.prefill,
-        trial: table.trial,
-        yes_no: table.yes_no,
-        window: table.window,
+        turns: turns.iter().map(message).collect(),
+        prefill: table.prefill.as_deref().map(ask),
+        trial: table.trial.unwrap_or(1),
+        yes_no,
+        answer: table.answer,
+        window: table.window.unwrap_or_default().map_texts(ask),
     })
 }
+
+const QUESTION: &str = "{question}";
 
 /// A misspelt `{wrod}` would reach the model as it is.
 fn check_placeholders(text: &str, known: &[&str]) -> Result<()> {
@@ -377,9 +412,8 @@ fn conditions(given: Option<Vec<Condition>>) -> Result<Vec<Condition>> {
     let given = given.unwrap_or_else(|| vec![Condition::Concept, Condition::Random]);
     check_distinct(&given, "conditions")?;
     check(!given.is_empty(), || Error::new("no conditions").at("conditions"))?;
-    let known = [Condition::Clean, Condition::Concept, Condition::Random];
     let used = |condition: &Condition| *condition == Condition::Clean || given.contains(condition);
-    Ok(known.into_iter().filter(used).collect())
+    Ok(Condition::ALL.into_iter().filter(used).collect())
 }
 
 #[cfg(test)]

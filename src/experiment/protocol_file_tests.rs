@@ -54,12 +54,18 @@ fn mistakes_are_named() {
         ("depths = [0.5]", "depths = [0.5]\nrepeats = 0", "repeats"),
         ("depths = [0.5]", "depths = [0.5]\ntop_p = 1.5", "top_p"),
         ("depths = [0.5]", "depths = [0.5]\ntemperature = -1", "temperature"),
-        ("depths = [0.5]", "depths = [0.5]\nconditions = [\"negated\"]", "negated"),
+        ("depths = [0.5]", "depths = [0.5]\nconditions = [\"inverted\"]", "inverted"),
         ("\"Milk\"", "\"bread\"", "twice"),
         ("[\"ask\"]", "[\"asked\"]", "no such prompt"),
         ("kind = \"sample\"", "kind = \"readout\"\nmax_tokens = 5", "draws nothing"),
         ("kind = \"sample\"", "kind = \"readout\"\nrepeats = 2", "draws nothing"),
         ("{trial}", "{trail}", "{trail}"),
+        ("anything?", "{question}", "neither"),
+        ("[prompts.ask]", "[prompts.ask]\nquestion = \"Well?\"", "neither"),
+        ("[prompts.ask]", "[prompts.ask]\nlike = \"ask\"", "like"),
+        ("[prompts.ask]", "[prompts.ask]\nlike = \"none\"", "none"),
+        ("[prompts.ask]", "[prompts.ask]\nanswer = \"maybe\"", "maybe"),
+        ("[prompts.ask]", "[prompts.ask]\nanswer = \"no\"\nyes_no = false", "right answer"),
         ("role = \"user\"", "role = \"human\"", "human"),
         ("[\"Bread\", \"Milk\"]", "\"builtin:none\"", "no such word list"),
         ("name = \"small\"", "name = \" \"", "no name"),
@@ -77,6 +83,36 @@ fn mistakes_are_named() {
         SMALL.split_once("[[parts]]").map(|s| format!("[[parts]]{}", s.1)).unwrap()
     );
     assert!(read(&twice).unwrap_err().to_string().contains("two parts"));
+}
+
+#[test]
+fn a_prompt_like_another_asks_another_question() {
+    let asks = SMALL
+        .replace("anything?", "{question}")
+        .replace(
+            "[prompts.ask]",
+            r#"[prompts.ask]
+        question = "Anything?"
+        trial = 3
+        window = { from = { start_of = { text = "{question}", turn = "user.last" } } }"#,
+        )
+        .replace(
+            "[[parts]]",
+            r#"[prompts.sun]
+        like = "ask"
+        question = "Is the {word} cold?"
+        answer = "no"
+        [[parts]]"#,
+        );
+    let prompts = read(&asks).unwrap().prompts;
+    let (ask, sun) = (&prompts["ask"], &prompts["sun"]);
+    assert_eq!(ask.turns[0].content, "Trial {trial}: Anything?");
+    assert_eq!(sun.turns[0].content, "Trial {trial}: Is the {word} cold?");
+    assert_eq!((ask.answer, sun.answer), (None, Some(Answer::No)));
+    assert_eq!((sun.trial, sun.yes_no), (3, true));
+    let window = serde_json::to_string(&sun.window).unwrap();
+    assert!(window.contains("Is the {word} cold?"), "{window}");
+    assert!(sun.uses_word() && !ask.uses_word());
 }
 
 #[test]

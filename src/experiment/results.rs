@@ -56,6 +56,16 @@ pub enum Condition {
     Concept,
     /// A random vector of the concept vector's norm.
     Random,
+    /// The concept's vector with its sign turned.
+    Negated,
+    /// The concept's vector with its coordinates in another order: the same norm and the same outliers.
+    Shuffled,
+}
+
+impl Condition {
+    /// In canonical order.
+    pub const ALL: [Self; 5] =
+        [Self::Clean, Self::Concept, Self::Random, Self::Negated, Self::Shuffled];
 }
 
 /// The first generated token as an answer to a yes/no question.

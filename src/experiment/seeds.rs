@@ -20,9 +20,9 @@ pub fn seed(run_seed: u64, prompt: &str, concept: &str, repeat: u32) -> u64 {
     first_u64(&digest(&("seed", run_seed, prompt, concept, repeat)))
 }
 
-/// The key of a random vector's numbers.
-pub fn vector_key(run_seed: u64, concept: &str, layer: usize) -> u64 {
-    first_u64(&digest(&("random", run_seed, concept, layer)))
+/// The key of the numbers that a control vector is made of; `control` names its kind.
+pub fn vector_key(control: &str, run_seed: u64, concept: &str, layer: usize) -> u64 {
+    first_u64(&digest(&(control, run_seed, concept, layer)))
 }
 
 /// Hash of a vector's content: 32 hex digits.

@@ -409,3 +409,45 @@ pub fn smallest_effect(alarms: f64, hits_n: f64, alarms_n: f64) -> Option<f64> {
     };
     (1..=1000).map(|step| f64::from(step) / 1000.0).find(|e| alarms + e <= 1.0 && found(alarms + e))
 }
+
+/// A rate corrected for a judge's errors.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Corrected {
+    /// (p + Sp − 1) / (Se + Sp − 1), kept in 0..=1.
+    pub share: f64,
+    /// Its interval.
+    pub interval: Interval,
+}
+
+/// The true rate behind a judge's (Rogan and Gladen 1978), from its yes of all trials, its yes of those
+/// that are yes (Se) and its no of those that are no (Sp); the interval is that of Lang and Reiczigel 2014,
+/// which adds pseudo-counts and takes the errors of all three into account. `None` where one of them has
+/// no trials, or the judge is no better than chance (Se + Sp ≤ 1).
+pub fn rogan_gladen(apparent: Count, found: Count, spared: Count) -> Option<Corrected> {
+    let (p, se, sp) = (apparent.share()?, found.share()?, spared.share()?);
+    if se + sp <= 1.0 {
+        return None;
+    }
+    let z2 = Z * Z;
+    // Counts with `more` pseudo-trials, half of them hits.
+    let padded = |c: Count, more: f64| {
+        let n = c.n as f64 + more;
+        ((c.k as f64 + more / 2.0) / n, n)
+    };
+    let ((p_z, n), (se_1, n_se), (sp_1, n_sp)) =
+        (padded(apparent, z2), padded(found, 2.0), padded(spared, 2.0));
+    let youden = se_1 + sp_1 - 1.0;
+    let share = (p_z + sp_1 - 1.0) / youden;
+    let (v_se, v_sp) = (se_1 * (1.0 - se_1) / n_se, sp_1 * (1.0 - sp_1) / n_sp);
+    let shift = 2.0 * z2 * (share * v_se - (1.0 - share) * v_sp);
+    let spread = p_z * (1.0 - p_z) / n + share * share * v_se + (1.0 - share).powi(2) * v_sp;
+    let half = Z * spread.sqrt() / youden;
+    let within = |x: f64| x.clamp(0.0, 1.0);
+    Some(Corrected {
+        share: within((p + sp - 1.0) / (se + sp - 1.0)),
+        interval: Interval {
+            low: within(share + shift - half),
+            high: within(share + shift + half),
+        },
+    })
+}

@@ -245,12 +245,22 @@ impl ConceptVectors {
 /// A Gaussian direction with the norm of `like`; its numbers come from the run seed, the concept
 /// and the layer alone. Norms are taken in f64.
 pub fn random_vector(run_seed: u64, concept: &str, layer: usize, like: &[f32]) -> Vec<f32> {
-    let key = seeds::vector_key(run_seed, concept, layer);
+    let key = seeds::vector_key("random", run_seed, concept, layer);
     let numbers: Vec<f64> = (0..like.len() as u32).map(|index| normal(key, index)).collect();
     let norm = |squares: f64| squares.sqrt();
     let target = norm(like.iter().map(|v| f64::from(*v).powi(2)).sum());
     let scale = target / norm(numbers.iter().map(|v| v * v).sum());
     numbers.iter().map(|value| (value * scale) as f32).collect()
+}
+
+/// The numbers of `like` in another order, which comes from the run seed, the concept and the layer
+/// alone.
+pub fn shuffled_vector(run_seed: u64, concept: &str, layer: usize, like: &[f32]) -> Vec<f32> {
+    let key = seeds::vector_key("shuffled", run_seed, concept, layer);
+    let mut drawn: Vec<(f64, f32)> =
+        (0..).zip(like).map(|(index, value)| (normal(key, index), *value)).collect();
+    drawn.sort_by(|a, b| a.0.total_cmp(&b.0));
+    drawn.into_iter().map(|(_, value)| value).collect()
 }
 
 #[cfg(test)]
@@ -320,5 +330,19 @@ mod tests {
         ] {
             assert!((dot(&other) / norm(&like).powi(2)).abs() < 0.2, "nearly orthogonal");
         }
+    }
+
+    #[test]
+    fn shuffled_vectors_have_the_same_numbers_elsewhere() {
+        let like: Vec<f32> = (0..576).map(|i| i as f32).collect();
+        let a = shuffled_vector(1, "Bread", 24, &like);
+        let mut sorted = a.clone();
+        sorted.sort_by(f32::total_cmp);
+        assert_eq!(sorted, like);
+        let kept = |b: &[f32], c: &[f32]| b.iter().zip(c).filter(|(b, c)| b == c).count();
+        assert_eq!(kept(&a, &shuffled_vector(1, "Bread", 24, &like)), 576);
+        assert!(kept(&a, &like) < 10);
+        assert!(kept(&a, &shuffled_vector(1, "Bread", 25, &like)) < 10);
+        assert!(kept(&a, &shuffled_vector(1, "Milk", 24, &like)) < 10);
     }
 }

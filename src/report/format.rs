@@ -1,6 +1,6 @@
 //! Numbers as they are printed everywhere.
 
-use super::tables::{Cell, Scope};
+use super::tables::{BiasRow, BiasTable, Cell, Scope};
 use crate::{
     experiment::{
         results::Condition,
@@ -88,7 +88,29 @@ pub(super) fn condition(condition: Condition) -> &'static str {
         Condition::Clean => "clean",
         Condition::Concept => "concept",
         Condition::Random => "random",
+        Condition::Negated => "negated",
+        Condition::Shuffled => "shuffled",
     }
+}
+
+/// What the concept vectors of all cells do to yes, in a sentence.
+pub(super) fn pushed(table: &BiasTable) -> Option<String> {
+    let of_all = |row: &&BiasRow| (row.condition, row.scope) == (Condition::Concept, Scope::All);
+    let row = table.rows.iter().find(of_all)?;
+    let interval = row.interval?;
+    let more = if interval.low > 0.0 {
+        "more than whatever else is asked"
+    } else {
+        "no more than whatever else is asked, so that a yes is no sign of noticing"
+    };
+    Some(format!(
+        "Over all cells concept vectors shift the answer towards yes by {} nats where thoughts are asked \
+         about and by {} where not (net {} {}): {more}.",
+        decimal(row.asked.shift, 2),
+        decimal(row.unrelated.shift, 2),
+        decimal(row.net_shift, 2),
+        decimals(interval)
+    ))
 }
 
 /// A number with three significant digits; `–` where there is none.

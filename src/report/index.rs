@@ -111,6 +111,11 @@ impl<'a> Index<'a> {
         hash.finish()
     }
 
+    /// The right answer to a prompt's question, where it has one.
+    pub fn answer(&self, prompt: &str) -> Option<&str> {
+        self.manifest.protocol.get("prompts")?.get(prompt)?.get("answer")?.as_str()
+    }
+
     /// The word's place in the run's list.
     pub fn word(&self, word: &str) -> Option<usize> {
         self.manifest.words.iter().position(|record| record.word == word)

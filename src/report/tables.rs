@@ -1,5 +1,6 @@
 //! Counts and rates of every part: what the pages and the text are written from.
 
+mod bias;
 mod read;
 mod receipts;
 mod replies;
@@ -81,8 +82,10 @@ pub struct Tables {
     pub progress: Progress,
     /// What was changed in the stream, by part and cell.
     pub receipts: Vec<ReceiptRow>,
-    /// One for each prompt of a readout part.
+    /// One for each prompt of a readout part, but for questions with a right answer.
     pub reads: Vec<ReadTable>,
+    /// One for each part that asks such questions beside others.
+    pub biases: Vec<BiasTable>,
     /// One for each prompt of a sampled part.
     pub replies: Vec<ReplyTable>,
 }
@@ -154,6 +157,54 @@ pub struct MarginCell {
     pub mass: f64,
     /// Median margin under concept and random vectors.
     pub medians: (f64, f64),
+}
+
+/// What vectors do to the first token of an answer, where the question is about injected thoughts and
+/// where it is not and the answer is no.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BiasTable {
+    /// The part.
+    pub part: String,
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// Prompts without a right answer.
+    pub asked: Vec<String>,
+    /// Unrelated questions whose answer is no.
+    pub unrelated: Vec<String>,
+    /// Questions with a right answer that the clean model gets right.
+    pub right: Count,
+    /// Clean prompts that are answered yes: asked, unrelated.
+    pub clean: (Count, Count),
+    /// Condition by scope: all, each dose, each cell.
+    pub rows: Vec<BiasRow>,
+}
+
+/// One condition's pushes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BiasRow {
+    /// What was injected.
+    pub condition: Condition,
+    /// Which cells.
+    pub scope: Scope,
+    /// On the questions about thoughts.
+    pub asked: Push,
+    /// On the unrelated ones.
+    pub unrelated: Push,
+    /// Shift where asked minus shift where unrelated, nats.
+    pub net_shift: f64,
+    /// Of `net_shift`, by resampling concepts; `None` below 20.
+    pub interval: Option<Interval>,
+}
+
+/// What a vector does to the answer's first token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Push {
+    /// Trials in which yes is more likely than no.
+    pub yes: Rate,
+    /// Mean of the yes/no margin minus that of the clean partner, nats.
+    pub shift: f64,
+    /// Mean probability of yes and no together.
+    pub mass: f64,
 }
 
 /// What the replies say.
@@ -230,9 +281,29 @@ pub(super) fn build(index: &Index) -> Tables {
             ungraded: replies.filter(|e| e.grade.is_none()).count() as u64,
         },
         receipts: index.groups.iter().flat_map(receipts::rows).collect(),
-        reads: index.of_kind(Kind::Readout).map(|g| read::table(g, index)).collect(),
+        reads: index
+            .of_kind(Kind::Readout)
+            .filter(|group| index.answer(group.prompt).is_none())
+            .map(|group| read::table(group, index))
+            .collect(),
+        biases: bias::tables(index),
         replies: index.of_kind(Kind::Sampled).map(|g| replies::table(g, index)).collect(),
     }
+}
+
+/// All conditions but clean.
+const INJECTED: [Condition; 4] =
+    [Condition::Concept, Condition::Random, Condition::Negated, Condition::Shuffled];
+
+/// All cells, each dose, each cell.
+fn scopes(cells: Vec<Cell>) -> Vec<Scope> {
+    let mut doses: Vec<_> = cells.iter().map(|cell| cell.dose).collect();
+    doses.sort_by(f64::total_cmp);
+    doses.dedup();
+    let mut scopes = vec![Scope::All];
+    scopes.extend(doses.into_iter().map(Scope::Dose));
+    scopes.extend(cells.into_iter().map(Scope::Cell));
+    scopes
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {

@@ -283,6 +283,68 @@ fn rates_are_by_condition_and_scope() {
     assert_eq!(tables.receipts[0].ratio, Some(0.25));
 }
 
+/// Concepts shift the answer of `cued` by 2 and that of the other questions by ½, random vectors both by
+/// ½. The clean model says no to everything.
+fn bias() -> Run {
+    let mut trials = Vec::new();
+    for (prompt, clean) in [("cued", -1.0), ("sun", -2.0), ("fish", -1.0)] {
+        let mut push = |mut one: Trial, margin| {
+            one.prompt = prompt.into();
+            one.id = format!("{} {prompt}", one.id);
+            one.first = Some(FirstAnswer { margin, p_yes: 0.4, mass: 0.3, entropy: 2.0 });
+            one.clean = one
+                .layer
+                .map(|_| format!("{} {prompt}", trial("bias", Condition::Clean, "", None, 0).id));
+            trials.push(one);
+        };
+        push(trial("bias", Condition::Clean, "", None, 0), clean);
+        for cell in cells() {
+            for at in 0..24 {
+                let shift = if prompt == "cued" { 2.0 } else { 0.5 };
+                push(trial("bias", Condition::Concept, &word(at), Some(cell), 0), clean + shift);
+                push(trial("bias", Condition::Random, &word(at), Some(cell), 0), clean + 0.5);
+            }
+        }
+    }
+    let mut run = run_of(trials, Vec::new());
+    run.manifest.protocol = json!({
+        "name": "yes-bias",
+        "prompts": {"cued": {"answer": null}, "sun": {"answer": "no"}, "fish": {"answer": "yes"}},
+    });
+    run
+}
+
+#[test]
+fn a_push_that_unrelated_questions_share_is_taken_off() {
+    let run = bias();
+    let tables = tables(&run);
+    let prompts: Vec<_> = tables.reads.iter().map(|table| table.prompt.as_str()).collect();
+    assert_eq!(prompts, ["cued"], "questions with an answer are no readouts of their own");
+    let [table] = &tables.biases[..] else { panic!("one part") };
+    assert_eq!(
+        (&table.asked[..], &table.unrelated[..]),
+        (&["cued".into()][..], &["sun".into()][..])
+    );
+    assert_eq!(table.right, Count { k: 1, n: 2 }, "fish is answered no");
+    assert_eq!(table.clean, (Count { k: 0, n: 1 }, Count { k: 0, n: 1 }));
+    let row = |condition, scope| {
+        *table.rows.iter().find(|r| r.condition == condition && r.scope == scope).unwrap()
+    };
+    let concept = row(Condition::Concept, Scope::All);
+    assert_eq!(concept.asked.yes.count, Count { k: 96, n: 96 });
+    assert_eq!(concept.unrelated.yes.count, Count { k: 0, n: 96 });
+    assert_eq!((concept.asked.shift, concept.unrelated.shift), (2.0, 0.5));
+    assert_eq!((concept.net_shift, concept.interval.unwrap().low), (1.5, 1.5));
+    let random = row(Condition::Random, Scope::Dose(0.5));
+    assert_eq!(random.net_shift, 0.0);
+    assert!(html(&run).contains("<h2>Is “yes” just pushed up?</h2>"));
+    let text = text(&run);
+    assert!(text.contains("clean: 1/2 right, yes to 0/1 asked and 0/1 unrelated"), "{text}");
+    assert!(text.contains("(net 1.50 [1.50, 1.50])"), "{text}");
+    let demo = demo();
+    assert!(self::tables(&demo).biases.is_empty() && !html(&demo).contains("just pushed up"));
+}
+
 #[test]
 fn receipts_that_do_not_balance_are_flagged() {
     let mut run = demo();

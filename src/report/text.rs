@@ -2,12 +2,12 @@
 
 use super::{
     format::{
-        axes, cells, condition, count, decimal, decimals, number, percent, points, rate, scope,
-        signed, thousands, unit,
+        axes, cells, condition, count, decimal, decimals, number, percent, points, pushed, rate,
+        scope, signed, thousands, unit,
     },
     headline::Headline,
     index::Index,
-    tables::{ReadTable, ReplyTable, Scope, Tables},
+    tables::{BiasTable, ReadTable, ReplyTable, Scope, Tables},
 };
 
 const WIDTH: usize = 96;
@@ -28,6 +28,9 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
     out += &wrap(&headline.to_string());
     for table in &tables.reads {
         out += &read(table);
+    }
+    for table in &tables.biases {
+        out += &bias(table);
     }
     for table in &tables.replies {
         out += &replies(table);
@@ -67,6 +70,32 @@ fn read(table: &ReadTable) -> String {
         table.prompt,
         align(&rows)
     )
+}
+
+fn bias(table: &BiasTable) -> String {
+    let head = ["condition", "cells", "yes, asked", "yes, unrelated", "shift", "net shift"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for row in table.rows.iter().filter(|row| !matches!(row.scope, Scope::Cell(_))) {
+        let interval = row.interval.map_or(String::new(), decimals);
+        rows.push(vec![
+            condition(row.condition).into(),
+            cells(row.condition, &row.scope),
+            rate(&row.asked.yes),
+            rate(&row.unrelated.yes),
+            format!("{} | {}", decimal(row.asked.shift, 2), decimal(row.unrelated.shift, 2)),
+            format!("{} {interval}", decimal(row.net_shift, 2)),
+        ]);
+    }
+    format!(
+        "\nIs yes just pushed up? Questions about thoughts against unrelated ones whose answer is no \
+         (dose {}) [{}]\nclean: {} right, yes to {} asked and {} unrelated\n{}",
+        unit(table.mode),
+        table.part,
+        count(table.right),
+        count(table.clean.0),
+        count(table.clean.1),
+        align(&rows)
+    ) + &pushed(table).map_or(String::new(), |sentence| wrap(&sentence))
 }
 
 fn replies(table: &ReplyTable) -> String {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Case, JUDGE, Relations, grade_cases};
 use crate::{
@@ -85,15 +85,16 @@ pub enum Flaw {
     NoAnswer,
 }
 
-/// Replies by verdict of rules and reader.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Replies by the verdicts of two judges, of whom the second is taken at its word where rates are
+/// called precision, recall and specificity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Both say yes.
     pub both: usize,
-    /// Only the rules say yes.
-    pub rules_only: usize,
-    /// Only the reader says yes.
-    pub reader_only: usize,
+    /// Only the first says yes.
+    pub first_only: usize,
+    /// Only the second says yes.
+    pub second_only: usize,
     /// Both say no.
     pub neither: usize,
 }
@@ -101,7 +102,7 @@ pub struct Counts {
 impl Counts {
     /// All replies.
     pub fn total(&self) -> usize {
-        self.both + self.rules_only + self.reader_only + self.neither
+        self.both + self.first_only + self.second_only + self.neither
     }
 
     /// Share of equal verdicts; none without replies.
@@ -109,30 +110,49 @@ impl Counts {
         ratio(self.both + self.neither, self.total())
     }
 
-    /// Share of the rules' yes that the reader shares; none where the rules never say yes.
+    /// Share of the first's yes that the second shares; none where the first never says yes.
     pub fn precision(&self) -> Option<f64> {
-        ratio(self.both, self.both + self.rules_only)
+        ratio(self.both, self.both + self.first_only)
     }
 
-    /// Share of the reader's yes that the rules find; none where the reader never says yes.
+    /// Share of the second's yes that the first finds; none where the second never says yes.
     pub fn recall(&self) -> Option<f64> {
-        ratio(self.both, self.both + self.reader_only)
+        ratio(self.both, self.both + self.second_only)
     }
 
-    /// Share of the reader's no that the rules share; none where the reader always says yes.
+    /// Share of the second's no that the first shares; none where the second always says yes.
     pub fn specificity(&self) -> Option<f64> {
-        ratio(self.neither, self.neither + self.rules_only)
+        ratio(self.neither, self.neither + self.first_only)
     }
 
     /// Cohen's kappa, (agreement − chance)/(1 − chance) with chance from both sides' own rates;
     /// none where both always say the same one thing.
     pub fn kappa(&self) -> Option<f64> {
         let total = self.total() as f64;
-        let (rules, reader) = (self.both + self.rules_only, self.both + self.reader_only);
-        let (rules, reader) = (rules as f64 / total, reader as f64 / total);
-        let chance = rules * reader + (1.0 - rules) * (1.0 - reader);
+        let (first, second) = (self.both + self.first_only, self.both + self.second_only);
+        let (first, second) = (first as f64 / total, second as f64 / total);
+        let chance = first * second + (1.0 - first) * (1.0 - second);
         let kappa = (self.accuracy()? - chance) / (1.0 - chance);
         kappa.is_finite().then_some(kappa)
+    }
+
+    /// Gwet's AC1 (Gwet 2008), the same with chance 2π(1 − π), π the mean of both sides' rates: it
+    /// does not collapse where one answer is rare, as kappa does. None without replies.
+    pub fn ac1(&self) -> Option<f64> {
+        let yes = 2 * self.both + self.first_only + self.second_only;
+        let share = ratio(yes, 2 * self.total())?;
+        let chance = 2.0 * share * (1.0 - share);
+        Some((self.accuracy()? - chance) / (1.0 - chance))
+    }
+
+    /// Counts one more reply.
+    pub fn add(&mut self, first: bool, second: bool) {
+        *match (first, second) {
+            (true, true) => &mut self.both,
+            (true, false) => &mut self.first_only,
+            (false, true) => &mut self.second_only,
+            (false, false) => &mut self.neither,
+        } += 1;
     }
 }
 
@@ -172,7 +192,7 @@ impl fmt::Display for Agreement {
             ("claims then names", self.claims_then_names),
         ];
         for (name, counts) in rows {
-            write!(f, "\n{name:<18}{:>10}", counts.both + counts.reader_only)?;
+            write!(f, "\n{name:<18}{:>10}", counts.both + counts.second_only)?;
             let numbers = [counts.accuracy(), counts.precision(), counts.recall(), counts.kappa()];
             for number in numbers {
                 let text = number.map_or("n/a".into(), |number| format!("{number:.2}"));
@@ -226,11 +246,10 @@ pub(super) fn compare(labels: &[&Label], chosen: &[&Label]) -> Result<Agreement>
         if !chosen.iter().any(|other| other.id == label.id) {
             continue;
         }
-        count(&mut result.coherent, grade.coherent.yes, label.coherent);
-        count(&mut result.claims, grade.claims.yes, label.claims);
-        count(&mut result.mentions, grade.mentions.yes, label.mentions);
-        let names = &mut result.claims_then_names;
-        count(names, grade.claims_then_names.yes, label.claims_then_names);
+        result.coherent.add(grade.coherent.yes, label.coherent);
+        result.claims.add(grade.claims.yes, label.claims);
+        result.mentions.add(grade.mentions.yes, label.mentions);
+        result.claims_then_names.add(grade.claims_then_names.yes, label.claims_then_names);
         if let Some(flaw) = label.why {
             let (passed, all) = result.flaws.entry(flaw).or_default();
             *passed += usize::from(grade.coherent.yes);
@@ -249,13 +268,4 @@ fn case(label: &Label) -> Case<'_> {
         text: &label.text,
         nll: label.nll,
     }
-}
-
-fn count(counts: &mut Counts, rules: bool, reader: bool) {
-    *match (rules, reader) {
-        (true, true) => &mut counts.both,
-        (true, false) => &mut counts.rules_only,
-        (false, true) => &mut counts.reader_only,
-        (false, false) => &mut counts.neither,
-    } += 1;
 }

@@ -166,7 +166,7 @@ fn few_clean_replies_are_said_so() {
 
 #[test]
 fn counts_give_the_textbook_numbers() {
-    let counts = Counts { both: 20, rules_only: 5, reader_only: 10, neither: 15 };
+    let counts = Counts { both: 20, first_only: 5, second_only: 10, neither: 15 };
     let near = |number: Option<f64>, want: f64| (number.unwrap() - want).abs() < 1e-12;
     assert!(near(counts.accuracy(), 0.7) && near(counts.precision(), 0.8));
     assert!(near(counts.recall(), 2.0 / 3.0) && near(counts.specificity(), 0.75));

@@ -134,3 +134,39 @@ fn smallest_effect_has_the_textbook_sample_size() {
     close(smallest_effect(0.1, 199.0, 199.0).unwrap(), 0.1, 1.5e-3);
     assert_eq!(smallest_effect(0.1, 1.0, 1.0), None);
 }
+
+#[test]
+fn a_rate_is_corrected_for_the_judges_errors() {
+    let count = |k, n| Count { k, n };
+    let of = |apparent, found, spared| rogan_gladen(apparent, found, spared);
+    let got = of(count(90, 300), count(40, 50), count(90, 100)).unwrap();
+    close(got.share, (0.3 + 0.9 - 1.0) / (0.8 + 0.9 - 1.0), 1e-12);
+    assert!(got.interval.low < got.share && got.share < got.interval.high);
+    // Fewer yes than the false alarms alone would give: none.
+    assert_eq!(of(count(1, 300), count(40, 50), count(90, 100)).unwrap().share, 0.0);
+    assert_eq!(of(count(9, 30), count(1, 2), count(1, 2)), None, "no better than chance");
+    assert_eq!(of(count(9, 30), count(0, 0), count(9, 10)), None, "nothing to learn Se from");
+    // A judge that is known well and never errs leaves the interval of the rate itself.
+    let sure = of(count(10, 50), count(100_000, 100_000), count(100_000, 100_000)).unwrap();
+    close(sure.interval.low, 0.112, 0.01);
+    close(sure.interval.high, 0.330, 0.01);
+}
+
+#[test]
+fn corrected_intervals_cover_the_truth() {
+    let mut state = 7;
+    let mut draw = |n: u64, p: f64| {
+        let hit = |state: &mut u64| (split_mix(state) >> 11) as f64 / (1_u64 << 53) as f64 <= p;
+        Count { k: (0..n).filter(|_| hit(&mut state)).count() as u64, n }
+    };
+    for (truth, se, sp) in [(0.1, 0.8, 0.95), (0.5, 0.7, 0.8), (0.02, 0.9, 0.9)] {
+        let mut covered = 0;
+        for _ in 0..1000 {
+            let apparent = draw(300, truth * se + (1.0 - truth) * (1.0 - sp));
+            let (found, spared) = (draw(50, se), draw(100, sp));
+            let interval = rogan_gladen(apparent, found, spared).unwrap().interval;
+            covered += u32::from(interval.low <= truth && truth <= interval.high);
+        }
+        assert!(covered >= 930, "{covered} of 1000 at {truth}, {se}, {sp}");
+    }
+}

@@ -1,6 +1,7 @@
 //! The HTML report, section by section.
 
 mod about;
+mod bias;
 mod heat;
 mod prompts;
 mod readout;
@@ -26,6 +27,7 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         ("receipts", "What was changed", receipts::html(tables)),
         ("readout", "What the logits show", readout::html(index, tables, headline)),
         ("margins", "Yes or no, without sampling", readout::margins(tables)),
+        ("bias", "Is “yes” just pushed up?", bias::html(tables)),
         ("replies", "What the replies say", replies::html(tables)),
         ("detection", "Hits against false alarms", replies::detection(tables)),
         ("ramp", "One word, dose by dose", transcripts::ramp(index)),

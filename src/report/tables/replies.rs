@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Contrast, Entry, Group, Index, ReplyArm, ReplyTable, Scope, clusters, concepts};
+use super::{
+    Contrast, Entry, Group, INJECTED, Index, ReplyArm, ReplyTable, Scope, clusters, concepts,
+    scopes,
+};
 use crate::experiment::{
     results::{Condition, Grade},
     stats::{self, Arms, Count, Pairs},
@@ -10,13 +13,6 @@ use crate::experiment::{
 
 pub(super) fn table(group: &Group, index: &Index) -> ReplyTable {
     let concepts = concepts(group);
-    let cells = group.cells();
-    let mut doses: Vec<_> = cells.iter().map(|cell| cell.dose).collect();
-    doses.sort_by(f64::total_cmp);
-    doses.dedup();
-    let mut scopes = vec![Scope::All];
-    scopes.extend(doses.into_iter().map(Scope::Dose));
-    scopes.extend(cells.into_iter().map(Scope::Cell));
     let of = |condition, scope: Option<Scope>| -> Vec<Entry> {
         let inside = |e: &&Entry| match scope {
             Some(scope) => e.cell().is_some_and(|cell| scope.holds(cell)),
@@ -29,11 +25,12 @@ pub(super) fn table(group: &Group, index: &Index) -> ReplyTable {
     let mut arms = Vec::new();
     arms.extend(reply_arm(Condition::Clean, Scope::All, &concepts, &clean));
     let mut rows = Vec::new();
-    for scope in scopes {
+    for scope in scopes(group.cells()) {
         let concept = of(Condition::Concept, Some(scope));
         let random = of(Condition::Random, Some(scope));
-        arms.extend(reply_arm(Condition::Concept, scope, &concepts, &concept));
-        arms.extend(reply_arm(Condition::Random, scope, &concepts, &random));
+        for condition in INJECTED {
+            arms.extend(reply_arm(condition, scope, &concepts, &of(condition, Some(scope))));
+        }
         rows.push(ContrastArms::new(scope, &concepts, &concept, &random, &clean));
     }
     let seed = index.seed(&format!("replies {} {}", group.part, group.prompt));
