@@ -554,8 +554,9 @@ fn a_bench_counts_what_it_ran() {
     };
     let (shared, whole) = (run(&[]), run(&["--no-share"]));
     assert_eq!(shared["trials"], 6);
-    // Ten rows of each trial through two of four blocks, and four rows of drawn tokens through all.
-    assert_eq!(shared["layer_rows"], 6 * (10 * 2 + 4 * 4));
+    // The prompt through all four blocks, ten rows of each trial through two of them, and four rows of
+    // drawn tokens through all.
+    assert_eq!(shared["layer_rows"], 40 * 4 + 6 * (10 * 2 + 4 * 4));
     assert_eq!(whole["layer_rows"], 6 * (40 * 4 + 4 * 4));
     assert!(shared["new_tokens_per_s"].as_f64().unwrap() > 0.0);
 }

@@ -155,6 +155,7 @@ impl Cuda {
     pub fn gpu(ordinal: usize) -> Result<Self> {
         if FATBINS.is_empty() {
             return Err(Error::new("this build has no GPU kernels")
+                .at(format!("cuda:{ordinal}"))
                 .expected("nvcc 13.0 when it was built")
                 .hint("run scripts/install-nvcc.sh, set NVCC and build again"));
         }

@@ -491,7 +491,7 @@ fn what_a_row_does_not_see_is_nothing_to_it() {
         let (width, last) = (case.width(), 75);
         on_every_family::<bf16>(0, |device| {
             let rope = RopeTable::new(device, BLOCKS * PAGE, head_dim, THETA).unwrap();
-            let mut run = |infinite: std::ops::Range<usize>| {
+            let run = |infinite: std::ops::Range<usize>| {
                 let mut cache = case.cache::<bf16>(device, &rope);
                 let mut rows_of = case.qkv[..last * width].to_vec();
                 let kv = 2 * case.kv_heads * head_dim;

@@ -17,7 +17,7 @@ pub(super) fn html(tables: &Tables) -> String {
                  is no. A vector that only makes “yes” likelier does so there too; one that is noticed \
                  does it where the question is about injected thoughts. Shift: log-probability of yes \
                  minus that of no at the first token, less the same without an injection (nats). Net: \
-                 asked minus unrelated, with its interval.";
+                 asked minus unrelated; intervals are over words, and hold for these questions.";
     paragraph(intro) + &parts
 }
 
