@@ -19,7 +19,7 @@ use crate::{
         self, Shard, Summary, Ways,
         grid::{Grid, PartOutline},
         prepare::prepare,
-        protocol::Protocol,
+        protocol::{Protocol, Setting},
         results::PromptRecord,
     },
     files,
@@ -45,6 +45,9 @@ pub struct Args {
     /// Instead of the protocol's seed
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// Set a field of the protocol, as in parts.sampled.count=5 or parts.0.doses=[0.5]; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    settings: Vec<Setting>,
     /// Show the prompts, their windows and the number of trials, and run nothing
     #[arg(long)]
     dry_run: bool,
@@ -74,7 +77,7 @@ struct Shown<'a> {
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.protocol else { return list() };
-    let mut protocol = Protocol::open(name)?;
+    let mut protocol = Protocol::open(name, &args.settings)?;
     protocol.seed = args.seed.unwrap_or(protocol.seed);
     if args.dry_run {
         return dry_run(&protocol, &args.model.open()?, args.json);

@@ -2,7 +2,7 @@
 //!
 //! [`Protocol`] is the resolved form that a run's manifest keeps; `protocol_file` reads the TOML.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, str::FromStr};
 
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
@@ -14,11 +14,70 @@ use crate::{
 };
 
 /// The protocols that come with the program: name, text.
-const BUILTIN: [(&str, &str); 3] = [
+const BUILTIN: [(&str, &str); 4] = [
     ("injected-thoughts", include_str!("../../experiments/injected-thoughts.toml")),
+    ("variants", include_str!("../../experiments/variants.toml")),
     ("yes-bias", include_str!("../../experiments/yes-bias.toml")),
     ("demo", include_str!("../../experiments/demo.toml")),
 ];
+
+/// A field of a protocol's file and what it is set to, as `parts.sampled.count = 5` has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Setting {
+    /// Keys, from the top; a number or a `name` picks one of a list.
+    path: String,
+    value: toml::Value,
+}
+
+impl FromStr for Setting {
+    type Err = Error;
+    /// `KEY=VALUE`; a value that is no TOML is a string.
+    fn from_str(text: &str) -> Result<Self> {
+        let parts = text.split_once('=').filter(|(path, _)| !path.trim().is_empty());
+        let (path, value) = parts.ok_or_else(|| {
+            Error::new("not a setting").expected("KEY=VALUE, as in parts.sampled.count=5").got(text)
+        })?;
+        let (path, value) = (path.trim().to_owned(), value.trim());
+        let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
+        let value = match parsed.ok().and_then(|mut table| table.remove("value")) {
+            Some(value) => value,
+            None => toml::Value::String(value.to_owned()),
+        };
+        Ok(Self { path, value })
+    }
+}
+
+impl Setting {
+    /// Puts it into a protocol's table.
+    pub(super) fn apply(&self, table: &mut toml::Table) -> Result<()> {
+        let missing = |key: &str| {
+            Error::new("nothing of that name in the protocol").at(self.path.clone()).got(key)
+        };
+        let (parents, last) = match self.path.rsplit_once('.') {
+            Some((parents, last)) => (parents.split('.').collect(), last),
+            None => (Vec::new(), self.path.as_str()),
+        };
+        let mut table = table;
+        let mut parents = parents.into_iter();
+        while let Some(key) = parents.next() {
+            table = match table.get_mut(key) {
+                Some(toml::Value::Table(inner)) => inner,
+                Some(toml::Value::Array(list)) => {
+                    let key = parents.next().ok_or_else(|| missing(last))?;
+                    let named = |item: &toml::Value| {
+                        item.get("name").and_then(toml::Value::as_str) == Some(key)
+                    };
+                    let at = key.parse().ok().or(list.iter().position(named));
+                    let item = at.and_then(|at: usize| list.get_mut(at));
+                    item.and_then(toml::Value::as_table_mut).ok_or_else(|| missing(key))?
+                }
+                _ => return Err(missing(key)),
+            };
+        }
+        table.insert(last.to_owned(), self.value.clone());
+        Ok(())
+    }
+}
 
 /// An experiment, resolved: word lists read in, defaults filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -271,7 +330,7 @@ impl Protocol {
 
     /// A protocol that comes with the program.
     pub fn builtin(name: &str) -> Result<Self> {
-        Self::parse(Self::builtin_text(name)?, &format!("builtin:{name}"))
+        Self::parse(Self::builtin_text(name)?, &format!("builtin:{name}"), &[])
     }
 
     /// The TOML text of a protocol that comes with the program, to start an own one from.
@@ -285,20 +344,21 @@ impl Protocol {
         })
     }
 
-    /// A built-in protocol by its name, or a file by its path.
-    pub fn open(name_or_path: &str) -> Result<Self> {
+    /// A built-in protocol by its name, or a file by its path, with these fields set otherwise.
+    pub fn open(name_or_path: &str, settings: &[Setting]) -> Result<Self> {
         let path = Path::new(name_or_path);
         if path.is_file() || path.extension().is_some_and(|ext| ext == "toml") {
-            Self::parse(&fs::read_to_string(path)?, name_or_path)
+            Self::parse(&fs::read_to_string(path)?, name_or_path, settings)
         } else {
-            Self::builtin(name_or_path)
+            let text = Self::builtin_text(name_or_path)?;
+            Self::parse(text, &format!("builtin:{name_or_path}"), settings)
         }
     }
 
     /// Reads a protocol. `place` names it in errors; word lists are looked for in its folder.
-    pub fn parse(text: &str, place: &str) -> Result<Self> {
+    pub fn parse(text: &str, place: &str, settings: &[Setting]) -> Result<Self> {
         let base = Path::new(place).parent().unwrap_or(Path::new(""));
-        protocol_file::parse(text, base).at(|| place.to_owned())
+        protocol_file::parse(text, base, settings).at(|| place.to_owned())
     }
 
     /// The protocol as it was before anything was cut.
@@ -343,13 +403,13 @@ mod tests {
             let json = serde_json::to_value(&protocol).unwrap();
             assert_eq!(serde_json::from_value::<Protocol>(json).unwrap(), protocol);
         }
-        let error = Protocol::open("dmeo").unwrap_err().to_string();
-        assert!(error.contains("injected-thoughts, yes-bias, demo"), "{error}");
+        let error = Protocol::open("dmeo", &[]).unwrap_err().to_string();
+        assert!(error.contains("injected-thoughts, variants, yes-bias, demo"), "{error}");
     }
 
     #[test]
     fn the_window_of_the_cued_prompt_opens_at_the_blank_line() {
-        for name in ["injected-thoughts", "yes-bias", "demo"] {
+        for name in ["injected-thoughts", "variants", "yes-bias", "demo"] {
             let prompt = &Protocol::builtin(name).unwrap().prompts["cued"];
             let question = &prompt.turns.last().unwrap().content;
             assert!(question.contains("\n\nTrial {trial}: "), "{question}");

@@ -8,7 +8,7 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         protocol::{
-            Answer, Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe,
+            Answer, Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe, Setting,
             VectorRecipe, Window,
         },
         results::Condition,
@@ -152,9 +152,17 @@ fn reference() -> StrengthMode {
 }
 
 /// Reads and checks; word lists are looked for in `base`.
-pub(super) fn parse(text: &str, base: &Path) -> Result<Protocol> {
-    let file: File = toml::from_str(text)
-        .map_err(|error| Error::new("not a protocol").got(error.to_string().trim_end()))?;
+pub(super) fn parse(text: &str, base: &Path, settings: &[Setting]) -> Result<Protocol> {
+    let broken =
+        |error: toml::de::Error| Error::new("not a protocol").got(error.to_string().trim_end());
+    // The text itself where nothing is set: its errors know their lines.
+    let file: File = if settings.is_empty() {
+        toml::from_str(text).map_err(broken)?
+    } else {
+        let mut table: toml::Table = toml::from_str(text).map_err(broken)?;
+        settings.iter().try_for_each(|setting| setting.apply(&mut table))?;
+        table.try_into().map_err(broken)?
+    };
     if file.name.trim().is_empty() {
         return Err(Error::new("the protocol has no name").at("name"));
     }

@@ -13,7 +13,7 @@ depths = [0.5]
 "#;
 
 fn read(text: &str) -> Result<Protocol> {
-    Protocol::parse(text, "small.toml")
+    Protocol::parse(text, "small.toml", &[])
 }
 
 #[test]
@@ -113,6 +113,48 @@ fn a_prompt_like_another_asks_another_question() {
     let window = serde_json::to_string(&sun.window).unwrap();
     assert!(window.contains("Is the {word} cold?"), "{window}");
     assert!(sun.uses_word() && !ask.uses_word());
+}
+
+#[test]
+fn fields_are_set_from_outside() {
+    let with = |settings: &[&str]| {
+        let settings: Vec<Setting> = settings.iter().map(|text| text.parse().unwrap()).collect();
+        Protocol::parse(SMALL, "small.toml", &settings)
+    };
+    let protocol = with(&[
+        "seed=7",
+        "parts.one.count = 1",
+        "parts.0.doses=[0.5, 2]",
+        "vectors.template=x",
+        "prompts.ask.turns.0.text=Well = {trial}?",
+    ]);
+    assert!(
+        protocol.unwrap_err().to_string().contains("vectors"),
+        "there is no such table to set in"
+    );
+    let protocol = with(&[
+        "seed=7",
+        "parts.one.count = 1",
+        "parts.0.doses=[0.5, 2]",
+        "vectors={ template = \"On {word}\" }",
+        "prompts.ask.turns.0.text=Well = {trial}?",
+    ])
+    .unwrap();
+    assert_eq!((protocol.seed, protocol.parts[0].count), (7, Some(1)));
+    assert_eq!(protocol.parts[0].doses, [0.5, 2.0]);
+    assert_eq!(protocol.vectors.template, "On {word}");
+    assert_eq!(protocol.prompts["ask"].turns[0].content, "Well = {trial}?");
+    for (setting, want) in [
+        ("parts.two.count=1", "two"),
+        ("parts.one.cuont=1", "cuont"),
+        ("parts.9.count=1", "9"),
+        ("name.x=1", "name"),
+        ("parts.one.count=many", "many"),
+    ] {
+        let error = with(&[setting]).unwrap_err().to_string();
+        assert!(error.contains(want) && error.contains("small.toml"), "{setting}: {error}");
+    }
+    assert!("seed".parse::<Setting>().is_err() && "=1".parse::<Setting>().is_err());
 }
 
 #[test]

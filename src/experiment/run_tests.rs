@@ -30,7 +30,7 @@ max_tokens = 20
 "#;
 
 fn small() -> Protocol {
-    Protocol::parse(SMALL, "small.toml").unwrap()
+    Protocol::parse(SMALL, "small.toml", &[]).unwrap()
 }
 
 fn go_with(

@@ -459,7 +459,7 @@ fn pitfall_9_protocols_draw_at_temperature_one() {
         }
     }
     draw_replies.dedup();
-    assert_eq!(draw_replies, ["injected-thoughts", "demo"]);
+    assert_eq!(draw_replies, ["injected-thoughts", "variants", "demo"]);
 }
 
 /// A template that prints the BOS and a tokenizer that adds one give one.

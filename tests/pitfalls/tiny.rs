@@ -183,7 +183,7 @@ max_tokens = 6
 /// Two words in concept and random trials, read out and sampled twice.
 pub fn protocol(words: &str, layers: &str, doses: &str) -> Protocol {
     let text = PROTOCOL.replace("WORDS", words).replace("LAYERS", layers);
-    Protocol::parse(&text.replace("DOSES", doses), "tiny.toml").unwrap()
+    Protocol::parse(&text.replace("DOSES", doses), "tiny.toml", &[]).unwrap()
 }
 
 /// Runs a protocol into a folder, or the rest of it.
