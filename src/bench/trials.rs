@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use serde::Serialize;
 
 use crate::{
-    engine::{Capture, Engine, Injection, Job, Stats},
+    engine::{Capture, Engine, Finished, Injection, Job, Stats},
     error::{Error, Result},
     model::ModelConfig,
     ops::philox::normal,
@@ -88,8 +88,8 @@ impl Workload {
         Ok(())
     }
 
-    /// The trials, made as they are asked for. Vectors that several trials share are
-    /// the same memory.
+    /// The trials, made as they are asked for. Vectors that several trials share are the same
+    /// memory.
     pub fn jobs(&self, config: &ModelConfig) -> impl Iterator<Item = Job> {
         let shared = if self.vectors < self.trials { self.vectors } else { 0 };
         let shared: Vec<_> = (0..shared as u64).map(|seed| vector(config.dim, seed)).collect();
@@ -105,20 +105,23 @@ impl Workload {
     /// What is run before the clock starts: a trial for each of the engine's `slots`, as long as the
     /// measured ones but with most of its length in a prompt, another one than theirs, so that
     /// nothing of theirs is known.
-    fn warm_up(&self, slots: usize) -> Self {
+    fn warm_up(&self, config: &ModelConfig, slots: usize) -> Vec<Job> {
         let new_tokens = self.new_tokens.min(4);
-        Self {
+        let workload = Self {
             prompt_tokens: self.prompt_tokens + self.new_tokens - new_tokens,
             new_tokens,
             trials: self.trials.min(slots),
             ..self.clone()
+        };
+        let mut jobs: Vec<Job> = workload.jobs(config).collect();
+        for token in jobs.iter_mut().flat_map(|job| &mut job.tokens) {
+            *token = (*token + 1) % config.vocab as u32;
         }
+        jobs
     }
 
     fn job(&self, config: &ModelConfig, trial: usize, vector: Option<Arc<[f32]>>) -> Job {
-        // Prompts of different lengths have nothing in common.
-        let tokens = (0..self.prompt_tokens)
-            .map(|at| ((at * 7919 + 17 * self.prompt_tokens) % config.vocab) as u32);
+        let tokens = (0..self.prompt_tokens).map(|at| ((at * 7919 + 17) % config.vocab) as u32);
         let injection = vector.map(|vector| Injection {
             vector,
             site: Site::ResidPost,
@@ -157,12 +160,10 @@ impl Workload {
 pub fn trials(engine: &Engine, workload: &Workload) -> Result<WorkloadReport> {
     let config = engine.config();
     workload.check(config)?;
-    let run = |workload: &Workload| {
-        engine.run_all(workload.jobs(config), |_, finished| finished.map(|_| ()))
-    };
-    run(&workload.warm_up(engine.slots()))?;
+    let done = |_, finished: Result<Finished>| finished.map(|_| ());
+    engine.run_all(workload.warm_up(config, engine.slots()), done)?;
     let (before, start) = (engine.stats(), Instant::now());
-    run(workload)?;
+    engine.run_all(workload.jobs(config), done)?;
     Ok(report(workload, config, (before, engine.stats()), start.elapsed().as_secs_f64()))
 }
 

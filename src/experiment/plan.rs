@@ -38,8 +38,8 @@ pub struct Plan<'a> {
     vectors: Vectors<'a>,
 }
 
-/// By word, block and condition.
-type Vectors<'a> = HashMap<(&'a str, usize, Condition), Content>;
+/// By word, block, condition and [`draw`].
+type Vectors<'a> = HashMap<(&'a str, usize, Condition, u32), Content>;
 
 /// A vector and its hash.
 struct Content {
@@ -170,7 +170,8 @@ impl<'a> Plan<'a> {
     }
 
     fn content(&self, cell: &Cell<'a>, layer: usize) -> &Content {
-        &self.vectors[&(cell.concept, layer, cell.condition)]
+        let draw = draw(cell.condition, cell.repeat);
+        &self.vectors[&(cell.concept, layer, cell.condition, draw)]
     }
 
     fn watch(&self, cell: &Cell) -> Vec<u32> {
@@ -243,6 +244,18 @@ fn check_all_differ(protocol: &Protocol, prepared: &Prepared) -> Result<()> {
     Ok(())
 }
 
+/// Random vectors of a word at a block: the first repeats have one each, later ones theirs again, so that
+/// a control does not hang on one draw and the vectors of many repeats fit in memory.
+const DRAWS: u32 = 4;
+
+/// Which of its vectors a condition has in a repeat.
+fn draw(condition: Condition, repeat: u32) -> u32 {
+    match condition {
+        Condition::Random | Condition::Shuffled => repeat % DRAWS,
+        Condition::Clean | Condition::Concept | Condition::Negated => 0,
+    }
+}
+
 /// Every vector that the trials need, once.
 fn contents<'a>(
     protocol: &Protocol,
@@ -259,16 +272,20 @@ fn contents<'a>(
                 Error::new("no concept vector").at(format!("word {word:?}, layer {layer}"))
             })?;
             for condition in &part.conditions {
-                let vector = match condition {
-                    Condition::Clean => continue,
-                    Condition::Concept => concept.to_vec(),
-                    Condition::Random => random_vector(protocol.seed, word, layer, concept),
-                    Condition::Negated => concept.iter().map(|value| -value).collect(),
-                    Condition::Shuffled => shuffled_vector(protocol.seed, word, layer, concept),
-                };
-                let hash = seeds::vector_hash(&vector);
-                let content = Content { vector: vector.into(), hash };
-                contents.insert((word.as_str(), layer, *condition), content);
+                let last = draw(*condition, part.repeats.min(DRAWS) - 1);
+                for draw in 0..=last {
+                    let key = |kind| seeds::vector_key(kind, protocol.seed, word, layer, draw);
+                    let vector = match condition {
+                        Condition::Clean => continue,
+                        Condition::Concept => concept.to_vec(),
+                        Condition::Random => random_vector(key("random"), concept),
+                        Condition::Negated => concept.iter().map(|value| -value).collect(),
+                        Condition::Shuffled => shuffled_vector(key("shuffled"), concept),
+                    };
+                    let hash = seeds::vector_hash(&vector);
+                    let content = Content { vector: vector.into(), hash };
+                    contents.insert((word.as_str(), layer, *condition, draw), content);
+                }
             }
         }
     }
@@ -330,6 +347,31 @@ mod tests {
         assert!((norm(&a.vector) / norm(&b.vector) - 1.0).abs() < 1e-5, "norm-matched");
         assert_eq!(concept.sampling.seed, random.sampling.seed);
         assert_eq!(concept.tokens, clean.tokens);
+    }
+
+    #[test]
+    fn repeats_have_random_vectors_of_their_own() {
+        let mut protocol = Protocol::builtin("demo").unwrap();
+        protocol.parts[1].repeats = DRAWS + 1;
+        let prepared = fake::prepared(&protocol, 30);
+        let plan = plan_of(&protocol, &prepared);
+        let of = |condition| {
+            let first = plan.trials().find(|t| t.cell.part == 1 && t.cell.condition == condition);
+            let first = first.unwrap().cell;
+            let same = |t: &Planned| {
+                let Cell { part, concept, condition, at, prompt, .. } = t.cell;
+                (part, concept, condition, at, prompt)
+                    == (first.part, first.concept, first.condition, first.at, first.prompt)
+            };
+            let vectors =
+                plan.trials().filter(same).map(|t| plan.job(&t).inject[0].vector.to_vec());
+            vectors.collect::<Vec<_>>()
+        };
+        let (concept, random) = (of(Condition::Concept), of(Condition::Random));
+        assert_eq!((concept.len(), random.len()), (5, 5));
+        assert!(concept.iter().all(|vector| *vector == concept[0]));
+        assert!((1..4).all(|at| !random[..at].contains(&random[at])));
+        assert_eq!(random[4], random[0]);
     }
 
     #[test]

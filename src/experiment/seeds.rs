@@ -21,8 +21,8 @@ pub fn seed(run_seed: u64, prompt: &str, concept: &str, repeat: u32) -> u64 {
 }
 
 /// The key of the numbers that a control vector is made of; `control` names its kind.
-pub fn vector_key(control: &str, run_seed: u64, concept: &str, layer: usize) -> u64 {
-    first_u64(&digest(&(control, run_seed, concept, layer)))
+pub fn vector_key(control: &str, run_seed: u64, concept: &str, layer: usize, draw: u32) -> u64 {
+    first_u64(&digest(&(control, run_seed, concept, layer, draw)))
 }
 
 /// Hash of a vector's content: 32 hex digits.

@@ -19,6 +19,7 @@ type Lanes = [Pair; SIDE];
 /// Rows of a register tile: with 16 × 2 columns 16 sums, which hide an addition's latency, beside
 /// the weights and a pair of x.
 const ROWS: usize = 8;
+
 /// What is fetched while something else is multiplied.
 struct Fetch {
     next: *const [u8; LINE],
