@@ -112,7 +112,7 @@ impl Pair {
             let counts = of.counts;
             let mut row = vec![of.criterion.name().to_owned()];
             row.extend(
-                [counts.both, counts.first_only, counts.second_only, counts.neither]
+                [counts.both, counts.first, counts.second, counts.neither]
                     .map(|count| count.to_string()),
             );
             row.extend([of.agreement, of.kappa, of.ac1].map(number));

@@ -9,7 +9,7 @@ mod text;
 
 use std::collections::BTreeMap;
 
-pub use agreement::{Agreement, Counts, Flaw, Half, Label, LabelSet, agreement, labels};
+pub use agreement::{Agreement, Flaw, Half, Label, LabelSet, agreement, labels};
 pub use relations::Relations;
 
 use self::{

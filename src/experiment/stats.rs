@@ -118,8 +118,10 @@ fn correlation(clusters: &[Count]) -> Option<f64> {
     (spread > 0.0).then(|| (between - within) / spread)
 }
 
-/// Trials of one seed under two conditions, counted by what both said.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Pairs of answers, counted by what both say: trials of one seed under two conditions, or verdicts of
+/// two judges on one trial, of whom the second is taken at its word where shares are called precision,
+/// recall and specificity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Pairs {
     /// Yes in both.
     pub both: u64,
@@ -140,6 +142,51 @@ impl Pairs {
             (false, true) => &mut self.second,
             (false, false) => &mut self.neither,
         } += 1;
+    }
+
+    /// All pairs.
+    pub fn total(self) -> u64 {
+        self.both + self.first + self.second + self.neither
+    }
+
+    /// Share of equal verdicts; none without pairs.
+    pub fn accuracy(self) -> Option<f64> {
+        Count { k: self.both + self.neither, n: self.total() }.share()
+    }
+
+    /// Share of the first's yes that the second shares; none where the first never says yes.
+    pub fn precision(self) -> Option<f64> {
+        Count { k: self.both, n: self.both + self.first }.share()
+    }
+
+    /// Share of the second's yes that the first finds; none where the second never says yes.
+    pub fn recall(self) -> Option<f64> {
+        Count { k: self.both, n: self.both + self.second }.share()
+    }
+
+    /// Share of the second's no that the first shares; none where the second always says yes.
+    pub fn specificity(self) -> Option<f64> {
+        Count { k: self.neither, n: self.neither + self.first }.share()
+    }
+
+    /// Cohen's kappa, (agreement − chance)/(1 − chance) with chance from both sides' own rates;
+    /// none where both always say the same one thing.
+    pub fn kappa(self) -> Option<f64> {
+        let total = self.total() as f64;
+        let yes = |alone: u64| (self.both + alone) as f64 / total;
+        let (first, second) = (yes(self.first), yes(self.second));
+        let chance = first * second + (1.0 - first) * (1.0 - second);
+        let kappa = (self.accuracy()? - chance) / (1.0 - chance);
+        kappa.is_finite().then_some(kappa)
+    }
+
+    /// Gwet's AC1 (Gwet 2008), the same with chance 2π(1 − π), π the mean of both sides' rates: it
+    /// does not collapse where one answer is rare, as kappa does. None without pairs.
+    pub fn ac1(self) -> Option<f64> {
+        let yes = 2 * self.both + self.first + self.second;
+        let share = Count { k: yes, n: 2 * self.total() }.share()?;
+        let chance = 2.0 * share * (1.0 - share);
+        Some((self.accuracy()? - chance) / (1.0 - chance))
     }
 
     /// The exact two-sided p of paired shares: the binomial tail of the discordant pairs at ½.

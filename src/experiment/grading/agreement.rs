@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::{Case, JUDGE, Relations, grade_cases};
 use crate::{
     error::{Context, Error, Result},
-    experiment::results::Condition,
+    experiment::{results::Condition, stats::Pairs},
 };
 
 const LABELS: &str = include_str!("../../../experiments/labels/smollm2.jsonl");
@@ -85,81 +85,6 @@ pub enum Flaw {
     NoAnswer,
 }
 
-/// Replies by the verdicts of two judges, of whom the second is taken at its word where rates are
-/// called precision, recall and specificity.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
-    /// Both say yes.
-    pub both: usize,
-    /// Only the first says yes.
-    pub first_only: usize,
-    /// Only the second says yes.
-    pub second_only: usize,
-    /// Both say no.
-    pub neither: usize,
-}
-
-impl Counts {
-    /// All replies.
-    pub fn total(&self) -> usize {
-        self.both + self.first_only + self.second_only + self.neither
-    }
-
-    /// Share of equal verdicts; none without replies.
-    pub fn accuracy(&self) -> Option<f64> {
-        ratio(self.both + self.neither, self.total())
-    }
-
-    /// Share of the first's yes that the second shares; none where the first never says yes.
-    pub fn precision(&self) -> Option<f64> {
-        ratio(self.both, self.both + self.first_only)
-    }
-
-    /// Share of the second's yes that the first finds; none where the second never says yes.
-    pub fn recall(&self) -> Option<f64> {
-        ratio(self.both, self.both + self.second_only)
-    }
-
-    /// Share of the second's no that the first shares; none where the second always says yes.
-    pub fn specificity(&self) -> Option<f64> {
-        ratio(self.neither, self.neither + self.first_only)
-    }
-
-    /// Cohen's kappa, (agreement − chance)/(1 − chance) with chance from both sides' own rates;
-    /// none where both always say the same one thing.
-    pub fn kappa(&self) -> Option<f64> {
-        let total = self.total() as f64;
-        let (first, second) = (self.both + self.first_only, self.both + self.second_only);
-        let (first, second) = (first as f64 / total, second as f64 / total);
-        let chance = first * second + (1.0 - first) * (1.0 - second);
-        let kappa = (self.accuracy()? - chance) / (1.0 - chance);
-        kappa.is_finite().then_some(kappa)
-    }
-
-    /// Gwet's AC1 (Gwet 2008), the same with chance 2π(1 − π), π the mean of both sides' rates: it
-    /// does not collapse where one answer is rare, as kappa does. None without replies.
-    pub fn ac1(&self) -> Option<f64> {
-        let yes = 2 * self.both + self.first_only + self.second_only;
-        let share = ratio(yes, 2 * self.total())?;
-        let chance = 2.0 * share * (1.0 - share);
-        Some((self.accuracy()? - chance) / (1.0 - chance))
-    }
-
-    /// Counts one more reply.
-    pub fn add(&mut self, first: bool, second: bool) {
-        *match (first, second) {
-            (true, true) => &mut self.both,
-            (true, false) => &mut self.first_only,
-            (false, true) => &mut self.second_only,
-            (false, false) => &mut self.neither,
-        } += 1;
-    }
-}
-
-fn ratio(part: usize, whole: usize) -> Option<f64> {
-    (whole > 0).then(|| part as f64 / whole as f64)
-}
-
 /// The rules against a reader; printed as a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreement {
@@ -168,13 +93,13 @@ pub struct Agreement {
     /// Labelled replies.
     pub replies: usize,
     /// `coherent`.
-    pub coherent: Counts,
+    pub coherent: Pairs,
     /// `claims`.
-    pub claims: Counts,
+    pub claims: Pairs,
     /// `mentions`.
-    pub mentions: Counts,
+    pub mentions: Pairs,
     /// `claims_then_names`.
-    pub claims_then_names: Counts,
+    pub claims_then_names: Pairs,
     /// Of the replies with each flaw: (called coherent by the rules, all).
     pub flaws: BTreeMap<Flaw, (usize, usize)>,
 }
@@ -192,7 +117,7 @@ impl fmt::Display for Agreement {
             ("claims then names", self.claims_then_names),
         ];
         for (name, counts) in rows {
-            write!(f, "\n{name:<18}{:>10}", counts.both + counts.second_only)?;
+            write!(f, "\n{name:<18}{:>10}", counts.both + counts.second)?;
             let numbers = [counts.accuracy(), counts.precision(), counts.recall(), counts.kappa()];
             for number in numbers {
                 let text = number.map_or("n/a".into(), |number| format!("{number:.2}"));
@@ -236,10 +161,10 @@ pub(super) fn compare(labels: &[&Label], chosen: &[&Label]) -> Result<Agreement>
     let mut result = Agreement {
         judge: JUDGE,
         replies: chosen.len(),
-        coherent: Counts::default(),
-        claims: Counts::default(),
-        mentions: Counts::default(),
-        claims_then_names: Counts::default(),
+        coherent: Pairs::default(),
+        claims: Pairs::default(),
+        mentions: Pairs::default(),
+        claims_then_names: Pairs::default(),
         flaws: BTreeMap::new(),
     };
     for (label, grade) in labels.iter().zip(&grades) {

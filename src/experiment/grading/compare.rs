@@ -7,12 +7,11 @@ use std::{
 
 use serde::Serialize;
 
-use super::Counts;
 use crate::{
     error::{Context, Error, Result},
     experiment::{
         results::Grade,
-        stats::{Corrected, Count, rogan_gladen},
+        stats::{Corrected, Count, Pairs, rogan_gladen},
     },
 };
 
@@ -143,7 +142,7 @@ pub struct Comparison {
     /// What they judged.
     pub criterion: Criterion,
     /// Trials that both judged.
-    pub counts: Counts,
+    pub counts: Pairs,
     /// Share of equal verdicts.
     pub agreement: Option<f64>,
     /// Cohen's.
@@ -155,7 +154,7 @@ pub struct Comparison {
 /// The criteria on which both have verdicts of the same trials.
 pub fn compare(first: &Verdicts, second: &Verdicts) -> Vec<Comparison> {
     let comparison = |criterion| {
-        let mut counts = Counts::default();
+        let mut counts = Pairs::default();
         for (key, verdict) in second.0.iter().filter(|((_, of), _)| *of == criterion) {
             if let Some(other) = first.0.get(key) {
                 counts.add(*other, *verdict);
@@ -187,9 +186,9 @@ pub fn corrected(judge: &Verdicts, labels: &Verdicts) -> Vec<CorrectedRate> {
     let rate = |comparison: Comparison| {
         let counts = comparison.counts;
         let apparent = judge.count(comparison.criterion);
-        let count = |k: usize, n: usize| Count { k: k as u64, n: n as u64 };
-        let found = count(counts.both, counts.both + counts.second_only);
-        let spared = count(counts.neither, counts.neither + counts.first_only);
+        let count = |k, n| Count { k, n };
+        let found = count(counts.both, counts.both + counts.second);
+        let spared = count(counts.neither, counts.neither + counts.first);
         let corrected = rogan_gladen(apparent, found, spared);
         CorrectedRate { criterion: comparison.criterion, apparent, found, spared, corrected }
     };
@@ -230,7 +229,7 @@ mod tests {
         let second = labels("trial,claims,coherent\na,1,1\nb,0,1\nc,1,1\nd,0,1\nf,1,1\n").unwrap();
         let compared = compare(&first, &second);
         let [claims] = &compared[..] else { panic!("one criterion in common") };
-        assert_eq!(claims.counts, Counts { both: 1, first_only: 1, second_only: 1, neither: 1 });
+        assert_eq!(claims.counts, Pairs { both: 1, first: 1, second: 1, neither: 1 });
         assert_eq!((claims.agreement, claims.kappa, claims.ac1), (Some(0.5), Some(0.0), Some(0.0)));
         let rates = corrected(&first, &second);
         assert_eq!(rates[0].apparent, Count { k: 3, n: 5 });
@@ -241,7 +240,7 @@ mod tests {
     #[test]
     fn kappa_collapses_where_an_answer_is_rare_and_ac1_does_not() {
         // Gwet's own example of the paradox: 118 of 125 verdicts are equal.
-        let counts = Counts { both: 118, first_only: 5, second_only: 2, neither: 0 };
+        let counts = Pairs { both: 118, first: 5, second: 2, neither: 0 };
         assert!((counts.kappa().unwrap() + 0.0234).abs() < 1e-3, "{:?}", counts.kappa());
         assert!((counts.ac1().unwrap() - 0.9408).abs() < 1e-3, "{:?}", counts.ac1());
     }

@@ -1,5 +1,8 @@
 use super::{claims::find, *};
-use crate::{engine::Finish, experiment::results::Reply};
+use crate::{
+    engine::Finish,
+    experiment::{results::Reply, stats::Pairs},
+};
 
 fn trial(id: &str, concept: &str, condition: Condition, text: &str, nll: f64) -> Trial {
     Trial {
@@ -166,14 +169,14 @@ fn few_clean_replies_are_said_so() {
 
 #[test]
 fn counts_give_the_textbook_numbers() {
-    let counts = Counts { both: 20, first_only: 5, second_only: 10, neither: 15 };
+    let counts = Pairs { both: 20, first: 5, second: 10, neither: 15 };
     let near = |number: Option<f64>, want: f64| (number.unwrap() - want).abs() < 1e-12;
     assert!(near(counts.accuracy(), 0.7) && near(counts.precision(), 0.8));
     assert!(near(counts.recall(), 2.0 / 3.0) && near(counts.specificity(), 0.75));
     assert!(near(counts.kappa(), 0.4));
-    let empty = Counts { neither: 4, ..Counts::default() };
+    let empty = Pairs { neither: 4, ..Pairs::default() };
     assert_eq!((empty.precision(), empty.recall(), empty.kappa()), (None, None, None));
-    assert_eq!(Counts::default().kappa(), None);
+    assert_eq!(Pairs::default().kappa(), None);
 }
 
 #[test]
