@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
 
 use serde::Serialize;
 
-use super::output::{Output, columns};
+use super::output::{Output, columns, note};
 use crate::{
     error::{Context, Error, Result},
     experiment::{
@@ -94,10 +94,16 @@ fn against_labels(grades: &[Grade], labels: &Verdicts) -> Result<Vec<Pair>> {
         Pair { first: judge.to_owned(), second: "labels".into(), criteria, rates }
     };
     let pairs: Vec<Pair> = judges(grades)?.into_iter().map(pair).collect();
+    let graded: BTreeSet<&str> = grades.iter().map(|grade| grade.trial.as_str()).collect();
+    let labelled = labels.trials();
     if pairs.iter().all(|pair| pair.criteria.is_empty()) {
         return Err(Error::new("no labelled trial is one that a judge has graded")
             .expected("ids as in trials.jsonl")
-            .got(format!("{} labelled trials", labels.trials())));
+            .got(format!("{} labelled trials", labelled.len())));
+    }
+    let strangers = labelled.difference(&graded).count();
+    if strangers > 0 {
+        note(format!("{strangers} labelled trials are none that a judge has graded: left out"));
     }
     Ok(pairs)
 }

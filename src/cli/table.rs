@@ -10,6 +10,7 @@ use super::output::Output;
 use crate::{
     experiment::{
         folder,
+        grading::compare::Criterion,
         results::{Grade, Run, Trial},
     },
     files,
@@ -66,9 +67,6 @@ const COLUMNS: [&str; 37] = [
     "from",
     "to",
 ];
-/// A judge's columns; empty where it has not graded the trial.
-const VERDICTS: [&str; 5] = ["coherent", "claims", "mentions", "claims_then_names", "mentioned"];
-
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let rows = rows(&folder::load(&args.dir)?);
     let lines = rows.iter().map(|row| row.iter().map(|cell| quoted(cell)).collect::<Vec<_>>());
@@ -91,7 +89,8 @@ fn rows(run: &Run) -> Vec<Vec<String>> {
         .collect();
     let mut head: Vec<String> = COLUMNS.map(str::to_owned).to_vec();
     for judge in &judges {
-        head.extend(VERDICTS.map(|verdict| format!("{judge}.{verdict}")));
+        let names = Criterion::ALL.map(Criterion::name).into_iter().chain(["mentioned"]);
+        head.extend(names.map(|name| format!("{judge}.{name}")));
     }
     let mut trials: Vec<&Trial> = run.trials.iter().collect();
     trials.sort_by(|a, b| {
@@ -164,10 +163,10 @@ fn cells(trial: &Trial) -> Vec<String> {
     ]
 }
 
+/// A judge's columns; empty where it has not graded the trial.
 fn verdicts(grade: Option<&Grade>) -> Vec<String> {
-    let Some(grade) = grade else { return vec![String::new(); VERDICTS.len()] };
-    let four = [&grade.coherent, &grade.claims, &grade.mentions, &grade.claims_then_names];
-    let mut cells: Vec<String> = four.iter().map(|verdict| verdict.yes.to_string()).collect();
+    let Some(grade) = grade else { return vec![String::new(); Criterion::ALL.len() + 1] };
+    let mut cells = Criterion::ALL.map(|criterion| criterion.of(grade).to_string()).to_vec();
     cells.push(grade.mentioned.join(";"));
     cells
 }

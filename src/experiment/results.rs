@@ -66,6 +66,11 @@ impl Condition {
     /// In canonical order.
     pub const ALL: [Self; 5] =
         [Self::Clean, Self::Concept, Self::Random, Self::Negated, Self::Shuffled];
+
+    /// Those that inject something, in the same order.
+    pub fn injected() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|condition| *condition != Self::Clean)
+    }
 }
 
 /// The first generated token as an answer to a yes/no question.

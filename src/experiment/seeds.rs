@@ -149,6 +149,19 @@ mod tests {
     }
 
     #[test]
+    fn control_vectors_have_keys_of_their_own() {
+        let key = vector_key("random", 1, "Bread", 24, 0);
+        let others = [
+            vector_key("shuffled", 1, "Bread", 24, 0),
+            vector_key("random", 2, "Bread", 24, 0),
+            vector_key("random", 1, "Milk", 24, 0),
+            vector_key("random", 1, "Bread", 25, 0),
+            vector_key("random", 1, "Bread", 24, 1),
+        ];
+        assert!(!others.contains(&key));
+    }
+
+    #[test]
     fn ids_are_pinned_and_depend_on_everything() {
         let id = |identity: Identity| trial_id(&identity);
         let base = id(identity(Some(injection("v", 24, 0.5)), &[5, 6]));

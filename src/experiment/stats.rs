@@ -469,7 +469,7 @@ pub struct Corrected {
 /// The true rate behind a judge's (Rogan and Gladen 1978), from its yes of all trials, its yes of those
 /// that are yes (Se) and its no of those that are no (Sp); the interval is that of Lang and Reiczigel 2014,
 /// which adds pseudo-counts and takes the errors of all three into account. `None` where one of them has
-/// no trials, or the judge is no better than chance (Se + Sp ≤ 1).
+/// no trials, or the judge is no better than chance (Se + Sp ≤ 1, with or without the pseudo-counts).
 pub fn rogan_gladen(apparent: Count, found: Count, spared: Count) -> Option<Corrected> {
     let (p, se, sp) = (apparent.share()?, found.share()?, spared.share()?);
     if se + sp <= 1.0 {
@@ -484,6 +484,9 @@ pub fn rogan_gladen(apparent: Count, found: Count, spared: Count) -> Option<Corr
     let ((p_z, n), (se_1, n_se), (sp_1, n_sp)) =
         (padded(apparent, z2), padded(found, 2.0), padded(spared, 2.0));
     let youden = se_1 + sp_1 - 1.0;
+    if youden <= 0.0 {
+        return None;
+    }
     let share = (p_z + sp_1 - 1.0) / youden;
     let (v_se, v_sp) = (se_1 * (1.0 - se_1) / n_se, sp_1 * (1.0 - sp_1) / n_sp);
     let shift = 2.0 * z2 * (share * v_se - (1.0 - share) * v_sp);

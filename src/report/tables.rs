@@ -291,10 +291,6 @@ pub(super) fn build(index: &Index) -> Tables {
     }
 }
 
-/// All conditions but clean.
-const INJECTED: [Condition; 4] =
-    [Condition::Concept, Condition::Random, Condition::Negated, Condition::Shuffled];
-
 /// All cells, each dose, each cell.
 fn scopes(cells: Vec<Cell>) -> Vec<Scope> {
     let mut doses: Vec<_> = cells.iter().map(|cell| cell.dose).collect();

@@ -338,9 +338,21 @@ fn a_push_that_unrelated_questions_share_is_taken_off() {
     let random = row(Condition::Random, Scope::Dose(0.5));
     assert_eq!(random.net_shift, 0.0);
     assert!(html(&run).contains("<h2>Is “yes” just pushed up?</h2>"));
-    let text = text(&run);
-    assert!(text.contains("clean: 1/2 right, yes to 0/1 asked and 0/1 unrelated"), "{text}");
-    assert!(text.contains("(net 1.50 [1.50, 1.50])"), "{text}");
+    let printed = text(&run);
+    assert!(printed.contains("clean: 1/2 right, yes to 0/1 asked and 0/1 unrelated"), "{printed}");
+    assert!(printed.contains("(net 1.50 [1.50, 1.50])"), "{printed}");
+    // Unfinished: without clean partners there is no shift; with few words no interval.
+    let mut some = run.clone();
+    some.trials.retain(|t| t.condition != Condition::Clean);
+    assert!(self::tables(&some).biases[0].rows.is_empty() && html(&some).ends_with("</html>\n"));
+    some.trials = run
+        .trials
+        .iter()
+        .filter(|t| t.concept.is_empty() || t.concept == word(0))
+        .cloned()
+        .collect();
+    assert_eq!(self::tables(&some).biases[0].rows[0].interval, None);
+    assert!(html(&some).contains("no interval") && !text(&some).contains("Over all cells"));
     let demo = demo();
     assert!(self::tables(&demo).biases.is_empty() && !html(&demo).contains("just pushed up"));
 }

@@ -124,9 +124,9 @@ impl Verdicts {
         Ok(Self(verdicts))
     }
 
-    /// How many trials have a verdict.
-    pub fn trials(&self) -> usize {
-        self.0.keys().map(|(trial, _)| trial).collect::<BTreeSet<_>>().len()
+    /// The trials that have a verdict.
+    pub fn trials(&self) -> BTreeSet<&str> {
+        self.0.keys().map(|(trial, _)| trial.as_str()).collect()
     }
 
     fn count(&self, criterion: Criterion) -> Count {
@@ -206,7 +206,9 @@ mod tests {
     #[test]
     fn labels_are_read_and_mistakes_named() {
         let read = labels("text,id,claims,coherent\n\"a, b\",x,yes,1\nc,y,no,\n").unwrap();
-        assert_eq!(read.trials(), 2);
+        assert_eq!(read.trials().into_iter().collect::<Vec<_>>(), ["x", "y"]);
+        let marked = labels("\u{feff}trial,claims\nx,YES\n").unwrap();
+        assert_eq!(marked.trials().len(), 1, "a byte order mark, as spreadsheets write it");
         assert_eq!(read.count(Criterion::Claims), Count { k: 1, n: 2 });
         assert_eq!(read.count(Criterion::Coherent), Count { k: 1, n: 1 });
         assert_eq!(read.count(Criterion::Mentions), Count::default());

@@ -145,6 +145,8 @@ fn a_rate_is_corrected_for_the_judges_errors() {
     // Fewer yes than the false alarms alone would give: none.
     assert_eq!(of(count(1, 300), count(40, 50), count(90, 100)).unwrap().share, 0.0);
     assert_eq!(of(count(9, 30), count(1, 2), count(1, 2)), None, "no better than chance");
+    // One reply found of one says too little to make up for 90 false alarms of 100.
+    assert_eq!(of(count(90, 100), count(1, 1), count(10, 100)), None);
     assert_eq!(of(count(9, 30), count(0, 0), count(9, 10)), None, "nothing to learn Se from");
     // A judge that is known well and never errs leaves the interval of the rate itself.
     let sure = of(count(10, 50), count(100_000, 100_000), count(100_000, 100_000)).unwrap();

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::{
-    BiasRow, BiasTable, Entry, Group, INJECTED, Index, Push, Scope, clusters, concepts, mean,
-    place, scopes,
+    BiasRow, BiasTable, Entry, Group, Index, Push, Scope, clusters, concepts, mean, place, scopes,
 };
 use crate::experiment::{
-    results::{Condition, FirstAnswer},
+    results::Condition,
     stats::{self, Count},
 };
 
@@ -49,7 +48,7 @@ fn table(
     let concepts = concepts(any);
     let mut rows = Vec::new();
     for scope in scopes(any.cells()) {
-        for condition in INJECTED {
+        for condition in Condition::injected() {
             let arm = |groups| Arm::new(groups, (condition, scope), &concepts, margins);
             if let (Some(asked), Some(unrelated)) = (arm(&asked), arm(&unrelated)) {
                 rows.push((condition, scope, asked, unrelated));
@@ -118,11 +117,10 @@ impl Arm {
         };
         let entries = groups.iter().flat_map(|group| &group.entries).filter(inside);
         let entries: Vec<Entry> = entries.copied().collect();
-        let first = |e: &Entry<'_>| -> Option<FirstAnswer> { e.trial.first.clone() };
         let mut shifts = vec![(0.0, 0); concepts.len()];
         for entry in &entries {
             if let (Some(first), Some(clean), Some(at)) =
-                (first(entry), clean(entry), place(concepts, &entry.trial.concept))
+                (&entry.trial.first, clean(entry), place(concepts, &entry.trial.concept))
             {
                 shifts[at].0 += first.margin - clean;
                 shifts[at].1 += 1;
@@ -131,7 +129,7 @@ impl Arm {
         Some(Self {
             yes: clusters(concepts, &entries, says_yes),
             shifts,
-            mass: mean(entries.iter().filter_map(first).map(|first| first.mass))?,
+            mass: mean(entries.iter().filter_map(|e| Some(e.trial.first.as_ref()?.mass)))?,
         })
     }
 

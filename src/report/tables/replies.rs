@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Contrast, Entry, Group, INJECTED, Index, ReplyArm, ReplyTable, Scope, clusters, concepts,
-    scopes,
+    Contrast, Entry, Group, Index, ReplyArm, ReplyTable, Scope, clusters, concepts, scopes,
 };
 use crate::experiment::{
     results::{Condition, Grade},
@@ -28,7 +27,7 @@ pub(super) fn table(group: &Group, index: &Index) -> ReplyTable {
     for scope in scopes(group.cells()) {
         let concept = of(Condition::Concept, Some(scope));
         let random = of(Condition::Random, Some(scope));
-        for condition in INJECTED {
+        for condition in Condition::injected() {
             arms.extend(reply_arm(condition, scope, &concepts, &of(condition, Some(scope))));
         }
         rows.push(ContrastArms::new(scope, &concepts, &concept, &random, &clean));
