@@ -58,7 +58,7 @@ fn the_headline_is_what_the_trials_say() {
         let grades = of.map(|trial| verdicts[trial["id"].as_str().unwrap()]);
         (grades.clone().filter(|grade| verdict(grade)).count() as u64, grades.count() as u64)
     };
-    let yes = |grade: &Value, name: &str| grade[name]["yes"].as_bool().unwrap();
+    let yes = |grade: &Value, name: &str| grade["verdicts"][name]["yes"].as_bool().unwrap();
     let replies = &headline["replies"];
     let contrast = &replies["contrast"];
     let claims = |grade: &Value| yes(grade, "claims");

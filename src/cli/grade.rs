@@ -1,6 +1,7 @@
 //! `inkling grade`: verdicts on a run's stored replies. No model is needed.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -13,6 +14,8 @@ use crate::{
     experiment::{
         folder,
         grading::{self, Relations},
+        results::{Criterion, Grade},
+        stats::Count,
     },
 };
 
@@ -27,14 +30,14 @@ pub struct Args {
 }
 
 /// How many replies got a yes.
-#[derive(Default, Serialize)]
+#[derive(Serialize)]
 pub struct Counts {
-    judge: &'static str,
+    judge: String,
     replies: usize,
-    coherent: usize,
-    claims: usize,
-    mentions: usize,
-    claims_then_names: usize,
+    /// Of the replies that were judged on it.
+    verdicts: BTreeMap<Criterion, Count>,
+    /// Verdicts that could not be had.
+    missing: usize,
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
@@ -52,31 +55,40 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
 /// Grades all replies of a folder and stores the verdicts.
 pub fn grade(dir: &Path) -> Result<Counts> {
     let run = folder::load(dir)?;
+    let protocol = folder::parse_protocol(&run.manifest.protocol)?;
+    let outcome =
+        |prompt: &str| protocol.prompts.get(prompt).map(|plan| plan.outcome).unwrap_or_default();
     let words: Vec<&str> = run.manifest.words.iter().map(|word| word.word.as_str()).collect();
-    let grades = grading::grade(&run.trials, &Relations::for_words(&words)?);
+    let grades = grading::grade(&run.trials, &Relations::for_words(&words)?, &outcome);
     folder::append_grades(dir, &grades)?;
-    let mut counts = Counts { judge: grading::JUDGE, replies: grades.len(), ..Counts::default() };
-    for grade in &grades {
-        counts.coherent += usize::from(grade.coherent.yes);
-        counts.claims += usize::from(grade.claims.yes);
-        counts.mentions += usize::from(grade.mentions.yes);
-        counts.claims_then_names += usize::from(grade.claims_then_names.yes);
-    }
-    Ok(counts)
+    Ok(Counts::of(grading::JUDGE, &grades))
 }
 
 impl Counts {
+    fn of(judge: &str, grades: &[Grade]) -> Self {
+        let mut counts = Self {
+            judge: judge.to_owned(),
+            replies: grades.len(),
+            verdicts: BTreeMap::new(),
+            missing: grades.iter().map(|grade| grade.missing.len()).sum(),
+        };
+        for (criterion, verdict) in grades.iter().flat_map(|grade| &grade.verdicts) {
+            counts.verdicts.entry(*criterion).or_default().add(verdict.yes);
+        }
+        counts
+    }
+
     /// For people, in one line.
     fn line(&self) -> String {
-        format!(
-            "{} replies graded by {}: {} coherent, {} claim an injected thought, {} mention their \
-             word, {} claim and then name it",
-            self.replies,
-            self.judge,
-            self.coherent,
-            self.claims,
-            self.mentions,
-            self.claims_then_names
-        )
+        let said = self.verdicts.iter();
+        let said = said.map(|(criterion, count)| {
+            format!("{} {} of {}", criterion.name().replace('_', " "), count.k, count.n)
+        });
+        let missing = match self.missing {
+            0 => String::new(),
+            some => format!("; {some} verdicts are missing"),
+        };
+        let said = said.collect::<Vec<_>>().join(", ");
+        format!("{} replies graded by {}: {said}{missing}", self.replies, self.judge)
     }
 }

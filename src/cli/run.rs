@@ -48,7 +48,10 @@ pub struct Args {
     /// Set a field of the protocol, as in parts.sampled.count=5 or parts.0.doses=[0.5]; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<Setting>,
-    /// Show the prompts, their windows and the number of trials, and run nothing
+    /// A smaller version that takes a minute or so on a processor: at most 8 words, 3 layers and 2 doses a part
+    #[arg(long)]
+    quick: bool,
+    /// Show the prompts, their windows, the number of trials and the time they would take; run nothing
     #[arg(long)]
     dry_run: bool,
     /// List the built-in protocols
@@ -79,8 +82,11 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.protocol else { return list() };
     let mut protocol = Protocol::open(name, &args.settings)?;
     protocol.seed = args.seed.unwrap_or(protocol.seed);
+    if args.quick {
+        protocol = protocol.quick();
+    }
     if args.dry_run {
-        return dry_run(&protocol, &args.model.open()?, args.json);
+        return dry_run(&protocol, args);
     }
     let out = args.out.as_deref().ok_or_else(|| Error::new("no run folder").at("--out"))?;
     let model = args.model.open()?;
@@ -148,35 +154,65 @@ fn list() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn dry_run(protocol: &Protocol, model: &Model, json: bool) -> anyhow::Result<ExitCode> {
-    let prepared = prepare(model, protocol)?;
+fn dry_run(protocol: &Protocol, args: &Args) -> anyhow::Result<ExitCode> {
+    let model = args.model.open()?;
+    let prepared = prepare(&model, protocol)?;
     let parts = Grid::new(protocol, &prepared).outline();
-    let prompts = prepared.prompt_records();
+    let engine = args.engine.start(&model)?;
+    let mut bar = Bar::default();
+    let estimate = experiment::estimate(protocol, &prepared, &engine, &mut bar)?;
+    drop(bar);
+    let (trials, seconds): (usize, f64) =
+        (estimate.trials.iter().sum(), estimate.seconds.iter().sum());
     let mut output = Output::new();
-    if json {
-        let total: usize = parts.iter().map(|part| part.injected + part.clean).sum();
+    if args.json {
+        let part = |(part, seconds): (&PartOutline, &f64)| part_json(part, *seconds);
         let plan = serde_json::json!({
             "protocol": protocol,
-            "prompts": prompts,
-            "parts": parts.iter().map(part_json).collect::<Vec<_>>(),
-            "trials": total,
+            "prompts": prepared.prompt_records(),
+            "parts": parts.iter().zip(&estimate.seconds).map(part).collect::<Vec<_>>(),
+            "trials": trials,
+            "prompt_tokens": estimate.prompt_tokens,
+            "drawn_tokens": estimate.drawn_tokens,
+            "seconds": seconds,
         });
         output.json(&plan)?;
         return Ok(ExitCode::SUCCESS);
     }
-    for prompt in &prompts {
-        prompt_lines(prompt).iter().try_for_each(|line| output.line(line))?;
+    let all: Vec<_> = prepared.prompts.iter().collect();
+    for of_name in all.chunk_by(|((a, ..), _), ((b, ..), _)| a == b) {
+        let (_, first) = of_name[0];
+        prompt_lines(first).iter().try_for_each(|line| output.line(line))?;
+        if of_name.len() > 1 {
+            let more = of_name.len() - 1;
+            output.line(format!("  and {more} more with other words (all of them with --json)"))?;
+        }
     }
-    for part in &parts {
-        output.line(part_line(part))?;
+    for (part, seconds) in parts.iter().zip(&estimate.seconds) {
+        output.line(format!("{}, about {}", part_line(part), duration(*seconds)))?;
     }
+    output.line(format!(
+        "in all {trials} trials, {} prompt tokens, at most {} drawn, about {} on this machine",
+        estimate.prompt_tokens,
+        estimate.drawn_tokens,
+        duration(seconds)
+    ))?;
     if let Some(budget) = protocol.budget_seconds {
         output.line(format!("trials that would take more than {budget} s in all are left out"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn part_json(part: &PartOutline) -> serde_json::Value {
+/// In the unit that a reader would choose.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+fn part_json(part: &PartOutline, seconds: f64) -> serde_json::Value {
     serde_json::json!({
         "name": part.name,
         "words": part.words,
@@ -185,6 +221,7 @@ fn part_json(part: &PartOutline) -> serde_json::Value {
         "repeats": part.repeats,
         "injected": part.injected,
         "clean": part.clean,
+        "seconds": seconds,
     })
 }
 
@@ -203,25 +240,32 @@ fn part_line(part: &PartOutline) -> String {
     )
 }
 
-/// The prompt with its window marked by ⟦ and ⟧.
+/// The prompt with its window marked by ⟦ and ⟧, that of condition `after` by ⟪ and ⟫, probed tokens by ⟨
+/// and ⟩.
 pub fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
     let end = prompt.to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
-    let head = format!(
-        "prompt {}: {} tokens, window {}..{end}",
-        prompt.name,
-        prompt.tokens.len(),
-        prompt.from
-    );
+    let mut head = format!("prompt {}: {} tokens", prompt.name, prompt.tokens.len());
+    let mut marks = Vec::new();
+    if let Some((from, to)) = prompt.probe {
+        head += &format!(", probed {from}..{to}");
+        marks.push((from, Some(to), '⟨', '⟩'));
+    } else {
+        head += &format!(", window {}..{end}", prompt.from);
+        marks.push((prompt.from, prompt.to, '⟦', '⟧'));
+    }
+    if let Some((from, to)) = prompt.after {
+        let end = to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
+        head += &format!(", after {from}..{end}");
+        marks.push((from, to, '⟪', '⟫'));
+    }
     let mut text = String::new();
+    let closing = |index: usize| marks.iter().filter(move |mark| mark.1 == Some(index));
     for (index, piece) in prompt.pieces.iter().enumerate() {
-        if prompt.to == Some(index) {
-            text.push('⟧');
-        }
-        if prompt.from == index {
-            text.push('⟦');
-        }
+        text.extend(closing(index).map(|mark| mark.3));
+        text.extend(marks.iter().filter(|mark| mark.0 == index).map(|mark| mark.2));
         text.push_str(piece);
     }
+    text.extend(closing(prompt.pieces.len()).map(|mark| mark.3));
     let mut lines = vec![head];
     lines.extend(text.lines().map(|line| format!("  | {line}")));
     lines
@@ -240,6 +284,8 @@ mod tests {
             pieces: ["a", "\n", "b"].map(str::to_owned).to_vec(),
             from: 1,
             to: Some(2),
+            after: None,
+            probe: None,
         };
         assert_eq!(
             prompt_lines(&prompt),

@@ -10,8 +10,7 @@ use super::output::Output;
 use crate::{
     experiment::{
         folder,
-        grading::compare::Criterion,
-        results::{Grade, Run, Trial},
+        results::{Criterion, Grade, Run, Trial},
     },
     files,
     request::StrengthMode,
@@ -28,12 +27,14 @@ pub struct Args {
 }
 
 /// The columns before the judges'.
-const COLUMNS: [&str; 37] = [
+const COLUMNS: [&str; 39] = [
     "id",
     "part",
     "prompt",
     "concept",
+    "sentence",
     "condition",
+    "other",
     "layer",
     "depth",
     "dose",
@@ -127,7 +128,9 @@ fn cells(trial: &Trial) -> Vec<String> {
         trial.part.clone(),
         trial.prompt.clone(),
         trial.concept.clone(),
+        trial.sentence.clone().unwrap_or_default(),
         name(&trial.condition),
+        trial.other.clone().unwrap_or_default(),
         show(trial.layer),
         show(trial.depth),
         show(trial.dose),
@@ -166,7 +169,7 @@ fn cells(trial: &Trial) -> Vec<String> {
 /// A judge's columns; empty where it has not graded the trial.
 fn verdicts(grade: Option<&Grade>) -> Vec<String> {
     let Some(grade) = grade else { return vec![String::new(); Criterion::ALL.len() + 1] };
-    let mut cells = Criterion::ALL.map(|criterion| criterion.of(grade).to_string()).to_vec();
+    let mut cells = Criterion::ALL.map(|criterion| show(grade.yes(criterion))).to_vec();
     cells.push(grade.mentioned.join(";"));
     cells
 }

@@ -38,7 +38,9 @@ fn clean() -> Trial {
         part: "sampled".into(),
         prompt: "cued".into(),
         concept: "Sea".into(),
+        sentence: None,
         condition: Condition::Clean,
+        other: None,
         layer: None,
         depth: None,
         dose: None,
@@ -55,6 +57,7 @@ fn clean() -> Trial {
             finish: Finish::Stop,
             nll: 1.5,
         }),
+        probe: None,
     }
 }
 
@@ -92,10 +95,13 @@ fn grade(trial: &str, judge: &str) -> Grade {
     Grade {
         trial: trial.into(),
         judge: judge.into(),
-        coherent: verdict(true),
-        claims: verdict(false),
-        mentions: verdict(true),
-        claims_then_names: verdict(false),
+        verdicts: [
+            (Criterion::Coherent, verdict(true)),
+            (Criterion::Claims, verdict(false)),
+            (Criterion::Mentions, verdict(true)),
+        ]
+        .into(),
+        missing: [(Criterion::ClaimsThenNames, "no answer".into())].into(),
         mentioned: vec!["Sea".into(), "Air".into()],
     }
 }
@@ -108,7 +114,7 @@ fn a_row_a_trial_with_every_judges_verdicts() {
         let column = rows[0].iter().position(|head| head == name).expect("a column");
         rows[row][column].as_str()
     };
-    assert!(rows.iter().all(|row| row.len() == COLUMNS.len() + 10));
+    assert!(rows.iter().all(|row| row.len() == COLUMNS.len() + 20));
     let ids: Vec<_> = (1..4).map(|row| cell(row, "id")).collect();
     assert_eq!(ids, ["c", "a", "b"], "clean first, then by dose");
     assert_eq!(cell(1, "seed"), "18446744073709551615");
@@ -121,6 +127,7 @@ fn a_row_a_trial_with_every_judges_verdicts() {
     assert_eq!((cell(2, "from"), cell(2, "to"), cell(2, "text")), ("7", "", ""));
     assert_eq!((cell(1, "rules-1.coherent"), cell(1, "rules-1.claims")), ("true", "false"));
     assert_eq!(cell(1, "rules-1.mentioned"), "Sea;Air");
+    assert_eq!(cell(1, "rules-1.claims_then_names"), "", "missing is not no");
     assert_eq!((cell(1, "zz.coherent"), cell(2, "rules-1.coherent")), ("", ""));
 }
 

@@ -306,7 +306,8 @@ mod tests {
     fn measured_trials_are_real_ones() {
         let protocol = Protocol::builtin("demo").unwrap();
         let prepared = fake::prepared(&protocol, 30);
-        let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let engine = fake::FakeEngine::default();
         let measurement = measure(&plan, &protocol, &engine, &mut ()).unwrap();
         assert_eq!(measurement.seconds.len(), 3);

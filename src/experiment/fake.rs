@@ -77,7 +77,10 @@ impl FakeEngine {
             logprobs: tokens.iter().map(|token| -(*token as f32) / 1000.0).collect(),
         };
         let capture = |capture: &crate::engine::Capture| {
-            Self::residual(&job.tokens, capture.layer.unwrap(), DIM)
+            let row = |position: &usize| {
+                Self::residual(&job.tokens[..=*position], capture.layer.unwrap(), DIM)
+            };
+            capture.positions.iter().flat_map(row).collect()
         };
         Finished {
             outcome: Outcome {
@@ -122,9 +125,14 @@ impl Jobs for FakeEngine {
 
 /// The protocol for a made-up model of `layers` blocks: every word is one token.
 pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
-    let part = |part: &crate::experiment::protocol::Part| PreparedPart {
-        words: part.words.iter().take(part.count.unwrap_or(usize::MAX)).cloned().collect(),
-        places: part.places.resolve(layers).unwrap(),
+    let part = |part: &crate::experiment::protocol::Part| {
+        let words: Vec<String> =
+            part.words.iter().take(part.count.unwrap_or(usize::MAX)).cloned().collect();
+        PreparedPart {
+            sentences: part.sentences.iter().cycle().take(words.len()).cloned().collect(),
+            words,
+            places: part.places.resolve(layers).unwrap(),
+        }
     };
     let parts: Vec<PreparedPart> = protocol.parts.iter().map(part).collect();
     let all = parts.iter().flat_map(|part| part.words.iter().cloned());
@@ -137,11 +145,17 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
         })
         .collect();
     let mut prompts = std::collections::BTreeMap::new();
+    let pairs = parts.iter().flat_map(|part: &PreparedPart| {
+        let sentence = |at| part.sentences.get(at).cloned().unwrap_or_default();
+        part.words.iter().enumerate().map(move |(at, word)| (word.clone(), sentence(at)))
+    });
+    let pairs: Vec<(String, String)> = pairs.collect();
     for (name, plan) in &protocol.prompts {
-        let names: Vec<String> =
-            if plan.uses_word() { words.keys().cloned().collect() } else { vec![String::new()] };
-        for word in names {
-            let tokens = vec![1, token(name), token(&word), 2];
+        for (word, sentence) in &pairs {
+            let used = |text: &String, used| if used { text.clone() } else { String::new() };
+            let word = used(word, plan.uses_word());
+            let sentence = used(sentence, plan.uses_sentence());
+            let tokens = vec![1, token(name), token(&word), token(&sentence)];
             let record = PromptRecord {
                 name: name.clone(),
                 text: name.clone(),
@@ -149,8 +163,10 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
                 tokens,
                 from: WINDOW,
                 to: None,
+                after: plan.after.as_ref().map(|_| (0, Some(WINDOW))),
+                probe: plan.probe.as_ref().map(|_| (1, 3)),
             };
-            prompts.insert((name.clone(), word), record);
+            prompts.insert((name.clone(), word, sentence), record);
         }
     }
     Prepared {
@@ -166,7 +182,12 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
         yes: vec![11, 12],
         no: vec![13],
         parts,
-        vector_prompts: words.keys().map(|word| vec![7, token(word)]).collect(),
+        band: protocol.parts.iter().flat_map(|part| part.band.clone()).collect(),
+        vector_prompts: words
+            .keys()
+            .chain(protocol.parts.iter().flat_map(|part| &part.band))
+            .map(|word| vec![7, token(word)])
+            .collect(),
         baseline_prompts: (0..6).map(|i| vec![7, i]).collect(),
         words,
     }
@@ -176,7 +197,7 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
 pub fn vectors(prepared: &Prepared) -> ConceptVectors {
     let engine = FakeEngine::default();
     let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
-    let words = prepared.concepts();
+    let words = prepared.vector_words();
     extract(&engine, &words, prompts, baseline, &prepared.layers(), DIM, &mut ()).unwrap().vectors
 }
 

@@ -1,15 +1,13 @@
 use super::*;
-use crate::experiment::results::Verdict;
+use crate::experiment::results::{Criterion, Verdict};
 
 fn grade(trial: &str, judge: &str, yes: bool) -> Grade {
     let verdict = Verdict { yes, evidence: "because".into() };
     Grade {
         trial: trial.into(),
         judge: judge.into(),
-        coherent: verdict.clone(),
-        claims: verdict.clone(),
-        mentions: verdict.clone(),
-        claims_then_names: verdict,
+        verdicts: [(Criterion::Claims, verdict)].into(),
+        missing: BTreeMap::new(),
         mentioned: vec![],
     }
 }

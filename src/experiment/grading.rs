@@ -2,14 +2,17 @@
 //! what they cannot see stands in `docs/grading.md`.
 
 mod agreement;
+mod choice;
 mod claims;
 pub mod compare;
+mod intent;
 mod relations;
 mod text;
 
 use std::collections::BTreeMap;
 
 pub use agreement::{Agreement, Flaw, Half, Label, LabelSet, agreement, labels};
+pub use choice::{CHOICES, choices};
 pub use relations::Relations;
 
 use self::{
@@ -17,7 +20,7 @@ use self::{
     relations::Mention,
     text::{Word, words},
 };
-use crate::experiment::results::{Condition, Grade, Trial, Verdict};
+use crate::experiment::results::{Condition, Criterion, Grade, Outcome, Trial, Verdict};
 
 /// Name and version of the rules: a change of any verdict is a new version.
 pub const JUDGE: &str = "rules-1";
@@ -32,9 +35,10 @@ const SHORT: usize = 4;
 
 /// Grades every trial that has a reply, in the order of `trials`. The same trials in another order
 /// get the same grades. The likelihood limit of a prompt comes from its clean replies among
-/// `trials`, so grade a run's trials together.
-pub fn grade(trials: &[Trial], words: &Relations) -> Vec<Grade> {
-    let cases: Vec<Case> = trials.iter().filter_map(Case::of).collect();
+/// `trials`, so grade a run's trials together. `outcome` says what a prompt's replies are judged on.
+pub fn grade(trials: &[Trial], words: &Relations, outcome: &dyn Fn(&str) -> Outcome) -> Vec<Grade> {
+    let case = |trial| Case::of(trial, outcome);
+    let cases: Vec<Case> = trials.iter().filter_map(case).collect();
     grade_cases(&cases, words)
 }
 
@@ -42,21 +46,27 @@ pub fn grade(trials: &[Trial], words: &Relations) -> Vec<Grade> {
 struct Case<'a> {
     id: &'a str,
     prompt: &'a str,
+    outcome: Outcome,
     concept: &'a str,
+    sentence: &'a str,
     clean: bool,
+    seed: u64,
     text: &'a str,
     /// Nats a token.
     nll: f64,
 }
 
 impl<'a> Case<'a> {
-    fn of(trial: &'a Trial) -> Option<Self> {
+    fn of(trial: &'a Trial, outcome: &dyn Fn(&str) -> Outcome) -> Option<Self> {
         let reply = trial.reply.as_ref()?;
         Some(Self {
             id: &trial.id,
             prompt: &trial.prompt,
+            outcome: outcome(&trial.prompt),
             concept: &trial.concept,
+            sentence: trial.sentence.as_deref().unwrap_or_default(),
             clean: trial.condition == Condition::Clean,
+            seed: trial.seed,
             text: &reply.text,
             nll: reply.nll,
         })
@@ -70,18 +80,44 @@ fn grade_cases(cases: &[Case], words: &Relations) -> Vec<Grade> {
 
 fn grade_one(case: &Case, list: &Relations, limit: Option<&Limit>) -> Grade {
     let reply = words(case.text);
-    let claim = claims::find(case.text, &reply);
-    let mention =
-        if case.concept.is_empty() { None } else { list.first_mention(case.concept, &reply) };
+    let verdicts = match case.outcome {
+        Outcome::Detection => detection(case, list, limit, &reply).into(),
+        Outcome::Choice => {
+            let choices = choices(list.words(), case.concept, case.seed);
+            let verdict = choice::verdict(list, &choices, case.concept, &reply);
+            [(Criterion::Chooses, verdict)].into()
+        }
+        Outcome::Repeat => [(Criterion::Repeats, choice::repeats(case.sentence, case.text))].into(),
+        Outcome::Intent => intent::verdicts(&reply).into(),
+    };
     Grade {
         trial: case.id.to_owned(),
         judge: JUDGE.to_owned(),
-        coherent: coherent(case.nll, &reply, limit),
-        claims: claim_verdict(case.text, &reply, claim.as_ref()),
-        mentions: mention_verdict(case, &reply, mention.as_ref()),
-        claims_then_names: order_verdict(&reply, claim.as_ref(), mention.as_ref()),
-        mentioned: list.mentioned(&reply),
+        verdicts,
+        missing: BTreeMap::new(),
+        mentioned: match case.outcome {
+            Outcome::Detection => list.mentioned(&reply),
+            _ => Vec::new(),
+        },
     }
+}
+
+fn detection(
+    case: &Case,
+    list: &Relations,
+    limit: Option<&Limit>,
+    reply: &[Word],
+) -> [(Criterion, Verdict); 4] {
+    let claim = claims::find(case.text, reply);
+    let mention =
+        if case.concept.is_empty() { None } else { list.first_mention(case.concept, reply) };
+    let order = order_verdict(reply, claim.as_ref(), mention.as_ref());
+    [
+        (Criterion::Coherent, coherent(case.nll, reply, limit)),
+        (Criterion::Claims, claim_verdict(case.text, reply, claim.as_ref())),
+        (Criterion::Mentions, mention_verdict(case, reply, mention.as_ref())),
+        (Criterion::ClaimsThenNames, order),
+    ]
 }
 
 /// The largest nll a coherent reply to a prompt may have, and the clean replies it comes from.

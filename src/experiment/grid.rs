@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::experiment::{
-    prepare::Prepared,
+    prepare::{Prepared, PreparedPart},
     protocol::{Kind, Part, Place, Protocol},
     results::{Condition, Trial},
 };
@@ -18,6 +18,8 @@ pub struct Cell<'a> {
     pub prompt: &'a str,
     /// The word that the prompt is rendered with; "" where it has none.
     pub prompt_word: &'a str,
+    /// The sentence of the word; "" in parts without.
+    pub sentence: &'a str,
     /// The word; "" for the clean trial of a readout, which all words share.
     pub concept: &'a str,
     /// What is injected.
@@ -89,6 +91,8 @@ struct PartGrid<'a> {
     /// Its first trial's place.
     from: usize,
     words: &'a [String],
+    /// One for each word, or none.
+    sentences: &'a [String],
     dimensions: Dimensions,
     /// What is injected of one word at one block.
     injections: Vec<(f64, Condition)>,
@@ -98,7 +102,7 @@ struct PartGrid<'a> {
 #[derive(Debug)]
 struct PromptGrid<'a> {
     name: &'a str,
-    /// Whether it differs from word to word.
+    /// Whether it names the word.
     uses_word: bool,
     /// Whether all words share one clean trial: a readout's is the same whatever word is read.
     shares_clean: bool,
@@ -117,16 +121,14 @@ impl<'a> Grid<'a> {
                 doses.flat_map(|dose| conditions.clone().map(|condition| (*dose, *condition)));
             let injections = injections.collect();
             let prompt = |name: &'a String| {
-                let uses_word = protocol.prompts[name].uses_word();
-                PromptGrid {
-                    name,
-                    uses_word,
-                    shares_clean: part.kind == Kind::Readout && !uses_word,
-                }
+                let plan = &protocol.prompts[name];
+                let uses_word = plan.uses_word();
+                let is_same = !uses_word && !plan.uses_sentence();
+                PromptGrid { name, uses_word, shares_clean: part.kind == Kind::Readout && is_same }
             };
             let prompts = part.prompts.iter().map(prompt).collect();
-            let words = &prepared.parts[index].words;
-            parts.push(PartGrid { part, from, words, dimensions, injections, prompts });
+            let PreparedPart { words, sentences, .. } = &prepared.parts[index];
+            parts.push(PartGrid { part, from, words, sentences, dimensions, injections, prompts });
         }
         Self { parts }
     }
@@ -251,24 +253,28 @@ impl<'a> PartGrid<'a> {
         let found = starts.into_iter().find(|(_, start)| *start <= place);
         let (index, start) = found.expect("the first prompt starts with its repeat");
         let prompt = &self.prompts[index];
-        let cell = |concept: &'a str, condition, at| Cell {
-            part,
-            prompt: prompt.name,
-            prompt_word: if prompt.uses_word { concept } else { "" },
-            concept,
-            condition,
-            at,
-            repeat,
+        let cell = |word: Option<usize>, condition, at| {
+            let concept = word.map_or("", |word| self.words[word].as_str());
+            Cell {
+                part,
+                prompt: prompt.name,
+                prompt_word: if prompt.uses_word { concept } else { "" },
+                sentence: word.and_then(|word| self.sentences.get(word)).map_or("", String::as_str),
+                concept,
+                condition,
+                at,
+                repeat,
+            }
         };
         let Some(injected) = (place - start).checked_sub(self.cleans(index)) else {
-            let concept = if prompt.shares_clean { "" } else { &self.words[place - start] };
-            return cell(concept, Condition::Clean, None);
+            let word = (!prompt.shares_clean).then_some(place - start);
+            return cell(word, Condition::Clean, None);
         };
         let (rest, injection) =
             (injected / self.injections.len(), injected % self.injections.len());
         let (dose, condition) = self.injections[injection];
         let place = self.dimensions.places[rest / self.words.len()];
-        cell(&self.words[rest % self.words.len()], condition, Some((place, dose)))
+        cell(Some(rest % self.words.len()), condition, Some((place, dose)))
     }
 }
 
@@ -311,6 +317,7 @@ mod tests {
                         part: index,
                         prompt,
                         prompt_word: if uses_word { concept } else { "" },
+                        sentence: "",
                         concept,
                         condition,
                         at,
@@ -351,7 +358,8 @@ mod tests {
             let listed = listed(&protocol, &prepared);
             let cells: Vec<Cell> = (0..grid.len()).map(|place| grid.cell(place)).collect();
             assert_eq!(cells, listed);
-            let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
+            let vectors = fake::vectors(&prepared);
+            let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
             for place in 0..grid.len() {
                 let trial = plan.trial(place);
                 assert_eq!(grid.find(&plan.line(&trial)), Some(place));
@@ -366,7 +374,8 @@ mod tests {
         let protocol = Protocol::builtin("demo").unwrap();
         let prepared = fake::prepared(&protocol, 30);
         let grid = Grid::new(&protocol, &prepared);
-        let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let line = plan.line(&plan.trial(2500));
         let strangers = [
             Trial { part: "none".into(), ..line.clone() },

@@ -18,6 +18,7 @@ pub mod grading;
 pub mod grid;
 pub mod plan;
 pub mod prepare;
+pub mod probe;
 pub mod protocol;
 mod protocol_file;
 pub mod results;
@@ -32,7 +33,7 @@ use folder::Folder;
 use grid::Grid;
 use plan::Plan;
 use prepare::{Prepared, prepare};
-use protocol::Protocol;
+use protocol::{Kind, Protocol};
 use results::{Fingerprint, Manifest, Trial};
 use vectors::ConceptVectors;
 
@@ -137,6 +138,44 @@ pub fn run(
     run.into_folder(dir, ways, progress)
 }
 
+/// What a run would take.
+#[derive(Clone, Debug)]
+pub struct Estimate {
+    /// Trials of each part.
+    pub trials: Vec<usize>,
+    /// Seconds of each part, from a few of its trials on this machine.
+    pub seconds: Vec<f64>,
+    /// Tokens of all prompts, with what trials share counted for each.
+    pub prompt_tokens: u64,
+    /// Tokens drawn, where no reply ends early.
+    pub drawn_tokens: u64,
+}
+
+/// Measures a few trials of each part and counts the tokens of all; nothing is stored.
+pub fn estimate(
+    protocol: &Protocol,
+    prepared: &Prepared,
+    engine: &Engine,
+    progress: &mut dyn Progress,
+) -> Result<Estimate> {
+    let run = Run { protocol, prepared, engine, numerics: engine.fingerprint() };
+    let vectors = run.extract(progress)?;
+    let plan = Plan::new(protocol, prepared, &vectors)?;
+    let seconds = measure(&plan, protocol, engine, progress)?.seconds;
+    let parts = 0..protocol.parts.len();
+    let trials: Vec<usize> = parts.map(|part| plan.grid().of_part(part).len()).collect();
+    let (mut prompt_tokens, mut drawn_tokens) = (0, 0);
+    for place in 0..plan.grid().len() {
+        let cell = plan.grid().cell(place);
+        prompt_tokens += plan.prompt(&cell).tokens.len() as u64;
+        if let Kind::Sample(draw) = protocol.parts[cell.part].kind {
+            drawn_tokens += u64::from(draw.max_tokens);
+        }
+    }
+    let seconds = seconds.iter().zip(&trials).map(|(of_one, n)| of_one * *n as f64).collect();
+    Ok(Estimate { trials, seconds, prompt_tokens, drawn_tokens })
+}
+
 /// A protocol, concrete, and what runs it.
 struct Run<'a> {
     protocol: &'a Protocol,
@@ -183,21 +222,29 @@ impl Run<'_> {
         progress: &mut dyn Progress,
     ) -> Result<ConceptVectors> {
         let (path, prepared) = (folder.vectors_path(), self.prepared);
-        let (words, layers) = (prepared.concepts(), prepared.layers());
         let (hash, dim) = (&prepared.model.hash, prepared.model.dim);
         if resumes && path.exists() {
+            let (words, layers) = (prepared.vector_words(), prepared.layers());
             return ConceptVectors::load(&path, hash, &words, &layers, dim);
         }
-        let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
-        let extraction =
-            vectors::extract(self.engine, &words, prompts, baseline, &layers, dim, progress)?;
+        let vectors = self.extract(progress)?;
         let recipe = &self.protocol.vectors;
         let recipe = format!(
             "mean-difference of {:?} over {} baseline words",
             recipe.template,
             recipe.baseline.len()
         );
-        extraction.vectors.to_set(hash, &recipe)?.save(&path)?;
+        vectors.to_set(hash, &recipe)?.save(&path)?;
+        Ok(vectors)
+    }
+
+    fn extract(&self, progress: &mut dyn Progress) -> Result<ConceptVectors> {
+        let prepared = self.prepared;
+        let (words, layers) = (prepared.vector_words(), prepared.layers());
+        let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
+        let dim = prepared.model.dim;
+        let extraction =
+            vectors::extract(self.engine, &words, prompts, baseline, &layers, dim, progress)?;
         Ok(extraction.vectors)
     }
 

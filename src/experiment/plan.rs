@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
-    engine::{Injection, Job},
+    engine::{Capture, Injection, Job},
     error::{Context, Error, Result},
     experiment::{
         grid::{Cell, Grid},
@@ -14,7 +14,7 @@ use crate::{
         seeds::{self, Identity, InjectionIdentity, SCHEMA},
         vectors::{ConceptVectors, SITE, random_vector, shuffled_vector},
     },
-    request::{Op, Sampling},
+    request::{CaptureSite, Op, Sampling},
 };
 
 /// A trial that is ready to be run.
@@ -36,6 +36,7 @@ pub struct Plan<'a> {
     prepared: &'a Prepared,
     grid: Grid<'a>,
     vectors: Vectors<'a>,
+    concepts: &'a ConceptVectors,
 }
 
 /// By word, block, condition and [`draw`].
@@ -52,11 +53,11 @@ impl<'a> Plan<'a> {
     pub fn new(
         protocol: &'a Protocol,
         prepared: &'a Prepared,
-        concepts: &ConceptVectors,
+        concepts: &'a ConceptVectors,
     ) -> Result<Self> {
         check_all_differ(protocol, prepared)?;
         let vectors = contents(protocol, prepared, concepts)?;
-        Ok(Self { protocol, prepared, grid: Grid::new(protocol, prepared), vectors })
+        Ok(Self { protocol, prepared, grid: Grid::new(protocol, prepared), vectors, concepts })
     }
 
     /// Which trials there are, in the order in which they are run.
@@ -117,10 +118,28 @@ impl<'a> Plan<'a> {
         &self.prompt(&trial.cell).tokens
     }
 
+    /// The vectors that the trials' own are made of, those of control words among them.
+    pub fn concepts(&self) -> &ConceptVectors {
+        self.concepts
+    }
+
+    /// What a trial of kind probe captures: blocks, first position and end.
+    pub fn probed(&self, trial: &Planned) -> Option<(Vec<usize>, (usize, usize))> {
+        let span = self.prompt(&trial.cell).probe?;
+        let places = &self.prepared.parts[trial.cell.part].places;
+        Some((places.iter().map(|place| place.layer).collect(), span))
+    }
+
+    /// The texts of the probed tokens.
+    pub fn probed_pieces(&self, trial: &Planned) -> &[String] {
+        let prompt = self.prompt(&trial.cell);
+        prompt.probe.and_then(|(from, to)| prompt.pieces.get(from..to)).unwrap_or_default()
+    }
+
     /// The engine's job: yes and no variants are watched, then a readout's words' first tokens.
     pub fn job(&self, trial: &Planned<'a>) -> Job {
         let inject = trial.cell.at.iter().map(|(place, dose)| {
-            let prompt = self.prompt(&trial.cell);
+            let (from, to) = self.window(&trial.cell);
             Injection {
                 vector: self.content(&trial.cell, place.layer).vector.clone(),
                 site: SITE,
@@ -128,8 +147,8 @@ impl<'a> Plan<'a> {
                 op: Op::Add,
                 strength: *dose as f32,
                 mode: self.part(trial).mode,
-                from: prompt.from,
-                to: prompt.to,
+                from,
+                to,
             }
         });
         Job {
@@ -138,6 +157,7 @@ impl<'a> Plan<'a> {
             sampling: self.sampling(&trial.cell, trial.seed),
             n: 1,
             watch: self.watch(&trial.cell),
+            capture: self.capture(trial),
             ..Job::default()
         }
     }
@@ -150,7 +170,9 @@ impl<'a> Plan<'a> {
             part: self.part(trial).name.clone(),
             prompt: cell.prompt.to_owned(),
             concept: cell.concept.to_owned(),
+            sentence: Some(cell.sentence).filter(|text| !text.is_empty()).map(str::to_owned),
             condition: cell.condition,
+            other: self.other(cell).map(str::to_owned),
             layer: cell.at.map(|(place, _)| place.layer),
             depth: cell.at.map(|(place, _)| place.depth),
             dose: cell.at.map(|(_, dose)| dose),
@@ -162,11 +184,47 @@ impl<'a> Plan<'a> {
             first: None,
             read: None,
             reply: None,
+            probe: None,
         }
     }
 
-    fn prompt(&self, cell: &Cell) -> &PromptRecord {
-        &self.prepared.prompts[&(cell.prompt.to_owned(), cell.prompt_word.to_owned())]
+    /// A trial's prompt.
+    pub fn prompt(&self, cell: &Cell) -> &PromptRecord {
+        let plan = &self.protocol.prompts[cell.prompt];
+        let sentence = if plan.uses_sentence() { cell.sentence } else { "" };
+        let key = [cell.prompt, cell.prompt_word, sentence].map(str::to_owned);
+        &self.prepared.prompts[&key.into()]
+    }
+
+    /// The window of a trial's injection.
+    fn window(&self, cell: &Cell) -> (usize, Option<usize>) {
+        let prompt = self.prompt(cell);
+        match cell.condition {
+            Condition::After => prompt.after.unwrap_or((prompt.from, prompt.to)),
+            _ => (prompt.from, prompt.to),
+        }
+    }
+
+    /// The word whose vector is injected, where it is not the trial's own.
+    fn other(&self, cell: &Cell) -> Option<&'a str> {
+        if cell.condition != Condition::Other {
+            return None;
+        }
+        let words = &self.prepared.parts[cell.part].words;
+        Some(other_word(words, words.iter().position(|word| word == cell.concept)?))
+    }
+
+    fn capture(&self, trial: &Planned) -> Vec<Capture> {
+        let is_probe = self.part(trial).kind == Kind::Probe;
+        let Some((layers, (from, to))) = self.probed(trial).filter(|_| is_probe) else {
+            return Vec::new();
+        };
+        let capture = |layer| Capture {
+            site: CaptureSite::ResidPost,
+            layer: Some(layer),
+            positions: (from..to).collect(),
+        };
+        layers.into_iter().map(capture).collect()
     }
 
     fn content(&self, cell: &Cell<'a>, layer: usize) -> &Content {
@@ -188,7 +246,7 @@ impl<'a> Plan<'a> {
 
     fn sampling(&self, cell: &Cell, seed: u64) -> Sampling {
         match self.protocol.parts[cell.part].kind {
-            Kind::Readout => Sampling { seed, max_tokens: 0, ..Sampling::default() },
+            Kind::Readout | Kind::Probe => Sampling { seed, max_tokens: 0, ..Sampling::default() },
             Kind::Sample(draw) => Sampling {
                 temperature: draw.temperature as f32,
                 top_p: draw.top_p as f32,
@@ -201,7 +259,7 @@ impl<'a> Plan<'a> {
     }
 
     fn id(&self, cell: &Cell<'a>, seed: u64) -> String {
-        let prompt = self.prompt(cell);
+        let (from, to) = self.window(cell);
         let inject = cell.at.map(|(place, dose)| InjectionIdentity {
             vector: &self.content(cell, place.layer).hash,
             site: SITE,
@@ -209,8 +267,8 @@ impl<'a> Plan<'a> {
             op: Op::Add,
             dose,
             mode: self.protocol.parts[cell.part].mode,
-            from: prompt.from,
-            to: prompt.to,
+            from,
+            to,
         });
         seeds::trial_id(&Identity {
             schema: SCHEMA,
@@ -220,7 +278,7 @@ impl<'a> Plan<'a> {
             concept: cell.concept,
             condition: cell.condition,
             repeat: cell.repeat,
-            tokens: &prompt.tokens,
+            tokens: &self.prompt(cell).tokens,
             inject,
             sampling: self.sampling(cell, seed),
             watch: &self.watch(cell),
@@ -252,8 +310,17 @@ const DRAWS: u32 = 4;
 fn draw(condition: Condition, repeat: u32) -> u32 {
     match condition {
         Condition::Random | Condition::Shuffled => repeat % DRAWS,
-        Condition::Clean | Condition::Concept | Condition::Negated => 0,
+        Condition::Clean
+        | Condition::Concept
+        | Condition::Negated
+        | Condition::Other
+        | Condition::After => 0,
     }
+}
+
+/// Half the list away: every word lends its vector to one other.
+fn other_word(words: &[String], of: usize) -> &str {
+    &words[(of + words.len() / 2) % words.len()]
 }
 
 /// Every vector that the trials need, once.
@@ -264,20 +331,28 @@ fn contents<'a>(
 ) -> Result<Vectors<'a>> {
     let mut contents = HashMap::new();
     for (part, prepared) in protocol.parts.iter().zip(&prepared.parts) {
-        for (word, place) in
-            prepared.words.iter().flat_map(|w| prepared.places.iter().map(move |p| (w, p)))
-        {
+        if part.conditions.contains(&Condition::Other) && prepared.words.len() < 2 {
+            return Err(
+                Error::new("condition other needs two words").at(format!("part {:?}", part.name))
+            );
+        }
+        let words = prepared.words.iter().enumerate();
+        for ((at, word), place) in words.flat_map(|w| prepared.places.iter().map(move |p| (w, p))) {
             let layer = place.layer;
-            let concept = concepts.get(word, layer).ok_or_else(|| {
-                Error::new("no concept vector").at(format!("word {word:?}, layer {layer}"))
-            })?;
+            let vector_of = |word: &str| {
+                concepts.get(word, layer).ok_or_else(|| {
+                    Error::new("no concept vector").at(format!("word {word:?}, layer {layer}"))
+                })
+            };
+            let concept = vector_of(word)?;
             for condition in &part.conditions {
                 let last = draw(*condition, part.repeats.min(DRAWS) - 1);
                 for draw in 0..=last {
                     let key = |kind| seeds::vector_key(kind, protocol.seed, word, layer, draw);
                     let vector = match condition {
                         Condition::Clean => continue,
-                        Condition::Concept => concept.to_vec(),
+                        Condition::Concept | Condition::After => concept.to_vec(),
+                        Condition::Other => vector_of(other_word(&prepared.words, at))?.to_vec(),
                         Condition::Random => random_vector(key("random"), concept),
                         Condition::Negated => concept.iter().map(|value| -value).collect(),
                         Condition::Shuffled => shuffled_vector(key("shuffled"), concept),
@@ -297,15 +372,12 @@ mod tests {
     use super::*;
     use crate::experiment::fake;
 
-    fn plan_of<'a>(protocol: &'a Protocol, prepared: &'a Prepared) -> Plan<'a> {
-        Plan::new(protocol, prepared, &fake::vectors(prepared)).unwrap()
-    }
-
     #[test]
     fn every_injected_trial_has_one_clean_partner_of_its_seed() {
         let protocol = Protocol::builtin("demo").unwrap();
         let prepared = fake::prepared(&protocol, 30);
-        let plan = plan_of(&protocol, &prepared);
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let by_id: HashMap<String, Planned> =
             plan.trials().map(|trial| (trial.id.clone(), trial)).collect();
         assert_eq!(by_id.len(), plan.grid().len(), "ids are unique");
@@ -328,7 +400,8 @@ mod tests {
     fn jobs_carry_vector_window_and_watch() {
         let protocol = Protocol::builtin("demo").unwrap();
         let prepared = fake::prepared(&protocol, 30);
-        let plan = plan_of(&protocol, &prepared);
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let find = |part: usize, condition| {
             let mut trials = plan.trials();
             trials.find(|t| t.cell.part == part && t.cell.condition == condition).unwrap()
@@ -354,7 +427,8 @@ mod tests {
         let mut protocol = Protocol::builtin("demo").unwrap();
         protocol.parts[1].repeats = DRAWS + 1;
         let prepared = fake::prepared(&protocol, 30);
-        let plan = plan_of(&protocol, &prepared);
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let of = |condition| {
             let first = plan.trials().find(|t| t.cell.part == 1 && t.cell.condition == condition);
             let first = first.unwrap().cell;
@@ -379,7 +453,8 @@ mod tests {
         let mut protocol = Protocol::builtin("demo").unwrap();
         protocol.parts[0].conditions = Condition::ALL.to_vec();
         let prepared = fake::prepared(&protocol, 30);
-        let plan = plan_of(&protocol, &prepared);
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         let of = |condition| {
             let mut trials = plan.trials();
             let trial = trials.find(|t| t.cell.part == 0 && t.cell.condition == condition).unwrap();
@@ -426,7 +501,8 @@ mod tests {
         let mut protocol = Protocol::builtin("demo").unwrap();
         protocol.prompts.get_mut("cued").unwrap().turns[2].content.push_str(" Is it {word}?");
         let prepared = fake::prepared(&protocol, 30);
-        let plan = plan_of(&protocol, &prepared);
+        let vectors = fake::vectors(&prepared);
+        let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
         assert_eq!(plan.grid().outline()[0].clean, 50);
         let trial = plan.trials().find(|t| t.cell.condition == Condition::Concept).unwrap();
         let clean = plan.trials().find(|t| Some(&t.id) == trial.clean.as_ref()).unwrap();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Context, Error, Result},
     experiment::{
-        protocol::{Chat, Part, Place, PromptPlan, Protocol},
+        protocol::{Chat, Part, Place, PromptPlan, Protocol, Window},
         results::{ModelRecord, PromptRecord, WordRecord},
         vectors::{ConceptVectors, vector_prompts},
     },
@@ -18,8 +18,8 @@ use crate::{
 pub struct Prepared {
     /// The model.
     pub model: ModelRecord,
-    /// By (prompt, word); the word is "" for prompts that are the same for every word.
-    pub prompts: BTreeMap<(String, String), PromptRecord>,
+    /// As rendered.
+    pub prompts: BTreeMap<PromptKey, PromptRecord>,
     /// The words of all parts.
     pub words: BTreeMap<String, WordTokens>,
     /// The yes variants' tokens.
@@ -28,11 +28,16 @@ pub struct Prepared {
     pub no: Vec<u32>,
     /// One for each part of the protocol, uncut.
     pub parts: Vec<PreparedPart>,
-    /// The prompts of the concept vectors, in the order of [`Prepared::concepts`].
+    /// Words that have vectors only to compare with, sorted.
+    pub band: Vec<String>,
+    /// The prompts of the vectors, in the order of [`Prepared::vector_words`].
     pub vector_prompts: Vec<Vec<u32>>,
     /// The prompts of the baseline words.
     pub baseline_prompts: Vec<Vec<u32>>,
 }
+
+/// A prompt's name, and the word and the sentence that its texts hold ("" where they hold none).
+pub type PromptKey = (String, String, String);
 
 /// A word as it is read out: lower-cased, after a space. (In `SmolLM2`'s vocabulary this form gives
 /// the fewest words of several tokens, and first tokens that differ from word to word.)
@@ -49,14 +54,16 @@ pub struct WordTokens {
 pub struct PreparedPart {
     /// The words used.
     pub words: Vec<String>,
+    /// The sentence of each word; empty in parts without.
+    pub sentences: Vec<String>,
     /// The blocks injected at.
     pub places: Vec<Place>,
 }
 
 impl Prepared {
-    /// All words, sorted: those that have a vector.
-    pub fn concepts(&self) -> Vec<String> {
-        self.words.keys().cloned().collect()
+    /// The words that have a vector: those of the parts, sorted, and those to compare with.
+    pub fn vector_words(&self) -> Vec<String> {
+        self.words.keys().chain(&self.band).cloned().collect()
     }
 
     /// All blocks injected at, ascending.
@@ -110,24 +117,35 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
     for (part, prepared) in protocol.parts.iter().zip(&parts) {
         for name in &part.prompts {
             let plan = &protocol.prompts[name];
-            let of_words =
-                if plan.uses_word() { prepared.words.clone() } else { vec![String::new()] };
-            for word in of_words {
-                let record = render(model, &protocol.chat, name, plan, &word)
-                    .at(|| format!("prompts.{name}"))?;
-                prompts.insert((name.clone(), word), record);
+            for index in 0..prepared.words.len() {
+                let of = |list: &[String], used: bool| {
+                    list.get(index).filter(|_| used).cloned().unwrap_or_default()
+                };
+                let word = of(&prepared.words, plan.uses_word());
+                let sentence = of(&prepared.sentences, plan.uses_sentence());
+                let key = (name.clone(), word, sentence);
+                if !prompts.contains_key(&key) {
+                    let record = render(model, &protocol.chat, &key, plan)
+                        .at(|| format!("prompts.{name}"))?;
+                    prompts.insert(key, record);
+                }
             }
         }
     }
     let (yes, no) = answers(tokenizer, protocol)?;
     let recipe = &protocol.vectors;
-    let names: Vec<String> = words.keys().cloned().collect();
+    let mut band: Vec<String> = protocol.parts.iter().flat_map(|part| part.band.clone()).collect();
+    band.sort_unstable();
+    band.dedup();
+    band.retain(|word| !words.contains_key(word));
+    let names: Vec<String> = words.keys().chain(&band).cloned().collect();
     Ok(Prepared {
         model: record(model)?,
         prompts,
         yes,
         no,
         parts,
+        band,
         vector_prompts: vector_prompts(model, &protocol.chat, &recipe.template, &names)?,
         baseline_prompts: vector_prompts(
             model,
@@ -165,7 +183,8 @@ fn prepare_part(part: &Part, tokenizer: &Tokenizer, layers: usize) -> Result<Pre
             .hint("single_token keeps words that are one token of the model, lower-cased after a space"));
     }
     words.truncate(wanted);
-    Ok(PreparedPart { words, places: part.places.resolve(layers)? })
+    let sentences = part.sentences.iter().cycle().take(words.len()).cloned().collect();
+    Ok(PreparedPart { words, sentences, places: part.places.resolve(layers)? })
 }
 
 fn word_tokens(tokenizer: &Tokenizer, word: &str) -> Result<WordTokens> {
@@ -206,11 +225,10 @@ fn answers(tokenizer: &Tokenizer, protocol: &Protocol) -> Result<(Vec<u32>, Vec<
 fn render(
     model: &Model,
     chat: &Chat,
-    name: &str,
+    (name, word, sentence): &PromptKey,
     plan: &PromptPlan,
-    word: &str,
 ) -> Result<PromptRecord> {
-    let fill = |text: &str| fill(text, plan.trial, word);
+    let fill = |text: &str| fill(text, plan.trial, word, sentence);
     let turn = |turn: &Message| Message { role: turn.role.clone(), content: fill(&turn.content) };
     let request = Request {
         messages: Some(plan.turns.iter().map(turn).collect()),
@@ -221,34 +239,43 @@ fn render(
         ..Request::default()
     };
     let prompt = model.render(&request)?;
-    let window = plan.window.map_texts(fill);
-    let (from, to) =
-        prompt.window(window.from.as_ref(), window.to.as_ref()).at(|| "window".into())?;
+    let resolve = |window: &Window, name: &str| {
+        let window = window.map_texts(fill);
+        prompt.window(window.from.as_ref(), window.to.as_ref()).at(|| name.to_owned())
+    };
+    let (from, to) = resolve(&plan.window, "window")?;
+    let after = plan.after.as_ref().map(|window| resolve(window, "after")).transpose()?;
+    let probe = plan.probe.as_ref().map(|window| resolve(window, "probe")).transpose()?;
+    // A probe sees nothing but the prompt.
+    let probe = probe.map(|(from, to)| (from, to.unwrap_or(prompt.tokens.len())));
+    let parts = [word, sentence].map(String::as_str).into_iter().filter(|text| !text.is_empty());
+    let parts = parts.collect::<Vec<_>>().join(" | ");
     Ok(PromptRecord {
-        name: if word.is_empty() { name.to_owned() } else { format!("{name} ({word})") },
+        name: if parts.is_empty() { name.clone() } else { format!("{name} ({parts})") },
         text: prompt.text,
         tokens: prompt.tokens,
         pieces: prompt.pieces,
         from,
         to,
+        after,
+        probe,
     })
 }
 
-fn fill(text: &str, trial: u32, word: &str) -> String {
-    text.replace("{trial}", &trial.to_string()).replace("{word}", &word.to_lowercase())
+fn fill(text: &str, trial: u32, word: &str, sentence: &str) -> String {
+    let text = text.replace("{trial}", &trial.to_string());
+    text.replace("{word}", &word.to_lowercase()).replace("{sentence}", sentence)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        experiment::protocol::Window,
-        request::{Marker, Position, Span, Turn},
-    };
+    use crate::request::{Marker, Position, Span, Turn};
 
     #[test]
     fn placeholders_are_filled_in_texts_and_windows() {
-        assert_eq!(fill("Trial {trial}: {word}, {word}", 3, "Bread"), "Trial 3: bread, bread");
+        let filled = fill("Trial {trial}: {word}, {word}. {sentence}", 3, "Bread", "It rains.");
+        assert_eq!(filled, "Trial 3: bread, bread. It rains.");
         let span = |text: &str| Span {
             text: text.into(),
             turn: Some(Turn::Role("user.last".into())),
@@ -256,7 +283,7 @@ mod tests {
         };
         let marker = |text: &str| Some(Position::Marker(Marker::StartOf(span(text))));
         let window = Window { from: marker("\n\nTrial {trial}"), to: Some(Position::Index(-1)) };
-        let filled = window.map_texts(|text| fill(text, 2, ""));
+        let filled = window.map_texts(|text| fill(text, 2, "", ""));
         assert_eq!(filled.from, marker("\n\nTrial 2"));
         assert_eq!(filled.to, Some(Position::Index(-1)));
     }

@@ -9,15 +9,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Context, Error, Result},
-    experiment::{demo::Cut, protocol_file, results::Condition},
+    experiment::{
+        demo::Cut,
+        protocol_file,
+        results::{Condition, Criterion, Outcome},
+    },
     request::{Marker, Message, Position, StrengthMode, Thinking},
 };
 
 /// The protocols that come with the program: name, text.
-const BUILTIN: [(&str, &str); 4] = [
+const BUILTIN: [(&str, &str); 8] = [
     ("injected-thoughts", include_str!("../../experiments/injected-thoughts.toml")),
     ("variants", include_str!("../../experiments/variants.toml")),
+    ("thought-vs-text", include_str!("../../experiments/thought-vs-text.toml")),
+    ("prefill", include_str!("../../experiments/prefill.toml")),
+    ("intentional-control", include_str!("../../experiments/intentional-control.toml")),
     ("yes-bias", include_str!("../../experiments/yes-bias.toml")),
+    ("dose-response", include_str!("../../experiments/dose-response.toml")),
     ("demo", include_str!("../../experiments/demo.toml")),
 ];
 
@@ -148,7 +156,7 @@ pub struct Answers {
     pub no: Vec<String>,
 }
 
-/// A prompt before it is rendered. Its texts may hold `{trial}` and `{word}` (lower-cased).
+/// A prompt before it is rendered. Its texts may hold `{trial}`, `{word}` (lower-cased) and `{sentence}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptPlan {
@@ -163,8 +171,16 @@ pub struct PromptPlan {
     /// The right answer, where the question has one: it has nothing to do with injected thoughts, and
     /// shows what vectors do to any answer.
     pub answer: Option<Answer>,
+    /// What replies to it are judged on.
+    pub outcome: Outcome,
+    /// The verdicts that make a reply a success, all together.
+    pub success: Vec<Criterion>,
     /// Where injections act.
     pub window: Window,
+    /// Where those of condition `after` act.
+    pub after: Option<Window>,
+    /// Which tokens parts of kind probe look at.
+    pub probe: Option<Window>,
 }
 
 /// To a yes/no question.
@@ -203,7 +219,7 @@ impl Window {
 }
 
 /// A grid of trials: prompts × words × layers × doses × conditions × repeats, and their clean
-/// partners.
+/// partners. A part of kind probe injects nothing: it has one trial for each prompt and word.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Part {
@@ -215,6 +231,9 @@ pub struct Part {
     pub prompts: Vec<String>,
     /// The words to choose from, in order.
     pub words: Vec<String>,
+    /// The sentences that go with the words used, one by one, from the front again where there are
+    /// fewer.
+    pub sentences: Vec<String>,
     /// Only words whose lower-cased form after a space is one token.
     pub single_token: bool,
     /// This many words from the front; none: all.
@@ -229,6 +248,10 @@ pub struct Part {
     pub conditions: Vec<Condition>,
     /// Trials of each cell, with different seeds.
     pub repeats: u32,
+    /// Words whose vectors show how large a cosine is by chance (parts of kind probe).
+    pub band: Vec<String>,
+    /// Pairs of prompts to be compared (parts of kind probe).
+    pub contrasts: Vec<(String, String)>,
 }
 
 /// What is measured in a trial.
@@ -239,6 +262,9 @@ pub enum Kind {
     Readout,
     /// A reply.
     Sample(Draw),
+    /// How far the stream points along the word's vector at the prompt's probed tokens; nothing is
+    /// injected or drawn.
+    Probe,
 }
 
 /// How replies are drawn. The model's own defaults are never applied.
@@ -278,7 +304,28 @@ pub struct Place {
     pub depth: f64,
 }
 
+/// Words of a part of [`Protocol::quick`].
+const QUICK_WORDS: usize = 8;
+/// Depths in place of many layers.
+const QUICK_DEPTHS: [f64; 3] = [0.5, 0.67, 0.85];
+
 impl Places {
+    /// At most three of them: the first, the middle and the last of a list, or three depths.
+    fn few(&self) -> Self {
+        fn three<T: Copy>(list: &[T]) -> Vec<T> {
+            match list {
+                [first, .., last] if list.len() > 3 => vec![*first, list[list.len() / 2], *last],
+                _ => list.to_vec(),
+            }
+        }
+        match self {
+            Self::Depths(depths) => Self::Depths(three(depths)),
+            Self::Layers(layers) => Self::Layers(three(layers)),
+            Self::Evenly(count) if *count <= 3 => self.clone(),
+            Self::Evenly(_) | Self::All => Self::Depths(QUICK_DEPTHS.to_vec()),
+        }
+    }
+
     /// The blocks in a model of n, without repetitions: two depths may fall on one block, and the
     /// first of them names it. An error for a layer that the model does not have.
     pub fn resolve(&self, n: usize) -> Result<Vec<Place>> {
@@ -315,10 +362,19 @@ impl Places {
 }
 
 impl PromptPlan {
-    /// Whether the prompt differs from word to word.
+    /// Whether its texts name the word.
     pub fn uses_word(&self) -> bool {
+        self.has("{word}")
+    }
+
+    /// Whether its texts hold the sentence.
+    pub fn uses_sentence(&self) -> bool {
+        self.has("{sentence}")
+    }
+
+    fn has(&self, placeholder: &str) -> bool {
         let mut texts = self.turns.iter().map(|turn| &turn.content).chain(&self.prefill);
-        texts.any(|text| text.contains("{word}"))
+        texts.any(|text| text.contains(placeholder))
     }
 }
 
@@ -359,6 +415,29 @@ impl Protocol {
     pub fn parse(text: &str, place: &str, settings: &[Setting]) -> Result<Self> {
         let base = Path::new(place).parent().unwrap_or(Path::new(""));
         protocol_file::parse(text, base, settings).at(|| place.to_owned())
+    }
+
+    /// A version for trying things: at most 8 words, 3 layers, 2 doses and one repeat a part. Parts of kind
+    /// probe keep their layers, which they read all at once.
+    #[must_use]
+    pub fn quick(&self) -> Self {
+        let mut quick = self.clone();
+        quick.name = format!("{} (quick)", self.name);
+        for part in &mut quick.parts {
+            part.count = Some(part.count.unwrap_or(part.words.len()).min(QUICK_WORDS));
+            part.repeats = 1;
+            if part.kind != Kind::Probe {
+                part.places = part.places.few();
+                // The middle and the largest: what is read shows early, what is written late.
+                part.doses = match part.doses[..] {
+                    [.., last] if part.doses.len() > 2 => {
+                        vec![part.doses[(part.doses.len() - 1) / 2], last]
+                    }
+                    _ => part.doses.clone(),
+                };
+            }
+        }
+        quick
     }
 
     /// The protocol as it was before anything was cut.
@@ -404,12 +483,12 @@ mod tests {
             assert_eq!(serde_json::from_value::<Protocol>(json).unwrap(), protocol);
         }
         let error = Protocol::open("dmeo", &[]).unwrap_err().to_string();
-        assert!(error.contains("injected-thoughts, variants, yes-bias, demo"), "{error}");
+        assert!(error.contains("injected-thoughts, variants, thought-vs-text"), "{error}");
     }
 
     #[test]
     fn the_window_of_the_cued_prompt_opens_at_the_blank_line() {
-        for name in ["injected-thoughts", "variants", "yes-bias", "demo"] {
+        for name in ["injected-thoughts", "variants", "yes-bias", "dose-response", "demo"] {
             let prompt = &Protocol::builtin(name).unwrap().prompts["cued"];
             let question = &prompt.turns.last().unwrap().content;
             assert!(question.contains("\n\nTrial {trial}: "), "{question}");

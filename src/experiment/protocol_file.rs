@@ -11,7 +11,7 @@ use crate::{
             Answer, Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe, Setting,
             VectorRecipe, Window,
         },
-        results::Condition,
+        results::{Condition, Criterion, Outcome},
         words,
     },
     request::{All, Message, StrengthMode},
@@ -20,7 +20,7 @@ use crate::{
 /// The doses of a part that names none, in reference units.
 const DOSES: [f64; 4] = [0.125, 0.25, 0.5, 1.0];
 /// What texts may hold. A prompt's question is put in when the file is read.
-const PLACEHOLDERS: [&str; 3] = ["word", "trial", "question"];
+const PLACEHOLDERS: [&str; 4] = ["word", "trial", "sentence", "question"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -76,7 +76,11 @@ struct PromptTable {
     trial: Option<u32>,
     yes_no: Option<bool>,
     answer: Option<Answer>,
+    outcome: Option<Outcome>,
+    success: Option<Vec<Criterion>>,
     window: Option<Window>,
+    after: Option<Window>,
+    probe: Option<Window>,
 }
 
 impl PromptTable {
@@ -90,7 +94,11 @@ impl PromptTable {
             trial: self.trial.or(other.trial),
             yes_no: self.yes_no.or(other.yes_no),
             answer: self.answer,
+            outcome: self.outcome.or(other.outcome),
+            success: self.success.or(other.success),
             window: self.window.or(other.window),
+            after: self.after.or(other.after),
+            probe: self.probe.or(other.probe),
         }
     }
 }
@@ -109,6 +117,7 @@ struct PartTable {
     kind: KindName,
     prompts: Vec<String>,
     words: Words,
+    sentences: Option<Words>,
     #[serde(default)]
     single_token: bool,
     count: Option<usize>,
@@ -123,6 +132,8 @@ struct PartTable {
     temperature: Option<f64>,
     top_p: Option<f64>,
     top_k: Option<u32>,
+    band: Option<Words>,
+    contrasts: Option<Vec<(String, String)>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
@@ -130,6 +141,7 @@ struct PartTable {
 enum KindName {
     Readout,
     Sample,
+    Probe,
 }
 
 /// `[1, 2]`, `"all"` or `{ evenly = 16 }`.
@@ -268,7 +280,8 @@ fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result
     if let Some(prefill) = &table.prefill {
         check_placeholders(prefill, &PLACEHOLDERS).at(|| "prefill".into())?;
     }
-    let yes_no = table.yes_no.unwrap_or(true);
+    let outcome = table.outcome.unwrap_or_default();
+    let yes_no = table.yes_no.unwrap_or(outcome == Outcome::Detection);
     check(yes_no || table.answer.is_none(), || {
         Error::new("only a yes/no question has a right answer").at("answer")
     })?;
@@ -279,7 +292,15 @@ fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result
             .expected(format!("both `question` and {QUESTION} in a turn's text, or neither"))
     })?;
     let question = table.question.unwrap_or_default();
-    check_placeholders(&question, &["word", "trial"]).at(|| "question".into())?;
+    check_placeholders(&question, &["word", "trial", "sentence"]).at(|| "question".into())?;
+    let success = table.success.unwrap_or_else(|| outcome.success(yes_no));
+    check_distinct(&success, "success")?;
+    check(!success.is_empty() && success.iter().all(|c| outcome.criteria().contains(c)), || {
+        let judged = outcome.criteria().iter().map(|criterion| criterion.name());
+        Error::new("a success is made of what the replies are judged on")
+            .at("success")
+            .expected(judged.collect::<Vec<_>>().join(", "))
+    })?;
     let ask = |text: &str| text.replace(QUESTION, &question);
     let message = |turn: &TurnTable| Message { role: turn.role.clone(), content: ask(&turn.text) };
     Ok(PromptPlan {
@@ -288,7 +309,11 @@ fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result
         trial: table.trial.unwrap_or(1),
         yes_no,
         answer: table.answer,
+        outcome,
+        success,
         window: table.window.unwrap_or_default().map_texts(ask),
+        after: table.after.map(|window| window.map_texts(ask)),
+        probe: table.probe.map(|window| window.map_texts(ask)),
     })
 }
 
@@ -320,13 +345,51 @@ fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -
         })?;
     }
     let kind = kind(&table)?;
+    let plans = || table.prompts.iter().map(|name| (name, &prompts[name]));
     let places = places(table.depths, table.layers)?;
-    let doses = table.doses.unwrap_or_else(|| DOSES.to_vec());
-    check(!doses.is_empty() && doses.iter().all(|dose| dose.is_finite()), || {
+    let is_probe = kind == Kind::Probe;
+    let doses = table.doses.unwrap_or_else(|| if is_probe { vec![] } else { DOSES.to_vec() });
+    check(is_probe || !doses.is_empty() && doses.iter().all(|dose| dose.is_finite()), || {
         Error::new("no doses, or one that is not finite").at("doses")
     })?;
     check_distinct(&doses, "doses")?;
-    let conditions = conditions(table.conditions)?;
+    let conditions = if is_probe { vec![Condition::Clean] } else { conditions(table.conditions)? };
+    let without = |has: &dyn Fn(&PromptPlan) -> bool| {
+        plans().find(|(_, plan)| !has(plan)).map(|(name, _)| name.clone())
+    };
+    if conditions.contains(&Condition::After)
+        && let Some(name) = without(&|plan| plan.after.is_some())
+    {
+        return Err(Error::new("condition after needs a window")
+            .at(format!("prompts.{name}.after"))
+            .expected("from and to, as in window"));
+    }
+    if is_probe && let Some(name) = without(&|plan| plan.probe.is_some()) {
+        return Err(Error::new("a probe needs the tokens that it looks at")
+            .at(format!("prompts.{name}.probe"))
+            .expected("from and to, as in window"));
+    }
+    let sentences = match table.sentences {
+        Some(list) => read_words(list, base).at(|| "sentences".into())?,
+        None => Vec::new(),
+    };
+    if sentences.is_empty()
+        && let Some((name, _)) = plans().find(|(_, plan)| plan.uses_sentence())
+    {
+        return Err(Error::new("the part has no sentences")
+            .at("sentences")
+            .expected(format!("a list: prompt {name:?} has a place for one")));
+    }
+    let band = match table.band {
+        Some(list) => read_words(list, base).at(|| "band".into())?,
+        None => Vec::new(),
+    };
+    let contrasts = table.contrasts.unwrap_or_default();
+    for name in contrasts.iter().flat_map(|(first, second)| [first, second]) {
+        check(table.prompts.contains(name), || {
+            Error::new("no such prompt in this part").at("contrasts").got(name)
+        })?;
+    }
     let words = read_words(table.words, base).at(|| "words".into())?;
     let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
     check_distinct(&lower, "words")?;
@@ -338,6 +401,7 @@ fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -
         kind,
         prompts: table.prompts,
         words,
+        sentences,
         single_token: table.single_token,
         count: table.count,
         places,
@@ -345,6 +409,8 @@ fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -
         mode: table.mode,
         conditions,
         repeats,
+        band,
+        contrasts,
     })
 }
 
@@ -361,7 +427,19 @@ pub(super) fn check_distinct<T: PartialEq + std::fmt::Debug>(
 }
 
 fn kind(table: &PartTable) -> Result<Kind> {
-    if table.kind == KindName::Readout {
+    let probes = [("band", table.band.is_some()), ("contrasts", table.contrasts.is_some())];
+    if table.kind != KindName::Probe
+        && let Some((field, _)) = probes.iter().find(|(_, is_given)| *is_given)
+    {
+        return Err(Error::new("only parts of kind \"probe\" have it").at(*field));
+    }
+    if table.kind == KindName::Probe {
+        let given = [("doses", table.doses.is_some()), ("conditions", table.conditions.is_some())];
+        if let Some((field, _)) = given.iter().find(|(_, is_given)| *is_given) {
+            return Err(Error::new("a probe injects nothing").at(*field).hint("remove the field"));
+        }
+    }
+    if table.kind != KindName::Sample {
         let given = [
             ("max_tokens", table.max_tokens.is_some()),
             ("temperature", table.temperature.is_some()),
@@ -370,8 +448,9 @@ fn kind(table: &PartTable) -> Result<Kind> {
             ("repeats", table.repeats.is_some_and(|repeats| repeats != 1)),
         ];
         return match given.iter().find(|(_, is_given)| *is_given) {
-            None => Ok(Kind::Readout),
-            Some((field, _)) => Err(Error::new("a readout draws nothing")
+            None if table.kind == KindName::Readout => Ok(Kind::Readout),
+            None => Ok(Kind::Probe),
+            Some((field, _)) => Err(Error::new("only a reply is drawn")
                 .at(*field)
                 .hint("remove the field, or make the part of kind \"sample\"")),
         };

@@ -1,5 +1,7 @@
 //! The lines of a run folder's files: plain data, strict. See `docs/results.md`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use crate::engine::Fingerprint;
@@ -20,8 +22,14 @@ pub struct Trial {
     pub prompt: String,
     /// The word (for a clean trial: the word whose seeds it shares; "" where no word has part).
     pub concept: String,
+    /// The sentence that goes with the word, in parts that have sentences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sentence: Option<String>,
     /// What was injected.
     pub condition: Condition,
+    /// The word whose vector was injected, where it is not the trial's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<String>,
     /// Block of the injection; none for clean trials.
     pub layer: Option<usize>,
     /// The depth asked for, 0..1; none for clean trials.
@@ -44,6 +52,9 @@ pub struct Trial {
     pub read: Option<Readout>,
     /// The sampled reply (parts of kind sample).
     pub reply: Option<Reply>,
+    /// What the stream holds of the word (parts of kind probe).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probed>,
 }
 
 /// What was injected into a trial.
@@ -60,12 +71,23 @@ pub enum Condition {
     Negated,
     /// The concept's vector with its coordinates in another order: the same norm and the same outliers.
     Shuffled,
+    /// Another word's vector.
+    Other,
+    /// The concept's vector in the prompt's other window, `after`.
+    After,
 }
 
 impl Condition {
     /// In canonical order.
-    pub const ALL: [Self; 5] =
-        [Self::Clean, Self::Concept, Self::Random, Self::Negated, Self::Shuffled];
+    pub const ALL: [Self; 7] = [
+        Self::Clean,
+        Self::Concept,
+        Self::Random,
+        Self::Negated,
+        Self::Shuffled,
+        Self::Other,
+        Self::After,
+    ];
 
     /// Those that inject something, in the same order.
     pub fn injected() -> impl Iterator<Item = Self> {
@@ -100,6 +122,25 @@ pub struct Readout {
     pub words: usize,
 }
 
+/// How far the residual stream points along a word's vector, and along the control words'.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probed {
+    /// The probed tokens' texts.
+    pub pieces: Vec<String>,
+    /// Blocks; the site is `resid_post`.
+    pub layers: Vec<usize>,
+    /// (layers, tokens): cosine of the stream with the word's vector.
+    pub cosine: Vec<Vec<f32>>,
+    /// (layers, tokens): the stream's component along the word's vector, h·v/‖v‖.
+    pub projection: Vec<Vec<f32>>,
+    /// (layers, tokens): the control words' mean cosine; empty without control words.
+    pub band: Vec<Vec<f32>>,
+    /// (layers): of the control words' cosines, each the mean over the tokens, the 2.5th and the 97.5th
+    /// percentile (linear between values); empty without control words.
+    pub range: Vec<(f32, f32)>,
+}
+
 /// A sampled reply.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -122,16 +163,133 @@ pub struct Grade {
     pub trial: String,
     /// The judge's name and version, e.g. `rules-1`.
     pub judge: String,
-    /// Neither garbled nor looping.
-    pub coherent: Verdict,
-    /// Says that it detects an injected thought.
-    pub claims: Verdict,
-    /// The concept word, a form or a relation of it stands in the reply.
-    pub mentions: Verdict,
-    /// The claim comes before the first mention.
-    pub claims_then_names: Verdict,
+    /// One for each criterion that was judged.
+    pub verdicts: BTreeMap<Criterion, Verdict>,
+    /// Criteria that were to be judged and were not, and why: never a no.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub missing: BTreeMap<Criterion, String>,
     /// All the words (of the run's list) that the reply mentions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mentioned: Vec<String>,
+}
+
+impl Grade {
+    /// The verdict on a criterion; none where it was not judged.
+    pub fn yes(&self, criterion: Criterion) -> Option<bool> {
+        self.verdicts.get(&criterion).map(|verdict| verdict.yes)
+    }
+
+    /// Whether all criteria hold; none where one of them was not judged. Judges that do not tell naming
+    /// from mentioning ([`Criterion::Identifies`]) are asked for the latter.
+    pub fn all(&self, criteria: &[Criterion]) -> Option<bool> {
+        criteria.iter().try_fold(true, |all, criterion| {
+            let knows =
+                self.verdicts.contains_key(criterion) || self.missing.contains_key(criterion);
+            let criterion = match criterion {
+                Criterion::Identifies if !knows => Criterion::Mentions,
+                other => *other,
+            };
+            Some(all && self.yes(criterion)?)
+        })
+    }
+}
+
+/// What a verdict is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Criterion {
+    /// Neither garbled nor looping.
+    Coherent,
+    /// Says that it detects an injected thought.
+    Claims,
+    /// The concept word, a form or a relation of it stands in the reply.
+    Mentions,
+    /// Describes itself as thinking of the word or a near relation: a mere mention is none.
+    Identifies,
+    /// Claims before it names.
+    ClaimsThenNames,
+    /// Of ten words the reply is nearest to the trial's own.
+    Chooses,
+    /// The trial's sentence stands in the reply.
+    Repeats,
+    /// Says that it meant the word.
+    Intends,
+    /// Says that the word was an accident.
+    Disowns,
+}
+
+impl Criterion {
+    /// In canonical order.
+    pub const ALL: [Self; 9] = [
+        Self::Coherent,
+        Self::Claims,
+        Self::Mentions,
+        Self::Identifies,
+        Self::ClaimsThenNames,
+        Self::Chooses,
+        Self::Repeats,
+        Self::Intends,
+        Self::Disowns,
+    ];
+
+    /// As it is written in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Coherent => "coherent",
+            Self::Claims => "claims",
+            Self::Mentions => "mentions",
+            Self::Identifies => "identifies",
+            Self::ClaimsThenNames => "claims_then_names",
+            Self::Chooses => "chooses",
+            Self::Repeats => "repeats",
+            Self::Intends => "intends",
+            Self::Disowns => "disowns",
+        }
+    }
+}
+
+/// What the replies to a prompt are judged on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Whether an injected thought is noticed and named.
+    #[default]
+    Detection,
+    /// Whether a sentence makes it think of the word.
+    Choice,
+    /// Whether the sentence is repeated.
+    Repeat,
+    /// Whether it says that it meant the word.
+    Intent,
+}
+
+impl Outcome {
+    /// What judges may be asked.
+    pub fn criteria(self) -> &'static [Criterion] {
+        match self {
+            Self::Detection => &[
+                Criterion::Coherent,
+                Criterion::Claims,
+                Criterion::Mentions,
+                Criterion::Identifies,
+                Criterion::ClaimsThenNames,
+            ],
+            Self::Choice => &[Criterion::Chooses],
+            Self::Repeat => &[Criterion::Repeats],
+            Self::Intent => &[Criterion::Intends, Criterion::Disowns],
+        }
+    }
+
+    /// What a success is where the protocol does not say.
+    pub fn success(self, yes_no: bool) -> Vec<Criterion> {
+        match self {
+            Self::Detection if yes_no => vec![Criterion::Coherent, Criterion::ClaimsThenNames],
+            Self::Detection => vec![Criterion::Coherent, Criterion::Identifies],
+            Self::Choice => vec![Criterion::Chooses],
+            Self::Repeat => vec![Criterion::Repeats],
+            Self::Intent => vec![Criterion::Intends],
+        }
+    }
 }
 
 /// An answer with what it rests on.
@@ -204,6 +362,12 @@ pub struct PromptRecord {
     pub from: usize,
     /// End of the injected window; `None`: through every generated token.
     pub to: Option<usize>,
+    /// The window of condition `after`: first position and end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<(usize, Option<usize>)>,
+    /// The probed tokens: first position and end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<(usize, usize)>,
 }
 
 /// A word of the run.

@@ -244,3 +244,108 @@ fn the_lines_of_all_shards_are_the_lines_of_the_run() {
         assert!(bad.parse::<Shard>().is_err(), "{bad}");
     }
 }
+
+const SENTENCES: &str = r#"
+name = "sentences"
+[prompts.think]
+outcome = "choice"
+turns = [{ role = "user", text = "A word for: {sentence}" }]
+[prompts.mouth]
+outcome = "intent"
+turns = [{ role = "user", text = "{sentence}" }, { role = "assistant", text = "{word}" }]
+after = { from = 1 }
+[prompts.write]
+yes_no = false
+turns = [{ role = "user", text = "Write {sentence}, think of {word}" }]
+prefill = "{sentence}"
+probe = { from = 1, to = 3 }
+[[parts]]
+name = "say"
+kind = "sample"
+prompts = ["think", "mouth"]
+words = ["Bread", "Milk", "Snow"]
+sentences = ["It rains.", "It snows."]
+layers = [1]
+doses = [1]
+conditions = ["concept", "other"]
+max_tokens = 5
+[[parts]]
+name = "probe"
+kind = "probe"
+prompts = ["write"]
+words = ["Bread", "Milk"]
+sentences = ["It rains."]
+band = ["Tin", "Oak", "Fog"]
+layers = [1, 3]
+"#;
+
+#[test]
+fn sentences_other_words_and_probes() {
+    let protocol = Protocol::parse(SENTENCES, "sentences.toml", &[]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let summary = go(&protocol, &FakeEngine::default(), dir.path()).unwrap();
+    assert_eq!((summary.run, summary.failed.len()), (2 * (3 + 6) + 2, 0));
+    let run = folder::load(dir.path()).unwrap();
+    let of = |part: &str, prompt: &str, concept: &str, condition| {
+        let is = |t: &&Trial| {
+            (t.part.as_str(), t.prompt.as_str(), t.concept.as_str(), t.condition)
+                == (part, prompt, concept, condition)
+        };
+        run.trials.iter().find(is).unwrap()
+    };
+    let snow = of("say", "think", "Snow", Condition::Other);
+    assert_eq!(snow.sentence.as_deref(), Some("It rains."), "two sentences take turns");
+    assert_eq!(snow.other.as_deref(), Some("Bread"), "one further, of three");
+    assert_eq!(of("say", "think", "Snow", Condition::Concept).other, None);
+    let clean = of("say", "mouth", "Milk", Condition::Clean);
+    assert_eq!(clean.sentence.as_deref(), Some("It snows."));
+    let other = of("say", "mouth", "Milk", Condition::Other);
+    assert_eq!((other.clean.as_ref(), other.seed), (Some(&clean.id), clean.seed));
+
+    let probed = of("probe", "write", "Milk", Condition::Clean).probe.clone().unwrap();
+    assert_eq!((probed.layers, probed.pieces.len()), (vec![1, 3], 2));
+    for rows in [&probed.cosine, &probed.projection, &probed.band] {
+        assert_eq!((rows.len(), rows[0].len()), (2, 2));
+    }
+    assert!(probed.range.iter().all(|(low, high)| low < high));
+    let again = go(&protocol, &FakeEngine::default(), dir.path()).unwrap();
+    assert_eq!((again.run, again.resumed), (0, 20));
+}
+
+#[test]
+fn parts_that_lack_what_their_conditions_need_are_refused() {
+    let refused = |old: &str, new: &str, want: &str| {
+        assert!(SENTENCES.contains(old), "{old}");
+        let text = SENTENCES.replacen(old, new, 1);
+        let error = Protocol::parse(&text, "s.toml", &[]).unwrap_err().to_string();
+        assert!(error.contains(want), "{new}: {error}");
+    };
+    refused("\"other\"]", "\"after\"]", "prompts.think.after");
+    refused("sentences = [\"It rains.\", \"It snows.\"]", "", "sentences");
+    refused("probe = { from = 1, to = 3 }", "", "prompts.write.probe");
+    refused("band = [", "doses = [1]\nband = [", "injects nothing");
+    refused("doses = [1]", "doses = [1]\nband = [\"Tin\"]", "kind \"probe\"");
+    refused("layers = [1, 3]", "layers = [1, 3]\ncontrasts = [[\"write\", \"x\"]]", "contrasts");
+    refused("outcome = \"choice\"", "outcome = \"choice\"\nsuccess = [\"repeats\"]", "chooses");
+    let one = SENTENCES.replacen("[\"Bread\", \"Milk\", \"Snow\"]", "[\"Bread\"]", 1);
+    let protocol = Protocol::parse(&one, "s.toml", &[]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let error = go(&protocol, &FakeEngine::default(), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("two words"), "{error}");
+}
+
+#[test]
+fn the_quick_version_of_every_protocol_is_small() {
+    for name in Protocol::builtins() {
+        let quick = Protocol::builtin(name).unwrap().quick();
+        let prepared = fake::prepared(&quick, 30);
+        let grid = grid::Grid::new(&quick, &prepared);
+        assert!(grid.len() > 0 && grid.len() < 4000, "{name}: {}", grid.len());
+        let places = prepared.parts.iter().zip(&quick.parts);
+        let few = |(part, of): (&prepare::PreparedPart, &protocol::Part)| {
+            part.places.len() <= 3 || of.kind == Kind::Probe
+        };
+        assert!(places.into_iter().all(few), "{name}");
+        assert_eq!(quick.quick().parts, quick.parts, "{name}");
+    }
+}

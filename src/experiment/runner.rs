@@ -12,6 +12,7 @@ use crate::{
     experiment::{
         Jobs, Progress,
         plan::{Plan, Planned},
+        probe::probe,
         protocol::Kind,
         results::{FirstAnswer, Readout, Reply, Trial},
     },
@@ -39,6 +40,7 @@ pub fn execute(
         match kind {
             Kind::Readout => readouts(plan, wanted, engine, &mut tally)?,
             Kind::Sample(_) => samples(plan, wanted, engine, &mut tally)?,
+            Kind::Probe => probes(plan, wanted, engine, &mut tally)?,
         }
     }
     Ok(total)
@@ -155,6 +157,24 @@ fn read_out(words: &[String], logits: &[f32], clean: &[f32], trial: &Planned) ->
         rank: own.map_or(words.len(), |position| position + 1),
         words: words.len(),
     }
+}
+
+fn probes(
+    plan: &Plan,
+    wanted: impl Iterator<Item = usize>,
+    engine: &dyn Jobs,
+    tally: &mut Tally<'_>,
+) -> Result<()> {
+    run_each(plan, wanted, engine, |_, trial, finished| {
+        let (layers, _) = plan.probed(trial).unwrap_or_default();
+        let (pieces, band) = (plan.probed_pieces(trial), &plan.part(trial).band);
+        let (rows, concepts) = (&finished.captures, plan.concepts());
+        let probed = probe(rows, &layers, pieces, concepts, trial.cell.concept, band);
+        let probed = probed.ok_or_else(|| {
+            Error::new("a word to compare with has no vector").at(name_of(plan, trial))
+        })?;
+        tally.finish(Trial { probe: Some(probed), ..line(plan, trial, &finished)? })
+    })
 }
 
 /// What a job of a sample part was for.

@@ -42,6 +42,7 @@ fn planned(concept: &str) -> Planned<'_> {
         part: 0,
         prompt: "cued",
         prompt_word: "",
+        sentence: "",
         concept,
         condition: Condition::Concept,
         at,
@@ -77,7 +78,8 @@ fn likelihood_is_a_mean_over_all_tokens() {
 fn injected(change: impl Fn(&mut Receipt)) -> Option<String> {
     let protocol = Protocol::builtin("demo").unwrap();
     let prepared = fake::prepared(&protocol, 30);
-    let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
+    let vectors = fake::vectors(&prepared);
+    let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
     let mut receipt = Receipt {
         site: "resid_post.3".into(),
         strength: 0.5,
@@ -121,7 +123,8 @@ fn receipts_are_checked() {
 fn an_injected_trial_needs_a_receipt_and_a_clean_one_none() {
     let protocol = Protocol::builtin("demo").unwrap();
     let prepared = fake::prepared(&protocol, 30);
-    let plan = Plan::new(&protocol, &prepared, &fake::vectors(&prepared)).unwrap();
+    let vectors = fake::vectors(&prepared);
+    let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
     let find = |clean: bool| plan.trials().find(|t| t.clean.is_none() == clean).unwrap();
     assert!(failed_check(&plan.line(&find(false))).unwrap().contains("no receipt"));
     assert_eq!(failed_check(&plan.line(&find(true))), None);

@@ -185,6 +185,13 @@ fn cosine(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl ConceptVectors {
+    /// From (words, layers, dim) values.
+    #[cfg(test)]
+    pub fn new(words: Vec<String>, layers: Vec<usize>, dim: usize, values: Vec<f32>) -> Self {
+        assert_eq!(values.len(), words.len() * layers.len() * dim);
+        Self { words, layers, dim, values }
+    }
+
     /// The vector of a word at a layer, (dim,).
     pub fn get(&self, word: &str, layer: usize) -> Option<&[f32]> {
         let word = self.words.iter().position(|known| known == word)?;

@@ -7,10 +7,11 @@ use fs_err as fs;
 use crate::error::{Context, Error, Result};
 
 /// The lists that come with the program: name after `builtin:`, text.
-const BUILTIN: [(&str, &str); 3] = [
+const BUILTIN: [(&str, &str); 4] = [
     ("concepts", include_str!("../../experiments/words/concepts.txt")),
     ("baseline", include_str!("../../experiments/words/baseline.txt")),
     ("controls", include_str!("../../experiments/words/controls.txt")),
+    ("sentences", include_str!("../../experiments/words/sentences.txt")),
 ];
 
 /// The words of `builtin:NAME` or of a file, in order. A relative file is taken from `base`. A word
@@ -48,6 +49,7 @@ mod tests {
         assert_eq!(size("builtin:concepts"), 50);
         assert_eq!(size("builtin:baseline"), 100);
         assert_eq!(size("builtin:controls"), 100);
+        assert_eq!(size("builtin:sentences"), 50);
         let error = load("builtin:colours", Path::new("")).unwrap_err().to_string();
         assert!(error.contains("builtin:concepts") && error.contains("colours"), "{error}");
     }

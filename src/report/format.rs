@@ -90,6 +90,8 @@ pub(super) fn condition(condition: Condition) -> &'static str {
         Condition::Random => "random",
         Condition::Negated => "negated",
         Condition::Shuffled => "shuffled",
+        Condition::Other => "other",
+        Condition::After => "after",
     }
 }
 

@@ -1,5 +1,6 @@
 //! The run's result in a few sentences, computed only from stored trials and grades.
 
+mod others;
 mod words;
 
 use serde::Serialize;
@@ -23,6 +24,8 @@ pub struct Headline {
     pub read: Option<ReadHeadline>,
     /// What the replies show; of the part `sampled`, or else the first sampled part.
     pub replies: Option<ReplyHeadline>,
+    /// What the other experiments show, in sentences.
+    pub others: Vec<String>,
     /// What follows.
     pub meaning: Meaning,
 }
@@ -90,6 +93,7 @@ pub(super) fn build(index: &Index, tables: &Tables) -> Headline {
     Headline {
         progress: tables.progress,
         read: tables.reads.iter().find_map(|table| read(index, table)),
+        others: others::sentences(tables),
         meaning: replies.as_ref().map_or(Meaning::Open, meaning),
         replies,
     }

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Run, tables::Cell};
 use crate::{
-    experiment::results::{Condition, Grade, Manifest, Trial},
+    experiment::results::{Condition, Criterion, Grade, Manifest, Outcome, Trial},
     request::StrengthMode,
 };
 
@@ -15,8 +15,12 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     Readout,
+    /// Replies that are judged on detection.
     Sampled,
+    /// Replies that are judged on something else.
+    Judged,
     Ramp,
+    Probe,
 }
 
 /// A trial with its grade, if it has one.
@@ -41,6 +45,10 @@ pub(super) struct Group<'a> {
     pub part: &'a str,
     pub prompt: &'a str,
     pub kind: Kind,
+    /// What its replies are judged on.
+    pub outcome: Outcome,
+    /// The verdicts that make a success.
+    success: Vec<Criterion>,
     pub entries: Vec<Entry<'a>>,
 }
 
@@ -48,6 +56,11 @@ impl Group<'_> {
     /// The unit of the doses, where any was injected.
     pub fn mode(&self) -> Option<StrengthMode> {
         self.entries.iter().find_map(|e| e.trial.mode)
+    }
+
+    /// Whether a reply to the prompt is a success; none where a verdict that it takes is missing.
+    pub fn succeeds(&self, grade: &Grade) -> Option<bool> {
+        grade.all(&self.success)
     }
 
     /// The cells that any trial stands in, ascending.
@@ -86,7 +99,7 @@ impl<'a> Index<'a> {
             .map(|(id, trial)| Entry { trial, grade: grades.get(id).copied() })
             .collect();
         entries.sort_by(|a, b| order(a.trial, b.trial));
-        let mut groups = group(&entries);
+        let mut groups = group(&entries, &run.manifest);
         groups.sort_by_key(|group| group.kind);
         Self {
             manifest: &run.manifest,
@@ -113,7 +126,7 @@ impl<'a> Index<'a> {
 
     /// The right answer to a prompt's question, where it has one.
     pub fn answer(&self, prompt: &str) -> Option<&str> {
-        self.manifest.protocol.get("prompts")?.get(prompt)?.get("answer")?.as_str()
+        of_prompt(self.manifest, prompt)?.get("answer")?.as_str()
     }
 
     /// The word's place in the run's list.
@@ -148,10 +161,16 @@ fn order(a: &Trial, b: &Trial) -> std::cmp::Ordering {
         .then((&a.concept, a.repeat, a.seed).cmp(&(&b.concept, b.repeat, b.seed)))
 }
 
-fn group<'a>(entries: &[Entry<'a>]) -> Vec<Group<'a>> {
+/// A prompt in the run's protocol.
+fn of_prompt<'a>(manifest: &'a Manifest, prompt: &str) -> Option<&'a serde_json::Value> {
+    manifest.protocol.get("prompts")?.get(prompt)
+}
+
+fn group<'a>(entries: &[Entry<'a>], manifest: &Manifest) -> Vec<Group<'a>> {
     let mut kinds: BTreeMap<&str, Kind> = BTreeMap::new();
     for Entry { trial, .. } in entries {
         let kind = match (&trial.read, &trial.reply) {
+            _ if trial.probe.is_some() => Kind::Probe,
             (None, Some(_)) if trial.part == "ramp" => Kind::Ramp,
             (None, Some(_)) => Kind::Sampled,
             _ => Kind::Readout,
@@ -164,8 +183,22 @@ fn group<'a>(entries: &[Entry<'a>]) -> Vec<Group<'a>> {
         .chunk_by(same)
         .map(|entries| {
             let trial = entries[0].trial;
-            let kind = kinds[trial.part.as_str()];
-            Group { part: &trial.part, prompt: &trial.prompt, kind, entries: entries.to_vec() }
+            let field = |name: &str| of_prompt(manifest, &trial.prompt)?.get(name).cloned();
+            let outcome: Outcome =
+                field("outcome").and_then(|v| serde_json::from_value(v).ok()).unwrap_or_default();
+            let success = field("success").and_then(|v| serde_json::from_value(v).ok());
+            let kind = match kinds[trial.part.as_str()] {
+                Kind::Sampled if outcome != Outcome::Detection => Kind::Judged,
+                kind => kind,
+            };
+            Group {
+                part: &trial.part,
+                prompt: &trial.prompt,
+                kind,
+                outcome,
+                success: success.unwrap_or_else(|| outcome.success(true)),
+                entries: entries.to_vec(),
+            }
         })
         .collect()
 }

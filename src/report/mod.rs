@@ -26,8 +26,9 @@ mod text;
 
 pub use headline::{Headline, Meaning, ReadHeadline, ReplyHeadline};
 pub use tables::{
-    Cell, Contrast, MarginCell, Progress, ReadTable, ReadoutCell, ReceiptRow, ReplyArm, ReplyTable,
-    Scope, Tables,
+    BiasRow, BiasTable, Cell, Chosen, Contrast, IntentRow, IntentTable, MarginCell, ProbeContrast,
+    ProbeCurve, ProbePoint, ProbeTable, Progress, ReadTable, ReadoutCell, ReceiptRow, ReplyArm,
+    ReplyTable, Scope, Tables, TextRow, TextTable,
 };
 
 pub use crate::experiment::results::Run;

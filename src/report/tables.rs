@@ -1,15 +1,18 @@
 //! Counts and rates of every part: what the pages and the text are written from.
 
 mod bias;
+mod intents;
+mod probes;
 mod read;
 mod receipts;
 mod replies;
+mod texts;
 
 use std::cmp::Ordering;
 
 use serde::Serialize;
 
-pub(super) use self::replies::identified;
+pub(super) use self::probes::BINS;
 use super::index::{Entry, Group, Index, Kind};
 use crate::{
     experiment::{
@@ -88,6 +91,12 @@ pub struct Tables {
     pub biases: Vec<BiasTable>,
     /// One for each prompt of a sampled part.
     pub replies: Vec<ReplyTable>,
+    /// One for each part that asks for a thought and for a sentence.
+    pub texts: Vec<TextTable>,
+    /// One for each prompt that asks whether a word was meant.
+    pub intents: Vec<IntentTable>,
+    /// One for each part of kind probe.
+    pub probes: Vec<ProbeTable>,
 }
 
 /// The receipts of one cell.
@@ -271,6 +280,137 @@ pub struct Contrast {
     pub detection: Option<Detection>,
 }
 
+/// A thought that is injected over a sentence, and the sentence itself.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TextTable {
+    /// The part.
+    pub part: String,
+    /// The prompts that ask for a thought and for the sentence.
+    pub prompts: (String, String),
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// Condition by scope: all, each dose, each cell; clean once.
+    pub rows: Vec<TextRow>,
+    /// The best cell of concept vectors by both at once.
+    pub chosen: Option<Chosen<Count>>,
+}
+
+/// Rates of one condition.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct TextRow {
+    /// What was injected.
+    pub condition: Condition,
+    /// Which cells.
+    pub scope: Scope,
+    /// The thought is nearest to the trial's word.
+    pub thinks: Rate,
+    /// The sentence is repeated.
+    pub repeats: Rate,
+    /// Both, in the two trials of the same word, repeat and cell.
+    pub both: Rate,
+    /// Of concept vectors: both, less the same under random vectors, in pairs.
+    pub net: Option<Difference>,
+}
+
+/// A cell that was chosen on the words at even places of the run's list (of equals the smallest dose, then
+/// the lowest layer).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Chosen<T> {
+    /// The cell.
+    pub cell: Cell,
+    /// There, the words that did not choose it.
+    pub held_out: T,
+    /// There, all words.
+    pub all: T,
+}
+
+/// Whether a word that was put into the model's mouth is said to have been meant.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct IntentTable {
+    /// The part.
+    pub part: String,
+    /// The prompt.
+    pub prompt: String,
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// Condition by scope: all, each dose, each cell; clean once.
+    pub rows: Vec<IntentRow>,
+    /// min(apologies without a vector, with another word's) − apologies with the word's own vector.
+    pub score: Option<IntentScore>,
+}
+
+/// A score with the cell it was chosen at.
+pub type IntentScore = Chosen<f64>;
+
+/// Rates of one condition.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct IntentRow {
+    /// What was injected.
+    pub condition: Condition,
+    /// Which cells.
+    pub scope: Scope,
+    /// Says that it meant the word.
+    pub intends: Rate,
+    /// Says that it was an accident.
+    pub disowns: Rate,
+    /// Does not say that it meant it: the paper's apology rate.
+    pub apologises: Rate,
+    /// Sentences that are repeated under the same injection: text that can still be read.
+    pub guard: Option<Count>,
+}
+
+/// Cosines of the stream with words' vectors, by layer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProbeTable {
+    /// The part.
+    pub part: String,
+    /// Blocks.
+    pub layers: Vec<usize>,
+    /// One for each prompt.
+    pub curves: Vec<ProbeCurve>,
+    /// Differences of two prompts.
+    pub contrasts: Vec<ProbeContrast>,
+}
+
+/// One prompt's cosines.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProbeCurve {
+    /// The prompt.
+    pub prompt: String,
+    /// Trials.
+    pub trials: u64,
+    /// (layers): mean over words of the mean over tokens.
+    pub points: Vec<ProbePoint>,
+    /// (layers): mean over trials of the control words' 95 % range.
+    pub bands: Vec<Option<Interval>>,
+    /// (layers): trials above their control words' range.
+    pub above: Vec<u64>,
+    /// (layers, parts of the sentence): mean cosine.
+    pub map: Vec<Vec<Option<f64>>>,
+}
+
+/// A mean over words.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ProbePoint {
+    /// The mean.
+    pub mean: f64,
+    /// By resampling words; `None` below 20.
+    pub interval: Option<Interval>,
+}
+
+/// First minus second, in pairs of the same word and sentence.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProbeContrast {
+    /// A prompt.
+    pub first: String,
+    /// Another.
+    pub second: String,
+    /// (layers).
+    pub points: Vec<ProbePoint>,
+    /// The mean over the layers.
+    pub overall: ProbePoint,
+}
+
 pub(super) fn build(index: &Index) -> Tables {
     let replies = index.entries.iter().filter(|e| e.trial.reply.is_some());
     Tables {
@@ -288,6 +428,9 @@ pub(super) fn build(index: &Index) -> Tables {
             .collect(),
         biases: bias::tables(index),
         replies: index.of_kind(Kind::Sampled).map(|g| replies::table(g, index)).collect(),
+        texts: texts::tables(index),
+        intents: intents::tables(index),
+        probes: probes::tables(index),
     }
 }
 

@@ -1,5 +1,7 @@
 //! A synthetic run whose numbers are known, and what the report makes of it.
 
+use std::collections::BTreeMap;
+
 use serde_json::json;
 
 use super::*;
@@ -7,8 +9,8 @@ use crate::{
     engine::{Finish, Receipt},
     experiment::{
         results::{
-            Condition, Fingerprint, FirstAnswer, Grade, Manifest, ModelRecord, PromptRecord,
-            Readout, Reply, Trial, Verdict, WordRecord,
+            Condition, Criterion, Fingerprint, FirstAnswer, Grade, Manifest, ModelRecord,
+            PromptRecord, Readout, Reply, Trial, Verdict, WordRecord,
         },
         stats::{Count, Method},
     },
@@ -19,6 +21,9 @@ const DEPTHS: [(f64, usize); 2] = [(0.4, 12), (0.8, 24)];
 const DOSES: [f64; 2] = [0.25, 0.5];
 const WORDS: usize = 50;
 const REPEATS: u32 = 3;
+/// What [`sampled`] gives verdicts on.
+const DETECTION: [Criterion; 4] =
+    [Criterion::Coherent, Criterion::Claims, Criterion::Mentions, Criterion::ClaimsThenNames];
 
 fn word(at: usize) -> String {
     format!("word{at:02}")
@@ -33,6 +38,8 @@ fn prompt(name: &str) -> PromptRecord {
         pieces: pieces.map(str::to_owned).to_vec(),
         from: 4,
         to: None,
+        after: None,
+        probe: None,
     }
 }
 
@@ -96,7 +103,9 @@ fn trial(
         part: part.into(),
         prompt: "cued".into(),
         concept: concept.into(),
+        sentence: None,
         condition,
+        other: None,
         layer: cell.map(|c| c.1),
         depth: cell.map(|c| c.0),
         dose: cell.map(|c| c.2),
@@ -108,6 +117,7 @@ fn trial(
         first: None,
         read: None,
         reply: None,
+        probe: None,
     }
 }
 
@@ -156,14 +166,11 @@ fn reply(text: &str) -> Reply {
 /// A reply with its grade: (coherent, claims, mentions, claims then names).
 fn sampled(mut one: Trial, said: [bool; 4], mentioned: &[&str]) -> (Trial, Grade) {
     one.reply = Some(reply("I feel <script>alert(1)</script> & https://evil.example/x.png"));
-    let [coherent, claims, mentions, then] = said.map(verdict);
     let grade = Grade {
         trial: one.id.clone(),
         judge: "rules-1".into(),
-        coherent,
-        claims,
-        mentions,
-        claims_then_names: then,
+        verdicts: DETECTION.into_iter().zip(said.map(verdict)).collect(),
+        missing: BTreeMap::new(),
         mentioned: mentioned.iter().map(|&word| word.into()).collect(),
     };
     (one, grade)

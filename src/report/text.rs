@@ -7,8 +7,12 @@ use super::{
     },
     headline::Headline,
     index::Index,
-    tables::{BiasTable, ReadTable, ReplyTable, Scope, Tables},
+    tables::{
+        BiasTable, IntentTable, ProbePoint, ProbeTable, ReadTable, ReplyTable, Scope, Tables,
+        TextTable,
+    },
 };
+use crate::experiment::stats::Interval;
 
 const WIDTH: usize = 96;
 
@@ -35,6 +39,9 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
     for table in &tables.replies {
         out += &replies(table);
     }
+    out += &tables.texts.iter().map(texts).collect::<String>();
+    out += &tables.intents.iter().map(intents).collect::<String>();
+    out += &tables.probes.iter().map(probes).collect::<String>();
     let flagged: usize = tables.receipts.iter().map(|row| row.flagged.len()).sum();
     if flagged > 0 {
         out += &format!("\nReceipts: {flagged} trials were not changed as planned.\n");
@@ -142,6 +149,54 @@ fn replies(table: &ReplyTable) -> String {
         align(&rows),
         align(&nets)
     )
+}
+
+fn texts(table: &TextTable) -> String {
+    let head = ["condition", "cells", "thinks", "repeats", "both", "less random"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for row in table.rows.iter().filter(|row| !matches!(row.scope, Scope::Cell(_))) {
+        let net = row
+            .net
+            .map_or("–".into(), |net| format!("{} {}", signed(net.value), points(net.interval)));
+        let rates = [&row.thinks, &row.repeats, &row.both].map(rate);
+        let mut line = vec![condition(row.condition).into(), cells(row.condition, &row.scope)];
+        line.extend(rates);
+        line.push(net);
+        rows.push(line);
+    }
+    format!("\nThought against text (dose {}) [{}]\n{}", unit(table.mode), table.part, align(&rows))
+}
+
+fn intents(table: &IntentTable) -> String {
+    let head = ["condition", "cells", "apologises", "meant it", "accident", "repeats"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for row in table.rows.iter().filter(|row| !matches!(row.scope, Scope::Cell(_))) {
+        let mut line = vec![condition(row.condition).into(), cells(row.condition, &row.scope)];
+        line.extend([&row.apologises, &row.intends, &row.disowns].map(rate));
+        line.push(row.guard.map_or("–".into(), count));
+        rows.push(line);
+    }
+    format!(
+        "\nIs a word that was put in its mouth owned? (dose {}) [{} / {}]\n{}",
+        unit(table.mode),
+        table.part,
+        table.prompt,
+        align(&rows)
+    )
+}
+
+fn probes(table: &ProbeTable) -> String {
+    let fine = |interval: Interval| {
+        format!("[{}, {}]", decimal(interval.low, 4), decimal(interval.high, 4))
+    };
+    let shown = |point: &ProbePoint| {
+        format!("{} {}", decimal(point.mean, 4), point.interval.map_or(String::new(), fine))
+    };
+    let mut rows = vec![["difference", "mean over all layers"].map(str::to_owned).to_vec()];
+    for of in &table.contrasts {
+        rows.push(vec![format!("{} − {}", of.first, of.second), shown(&of.overall)]);
+    }
+    format!("\nCosine with the word's vector while writing [{}]\n{}", table.part, align(&rows))
 }
 
 /// Columns padded to their widest cell, the first row underlined.

@@ -164,7 +164,7 @@ fn pitfall_3_the_window_opens_at_the_blank_line() {
     let model = Model::open(&demo_model()).unwrap();
     for name in Protocol::builtins() {
         let prepared = prepare(&model, &Protocol::builtin(name).unwrap()).unwrap();
-        let cued = &prepared.prompts[&("cued".to_owned(), String::new())];
+        let cued = &prepared.prompts[&("cued".to_owned(), String::new(), String::new())];
         let (before, window) = cued.pieces.split_at(cued.from);
         let (before, window) = (before.concat(), window.concat());
         assert!(before.ends_with("Here it comes."), "{name}: {before:?}");

@@ -7,7 +7,10 @@ use serde::Deserialize;
 use super::{Case, JUDGE, Relations, grade_cases};
 use crate::{
     error::{Context, Error, Result},
-    experiment::{results::Condition, stats::Pairs},
+    experiment::{
+        results::{Condition, Criterion, Outcome},
+        stats::Pairs,
+    },
 };
 
 const LABELS: &str = include_str!("../../../experiments/labels/smollm2.jsonl");
@@ -171,13 +174,15 @@ pub(super) fn compare(labels: &[&Label], chosen: &[&Label]) -> Result<Agreement>
         if !chosen.iter().any(|other| other.id == label.id) {
             continue;
         }
-        result.coherent.add(grade.coherent.yes, label.coherent);
-        result.claims.add(grade.claims.yes, label.claims);
-        result.mentions.add(grade.mentions.yes, label.mentions);
-        result.claims_then_names.add(grade.claims_then_names.yes, label.claims_then_names);
+        let said = |criterion| grade.yes(criterion) == Some(true);
+        result.coherent.add(said(Criterion::Coherent), label.coherent);
+        result.claims.add(said(Criterion::Claims), label.claims);
+        result.mentions.add(said(Criterion::Mentions), label.mentions);
+        let names = said(Criterion::ClaimsThenNames);
+        result.claims_then_names.add(names, label.claims_then_names);
         if let Some(flaw) = label.why {
             let (passed, all) = result.flaws.entry(flaw).or_default();
-            *passed += usize::from(grade.coherent.yes);
+            *passed += usize::from(said(Criterion::Coherent));
             *all += 1;
         }
     }
@@ -188,8 +193,11 @@ fn case(label: &Label) -> Case<'_> {
     Case {
         id: &label.id,
         prompt: &label.prompt,
+        outcome: Outcome::Detection,
         concept: &label.concept,
+        sentence: "",
         clean: label.condition == Condition::Clean,
+        seed: 0,
         text: &label.text,
         nll: label.nll,
     }

@@ -10,50 +10,10 @@ use serde::Serialize;
 use crate::{
     error::{Context, Error, Result},
     experiment::{
-        results::Grade,
+        results::{Criterion, Grade, Verdict},
         stats::{Corrected, Count, Pairs, rogan_gladen},
     },
 };
-
-/// What a verdict is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Criterion {
-    /// Neither garbled nor looping.
-    Coherent,
-    /// Says that it detects an injected thought.
-    Claims,
-    /// The word or a relation stands in it.
-    Mentions,
-    /// Claims before it names.
-    ClaimsThenNames,
-}
-
-impl Criterion {
-    /// In the order of a grade's fields.
-    pub const ALL: [Self; 4] =
-        [Self::Coherent, Self::Claims, Self::Mentions, Self::ClaimsThenNames];
-
-    /// As its field is called.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Coherent => "coherent",
-            Self::Claims => "claims",
-            Self::Mentions => "mentions",
-            Self::ClaimsThenNames => "claims_then_names",
-        }
-    }
-
-    /// The verdict of a grade.
-    pub fn of(self, grade: &Grade) -> bool {
-        match self {
-            Self::Coherent => grade.coherent.yes,
-            Self::Claims => grade.claims.yes,
-            Self::Mentions => grade.mentions.yes,
-            Self::ClaimsThenNames => grade.claims_then_names.yes,
-        }
-    }
-}
 
 /// Verdicts by trial and criterion; what is missing was not judged.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,7 +24,10 @@ impl Verdicts {
     pub fn of_judge(grades: &[Grade], judge: &str) -> Self {
         let grades = grades.iter().filter(|grade| grade.judge == judge);
         let verdicts = grades.flat_map(|grade| {
-            Criterion::ALL.map(|criterion| ((grade.trial.clone(), criterion), criterion.of(grade)))
+            let of = |(criterion, verdict): (&Criterion, &Verdict)| {
+                ((grade.trial.clone(), *criterion), verdict.yes)
+            };
+            grade.verdicts.iter().map(of)
         });
         Self(verdicts.collect())
     }

@@ -10,7 +10,9 @@ fn trial(id: &str, concept: &str, condition: Condition, text: &str, nll: f64) ->
         part: "sampled".into(),
         prompt: "cued".into(),
         concept: concept.into(),
+        sentence: None,
         condition,
+        other: None,
         layer: None,
         depth: None,
         dose: None,
@@ -22,12 +24,21 @@ fn trial(id: &str, concept: &str, condition: Condition, text: &str, nll: f64) ->
         first: None,
         read: None,
         reply: Some(Reply { text: text.into(), tokens: Vec::new(), finish: Finish::Stop, nll }),
+        probe: None,
     }
+}
+
+fn grade_all(trials: &[Trial], list: &Relations) -> Vec<Grade> {
+    grade(trials, list, &|_| Outcome::Detection)
+}
+
+fn coherent(grade: &Grade) -> &Verdict {
+    &grade.verdicts[&Criterion::Coherent]
 }
 
 fn one(concept: &str, text: &str) -> Grade {
     let list = Relations::for_words(&["Bread", "Snow", "Volcanoes"]).unwrap();
-    grade(&[trial("a", concept, Condition::Concept, text, 1.0)], &list).remove(0)
+    grade_all(&[trial("a", concept, Condition::Concept, text, 1.0)], &list).remove(0)
 }
 
 fn claimed(text: &str) -> bool {
@@ -105,17 +116,19 @@ fn the_first_statement_decides() {
 #[test]
 fn evidence_is_the_matched_text_and_its_place() {
     let grade = one("Bread", "Well – I do detect an injected thought, about toast.");
-    assert!(grade.claims.yes);
+    let of = |criterion| grade.verdicts[&criterion].clone();
+    assert!(of(Criterion::Claims).yes);
     let text = "\"I do detect an injected thought\" at byte 9 (first person)";
-    assert_eq!(grade.claims.evidence, text);
-    assert_eq!(grade.mentions.evidence, "\"toast\" at byte 48 (relation of Bread)");
+    assert_eq!(of(Criterion::Claims).evidence, text);
+    assert_eq!(of(Criterion::Mentions).evidence, "\"toast\" at byte 48 (relation of Bread)");
     assert_eq!(grade.mentioned, ["Bread"]);
-    assert!(grade.claims_then_names.yes, "{}", grade.claims_then_names.evidence);
+    let order = of(Criterion::ClaimsThenNames);
+    assert!(order.yes, "{}", order.evidence);
 }
 
 #[test]
 fn naming_must_come_after_the_claim_and_not_by_the_senses() {
-    let names = |text| one("Bread", text).claims_then_names;
+    let names = |text| one("Bread", text).verdicts[&Criterion::ClaimsThenNames].clone();
     assert!(names("Yes. It is about bread.").yes);
     assert!(names("I detect an injected thought: bread, bread").yes);
     assert_eq!(names("Bread! Yes, I detect it.").evidence, "the mention is the first word");
@@ -141,12 +154,12 @@ fn coherence_needs_likelihood_and_variety() {
     trials.push(trial("short", "Bread", Condition::Concept, "no no no", 0.1));
     trials.push(trial("empty", "Bread", Condition::Concept, " !!! ", 0.1));
     trials.push(trial("broken", "Bread", Condition::Concept, varied, f64::NAN));
-    let grades = grade(&trials, &list);
-    assert_eq!(grades.iter().filter(|g| g.trial.starts_with('c') && g.coherent.yes).count(), 49);
-    let verdicts: Vec<bool> = grades[50..].iter().map(|grade| grade.coherent.yes).collect();
+    let grades = grade_all(&trials, &list);
+    assert_eq!(grades.iter().filter(|g| g.trial.starts_with('c') && coherent(g).yes).count(), 49);
+    let verdicts: Vec<bool> = grades[50..].iter().map(|grade| coherent(grade).yes).collect();
     assert_eq!(verdicts, [true, false, false, true, false, false]);
     assert_eq!(
-        grades[52].coherent.evidence,
+        coherent(&grades[52]).evidence,
         "nll 0.100 <= 48.000 (98th percentile of 50 clean replies); \
          distinct word pairs 0.286 < 0.600"
     );
@@ -159,12 +172,12 @@ fn few_clean_replies_are_said_so() {
         trial("c", "Bread", Condition::Clean, "yes", 2.0),
         trial("a", "Bread", Condition::Concept, "yes", 3.0),
     ];
-    let grades = grade(&trials, &list);
-    let evidence = &grades[1].coherent.evidence;
+    let grades = grade_all(&trials, &list);
+    let evidence = &coherent(&grades[1]).evidence;
     assert!(evidence.contains("the largest of only 1 clean replies"), "{evidence}");
-    assert!(!grades[1].coherent.yes);
-    let alone = grade(&trials[1..], &list);
-    assert!(alone[0].coherent.yes && alone[0].coherent.evidence.contains("not judged"));
+    assert!(!coherent(&grades[1]).yes);
+    let alone = grade_all(&trials[1..], &list);
+    assert!(coherent(&alone[0]).yes && coherent(&alone[0]).evidence.contains("not judged"));
 }
 
 #[test]
@@ -185,9 +198,9 @@ fn grades_do_not_depend_on_the_order_of_trials() {
     let mut trials: Vec<Trial> = (0..30)
         .map(|i| trial(&i.to_string(), "Snow", Condition::Clean, "Yes, snow.", f64::from(i)))
         .collect();
-    let mut first = grade(&trials, &list);
+    let mut first = grade_all(&trials, &list);
     trials.reverse();
-    let mut second = grade(&trials, &list);
+    let mut second = grade_all(&trials, &list);
     first.sort_by(|a, b| a.trial.cmp(&b.trial));
     second.sort_by(|a, b| a.trial.cmp(&b.trial));
     assert_eq!(first, second);
@@ -198,9 +211,9 @@ fn a_trial_without_reply_has_no_grade_and_one_without_word_mentions_nothing() {
     let list = Relations::for_words(&["Bread"]).unwrap();
     let mut silent = trial("a", "Bread", Condition::Concept, "bread", 1.0);
     silent.reply = None;
-    let grades = grade(&[silent, trial("b", "", Condition::Clean, "bread", 1.0)], &list);
+    let grades = grade_all(&[silent, trial("b", "", Condition::Clean, "bread", 1.0)], &list);
     assert_eq!(grades.len(), 1);
-    assert!(!grades[0].mentions.yes);
+    assert!(!grades[0].verdicts[&Criterion::Mentions].yes);
     assert_eq!(grades[0].mentioned, ["Bread"]);
 }
 
@@ -263,4 +276,38 @@ fn clean_replies_seldom_mention_a_word() {
         *hits.entry(word).or_default() += 1;
     }
     assert!(hits.values().all(|hits| *hits <= 2), "of {} clean replies: {hits:?}", clean.len());
+}
+
+#[test]
+fn replies_are_judged_on_what_their_prompt_asks() {
+    let list = Relations::for_words(&["Bread", "Snow"]).unwrap();
+    let mut trials = vec![
+        trial("choice", "Snow", Condition::Concept, "snowy", 1.0),
+        trial("repeat", "Snow", Condition::Concept, "The shop is closed", 1.0),
+        trial("intent", "Snow", Condition::Concept, "I meant it.", 1.0),
+    ];
+    for trial in &mut trials {
+        trial.prompt.clone_from(&trial.id);
+        trial.sentence = Some("The shop is closed.".into());
+    }
+    let outcome = |prompt: &str| match prompt {
+        "choice" => Outcome::Choice,
+        "repeat" => Outcome::Repeat,
+        _ => Outcome::Intent,
+    };
+    let grades = grade(&trials, &list, &outcome);
+    let of = |at: usize, criterion| grades[at].yes(criterion);
+    assert_eq!(of(0, Criterion::Chooses), Some(true));
+    assert_eq!(of(1, Criterion::Repeats), Some(true));
+    assert_eq!((of(2, Criterion::Intends), of(2, Criterion::Disowns)), (Some(true), Some(false)));
+    assert_eq!(of(2, Criterion::Coherent), None, "nobody asked");
+    assert!(grades.iter().all(|grade| grade.all(&[Criterion::Coherent]).is_none()));
+}
+
+#[test]
+fn naming_is_mentioning_where_a_judge_knows_no_better() {
+    let mut grade = one("Bread", "Yes. It is about bread.");
+    assert_eq!(grade.all(&[Criterion::Coherent, Criterion::Identifies]), Some(true));
+    grade.missing.insert(Criterion::Identifies, "no answer".into());
+    assert_eq!(grade.all(&[Criterion::Identifies]), None, "a judge that knows better was asked");
 }

@@ -25,23 +25,26 @@ impl Headline {
         }
         all.extend(self.read.iter().flat_map(ReadHeadline::sentences));
         all.extend(self.replies.iter().flat_map(ReplyHeadline::sentences));
-        all.push(self.conclusion().into());
+        all.extend(self.others.iter().cloned());
+        all.extend(self.conclusion().map(str::to_owned));
         all
     }
 
-    fn conclusion(&self) -> &'static str {
+    /// None where the run asks for something else than detection.
+    fn conclusion(&self) -> Option<&'static str> {
         match self.meaning {
-            Meaning::Open => "Whether the model notices can't be said from what is here.",
-            Meaning::NoEvidence => {
+            Meaning::Open if !self.others.is_empty() => None,
+            Meaning::Open => Some("Whether the model notices can't be said from what is here."),
+            Meaning::NoEvidence => Some(
                 "No evidence of detection: this model is too small, or does not do this. Run \
-                 yours with `inkling run injected-thoughts --model PATH`."
-            }
-            Meaning::Evidence => {
+                 yours with `inkling run injected-thoughts --model PATH`.",
+            ),
+            Meaning::Evidence => Some(
                 "This is evidence that the model detects what is injected: it claims so more often \
                  than under every control, and names the concept more often than chance. It rests \
-                 on a judge made of rules: read the transcripts, and repeat it with another seed, \
-                 before you believe it."
-            }
+                 on its judge: read the transcripts, and repeat it with another seed, before you \
+                 believe it.",
+            ),
         }
     }
 }

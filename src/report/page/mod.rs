@@ -3,10 +3,13 @@
 mod about;
 mod bias;
 mod heat;
+mod intents;
+mod probes;
 mod prompts;
 mod readout;
 mod receipts;
 mod replies;
+mod texts;
 mod transcripts;
 
 use super::{
@@ -30,6 +33,9 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         ("bias", "Is “yes” just pushed up?", bias::html(tables)),
         ("replies", "What the replies say", replies::html(tables)),
         ("detection", "Hits against false alarms", replies::detection(tables)),
+        ("texts", "Thought against text", texts::html(tables)),
+        ("intents", "Is a word that was put in its mouth owned?", intents::html(tables)),
+        ("probes", "What is thought of while writing", probes::html(tables)),
         ("ramp", "One word, dose by dose", transcripts::ramp(index)),
         ("transcripts", "Transcripts, drawn at random", transcripts::sample(index)),
         ("limits", "What this can't show", about::limits(index, headline)),

@@ -9,7 +9,6 @@ use crate::{
         format::{condition, depth, unit},
         html::{escape, paragraph},
         index::{Entry, Group, Index, Kind},
-        tables::identified,
     },
 };
 
@@ -45,7 +44,7 @@ pub(super) fn ramp(index: &Index) -> String {
             Some((mode, dose)) => format!("Dose {dose} {}", unit(mode)),
             None => "Clean".to_owned(),
         };
-        let cards: String = at.iter().filter_map(|(group, e)| step(e, group.prompt)).collect();
+        let cards: String = at.iter().filter_map(|(group, e)| step(group, e)).collect();
         out += &format!("<h3>{title}</h3>\n<div class=\"replies\">\n{cards}</div>\n");
     }
     out
@@ -59,7 +58,8 @@ fn dose_key(entry: &Entry) -> Option<i64> {
 
 /// Of each condition and dose, the transcripts whose hash with the run is smallest.
 pub(super) fn sample(index: &Index) -> String {
-    let parts: String = index.of_kind(Kind::Sampled).map(|group| strata(index, group)).collect();
+    let groups = index.of_kind(Kind::Sampled).chain(index.of_kind(Kind::Judged));
+    let parts: String = groups.map(|group| strata(index, group)).collect();
     if parts.is_empty() {
         return parts;
     }
@@ -81,41 +81,47 @@ fn strata(index: &Index, group: &Group) -> String {
     let cards: String = drawn
         .chunk_by(|a, b| (a.0, a.1) == (b.0, b.1))
         .flat_map(|stratum| stratum.iter().take(DRAWN))
-        .filter_map(|(.., entry)| card(entry))
+        .filter_map(|(.., entry)| card(group, entry))
         .collect();
     super::subtitle(group.part, group.prompt, group.mode())
         + &format!("<div class=\"replies\">\n{cards}</div>\n")
 }
 
 /// One reply with its facts and every verdict's evidence.
-fn card(entry: &Entry) -> Option<String> {
+fn card(group: &Group, entry: &Entry) -> Option<String> {
     let trial = entry.trial;
     let name = condition(trial.condition);
     let mut facts = vec![format!("<b>{name}</b>")];
+    if let Some(other) = &trial.other {
+        facts.push(format!("“{}”", escape(other)));
+    }
     if !trial.concept.is_empty() {
         let what = if trial.condition == Condition::Concept { "" } else { "for " };
         facts.push(format!("{what}“{}”", escape(&trial.concept)));
     }
+    facts.extend(trial.sentence.as_ref().map(|sentence| format!("“{}”", escape(sentence))));
     if let Some(cell) = entry.cell() {
         facts.push(format!("depth {}, dose {}", depth(&cell), cell.dose));
     }
     facts.push(format!("repeat {}", trial.repeat + 1));
-    article(entry, &facts.join(" · "), "", |verdict| escape(&verdict.evidence))
+    article(group, entry, &facts.join(" · "), "", |verdict| escape(&verdict.evidence))
 }
 
 /// One reply with its verdicts as signs; the prompt's name above it.
-fn step(entry: &Entry, prompt: &str) -> Option<String> {
-    article(entry, &format!("<b>{}</b>", escape(prompt)), "chips", |_| String::new())
+fn step(group: &Group, entry: &Entry) -> Option<String> {
+    let header = format!("<b>{}</b>", escape(group.prompt));
+    article(group, entry, &header, "chips", |_| String::new())
 }
 
 fn article(
+    group: &Group,
     entry: &Entry,
     header: &str,
     class: &str,
     evidence: impl Fn(&Verdict) -> String,
 ) -> Option<String> {
     let reply = entry.trial.reply.as_ref()?;
-    let list = |grade| verdicts(grade, evidence);
+    let list = |grade| verdicts(group, grade, evidence);
     let verdicts = entry.grade.map_or("<li>no verdict yet</li>\n".into(), list);
     Some(format!(
         "<article class=\"reply {}\"><header title=\"trial {}\">{header}</header>\n<blockquote>{}\
@@ -134,18 +140,18 @@ fn body(reply: &Reply) -> String {
     escape(reply.text.trim()) + cut
 }
 
-fn verdicts(grade: &Grade, evidence: impl Fn(&Verdict) -> String) -> String {
-    let named = [
-        ("coherent", &grade.coherent),
-        ("claims", &grade.claims),
-        ("mentions", &grade.mentions),
-        ("claims, then names", &grade.claims_then_names),
-    ];
-    let items = named.map(|(name, verdict)| {
+fn verdicts(group: &Group, grade: &Grade, evidence: impl Fn(&Verdict) -> String) -> String {
+    let items = grade.verdicts.iter().map(|(criterion, verdict)| {
         let (class, sign) = if verdict.yes { ("yes", "✓") } else { ("no", "✗") };
-        format!("<li class=\"{class}\"><b>{sign} {name}</b> {}</li>\n", evidence(verdict))
+        let (name, evidence) = (criterion.name().replace('_', " "), evidence(verdict));
+        format!("<li class=\"{class}\"><b>{sign} {name}</b> {evidence}</li>\n")
     });
-    let both =
-        if identified(grade) { "<li class=\"yes\"><b>✓ identified</b></li>\n" } else { "" };
-    items.concat() + both
+    let missing = grade.missing.iter().map(|(criterion, why)| {
+        format!("<li><b>? {}</b> no verdict: {}</li>\n", criterion.name(), escape(why))
+    });
+    let both = match group.succeeds(grade) {
+        Some(true) if grade.verdicts.len() > 1 => "<li class=\"yes\"><b>✓ success</b></li>\n",
+        _ => "",
+    };
+    items.chain(missing).collect::<String>() + both
 }

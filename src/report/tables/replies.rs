@@ -6,7 +6,7 @@ use super::{
     Contrast, Entry, Group, Index, ReplyArm, ReplyTable, Scope, clusters, concepts, scopes,
 };
 use crate::experiment::{
-    results::{Condition, Grade},
+    results::{Condition, Criterion, Grade},
     stats::{self, Arms, Count, Pairs},
 };
 
@@ -22,15 +22,16 @@ pub(super) fn table(group: &Group, index: &Index) -> ReplyTable {
     };
     let clean = of(Condition::Clean, None);
     let mut arms = Vec::new();
-    arms.extend(reply_arm(Condition::Clean, Scope::All, &concepts, &clean));
+    arms.extend(reply_arm(group, Condition::Clean, Scope::All, &concepts, &clean));
     let mut rows = Vec::new();
     for scope in scopes(group.cells()) {
         let concept = of(Condition::Concept, Some(scope));
         let random = of(Condition::Random, Some(scope));
         for condition in Condition::injected() {
-            arms.extend(reply_arm(condition, scope, &concepts, &of(condition, Some(scope))));
+            let entries = of(condition, Some(scope));
+            arms.extend(reply_arm(group, condition, scope, &concepts, &entries));
         }
-        rows.push(ContrastArms::new(scope, &concepts, &concept, &random, &clean));
+        rows.push(ContrastArms::new(group, scope, &concepts, &concept, &random, &clean));
     }
     let seed = index.seed(&format!("replies {} {}", group.part, group.prompt));
     let (chance, chance_words) = chance(group, index, &clean);
@@ -45,32 +46,31 @@ pub(super) fn table(group: &Group, index: &Index) -> ReplyTable {
     }
 }
 
-/// Coherent, and claimed before it was named.
-pub(in crate::report) fn identified(grade: &Grade) -> bool {
-    grade.coherent.yes && grade.claims_then_names.yes
-}
-
 fn claims(entry: &Entry) -> Option<bool> {
-    Some(entry.grade?.claims.yes)
+    entry.grade?.yes(Criterion::Claims)
 }
 
 fn reply_arm(
+    group: &Group,
     condition: Condition,
     scope: Scope,
     concepts: &[&str],
     entries: &[Entry],
 ) -> Option<ReplyArm> {
+    let claims = |g: &Grade| g.yes(Criterion::Claims);
     let rate = |hit: &dyn Fn(&Grade) -> Option<bool>| {
         stats::rate(&clusters(concepts, entries, |e| e.grade.and_then(hit)))
     };
     Some(ReplyArm {
         condition,
         scope,
-        coherent: rate(&|g| Some(g.coherent.yes))?,
-        claims: rate(&|g| Some(g.claims.yes))?,
-        claims_if_coherent: rate(&|g| g.coherent.yes.then_some(g.claims.yes)),
-        mentions: rate(&|g| Some(g.mentions.yes))?,
-        identified: rate(&|g| Some(identified(g)))?,
+        coherent: rate(&|g| g.yes(Criterion::Coherent))?,
+        claims: rate(&claims)?,
+        claims_if_coherent: rate(&|g| {
+            g.yes(Criterion::Coherent).filter(|coherent| *coherent).and_then(|_| claims(g))
+        }),
+        mentions: rate(&|g| g.yes(Criterion::Mentions))?,
+        identified: rate(&|g| group.succeeds(g))?,
     })
 }
 
@@ -106,6 +106,7 @@ struct ContrastArms {
 
 impl ContrastArms {
     fn new(
+        group: &Group,
         scope: Scope,
         concepts: &[&str],
         concept: &[Entry],
@@ -114,7 +115,7 @@ impl ContrastArms {
     ) -> Self {
         let count =
             |arm: &[Entry], hit: &dyn Fn(&Entry) -> Option<bool>| clusters(concepts, arm, hit);
-        let name = |e: &Entry| e.grade.map(identified);
+        let name = |e: &Entry| group.succeeds(e.grade?);
         let key = |e: &Entry<'_>| {
             let cell = e.cell().map(|c| (c.layer, c.depth.to_bits(), c.dose.to_bits()));
             (e.trial.concept.clone(), e.trial.repeat, cell)
