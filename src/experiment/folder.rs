@@ -25,6 +25,7 @@ use crate::{
 const MANIFEST: &str = "manifest.json";
 const TRIALS: &str = "trials.jsonl";
 const GRADES: &str = "grades.jsonl";
+const JUDGEMENTS: &str = "judgements.jsonl";
 const VECTORS: &str = "vectors.safetensors";
 const LOCK: &str = ".lock";
 
@@ -76,6 +77,14 @@ impl Folder {
     /// last line is dropped from the file.
     pub fn trials(&self, each: impl FnMut(Trial) -> Result<()>) -> Result<Lines> {
         Lines::open(&self.dir.join(TRIALS), each)
+    }
+
+    /// Likewise the answers of judge models.
+    pub fn judgements<T: DeserializeOwned>(
+        &self,
+        each: impl FnMut(T) -> Result<()>,
+    ) -> Result<Lines> {
+        Lines::open(&self.dir.join(JUDGEMENTS), each)
     }
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod fake;
 pub mod folder;
 pub mod grading;
 pub mod grid;
+pub mod judging;
 pub mod plan;
 pub mod prepare;
 pub mod probe;

@@ -262,7 +262,8 @@ fn render(
     })
 }
 
-fn fill(text: &str, trial: u32, word: &str, sentence: &str) -> String {
+/// A text with its placeholders filled.
+pub(super) fn fill(text: &str, trial: u32, word: &str, sentence: &str) -> String {
     let text = text.replace("{trial}", &trial.to_string());
     text.replace("{word}", &word.to_lowercase()).replace("{sentence}", sentence)
 }
