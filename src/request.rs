@@ -71,6 +71,7 @@ pub struct Message {
 
 /// Whether a reasoning model's template opens with thinking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Thinking {
     /// `enable_thinking = false`.
@@ -158,6 +159,7 @@ pub enum Op {
 
 /// The unit of a strength s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum StrengthMode {
     /// h += s·v.
@@ -174,6 +176,7 @@ pub enum StrengthMode {
 
 /// A position in the rendered prompt.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum Position {
     /// A token index; negative: from the prompt's end.
@@ -186,6 +189,7 @@ pub enum Position {
 
 /// Positions with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum NamedPosition {
     /// The prompt's length: the position of the first generated token.
@@ -194,6 +198,7 @@ pub enum NamedPosition {
 
 /// The first token of a span, or the one after its last.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Marker {
     /// The first token that overlaps the span.
@@ -204,6 +209,7 @@ pub enum Marker {
 
 /// A text in a turn as rendered.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Span {
     /// The text itself.
@@ -218,6 +224,7 @@ pub struct Span {
 
 /// A turn: an index (negative: from the end) or `"role.first"`, `"role.last"`, `"role.2"`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum Turn {
     /// Counted over all messages, from 0; -1 is the last.
@@ -318,6 +325,7 @@ pub enum NamedPositions {
 
 /// The word `"all"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum All {
     /// Every one.

@@ -12,6 +12,7 @@ mod fetch;
 mod forward;
 mod generate;
 mod grade;
+mod lens;
 mod output;
 mod progress;
 mod report;
@@ -48,6 +49,7 @@ enum Command {
     Demo(demo::Args),
     Try(try_word::Args),
     Vectors(vectors::Args),
+    Lens(lens::Args),
     Tokens(tokens::Args),
     Run(run::Args),
     Grade(grade::Args),
@@ -67,6 +69,7 @@ impl Command {
             Self::Demo(args) => demo::execute(&args),
             Self::Try(args) => try_word::execute(&args),
             Self::Vectors(args) => vectors::execute(&args),
+            Self::Lens(args) => lens::execute(&args),
             Self::Tokens(args) => tokens::execute(&args),
             Self::Run(args) => run::execute(&args),
             Self::Grade(args) => grade::execute(&args),

@@ -15,7 +15,7 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         protocol::{Chat, Places, Protocol},
-        vectors::{SITE, concept_vectors},
+        vectors::{Inputs, SITE, extract},
     },
     model::Model,
     request::{
@@ -184,10 +184,8 @@ fn concept_vector(
 ) -> Result<Vec<f32>> {
     let recipe = Protocol::builtin("injected-thoughts")?.vectors;
     let chat = Chat { system: args.system.clone(), ..Chat::default() };
-    let words = [args.word.clone()];
-    let (template, baseline) = (&recipe.template, &recipe.baseline);
-    let extraction =
-        concept_vectors(engine, model, &chat, template, &words, baseline, &[layer], bar)?;
+    let inputs = Inputs::new(model, &chat, &recipe, std::slice::from_ref(&args.word))?;
+    let extraction = extract(engine, recipe.recipe, &inputs, &[layer], model.config.dim, bar)?;
     let vector = extraction.vectors.get(&args.word, layer).map(<[f32]>::to_vec);
     vector.ok_or_else(|| Error::new("no vector was made").at(args.word.clone()))
 }

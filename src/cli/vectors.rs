@@ -9,27 +9,32 @@ use serde::Serialize;
 
 use super::{
     args::{EngineArgs, ModelArgs},
+    lens::{Token, tokens},
     output::{Output, columns, note},
     progress::Bar,
 };
 use crate::{
-    engine::vectors::norm,
-    error::{Error, Result},
+    engine::vectors::{Header, VectorSet, norm},
+    error::{Context, Error, Result},
     experiment::{
-        protocol::{Chat, Protocol},
-        vectors::{Extraction, concept_vectors},
+        protocol::{Chat, Protocol, Recipe, VectorRecipe},
+        vectors::{Extraction, Inputs, SITE, extract},
         words,
     },
     files,
     model::Model,
 };
 
-/// Make concept vectors for words
+/// Make concept vectors for words, or a vector set of another program's files
 #[derive(clap::Args)]
 pub struct Args {
     /// The words
-    #[arg(value_name = "WORD", required_unless_present = "words")]
+    #[arg(value_name = "WORD", required_unless_present_any = ["words", "import"])]
     word: Vec<String>,
+    /// Take these vectors instead of making some: safetensors, .npy or GGUF. --layers then says which block
+    /// each of their rows is of
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["word", "words", "recipe"])]
+    import: Vec<PathBuf>,
     /// More words: a file with one a line, or builtin:concepts
     #[arg(long, value_name = "LIST")]
     words: Option<String>,
@@ -37,6 +42,15 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     engine: EngineArgs,
+    /// How: mean-difference, single, contrast, pca, embedding or unembedding
+    #[arg(long, value_name = "RECIPE", default_value = "mean-difference", value_parser = recipe)]
+    recipe: Recipe,
+    /// For contrast and pca: what the user says with the concept ({word} in it) and without; may be repeated
+    #[arg(long, num_args = 2, value_names = ["WITH", "WITHOUT"])]
+    pair: Vec<String>,
+    /// Project the vectors of these words out, as in bread,milk
+    #[arg(long, value_name = "WORDS", value_delimiter = ',')]
+    orthogonal_to: Vec<String>,
     /// Only these blocks, e.g. 12,20,24 [default: all]
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     layers: Vec<usize>,
@@ -68,45 +82,31 @@ struct AtLayer {
     layer: usize,
     /// ‖v‖.
     norm: f32,
-    /// ‖v‖ / mean ‖h‖ of the baseline prompts' last tokens.
-    against_stream: f64,
-    /// Cosine of the vectors over the two halves of the baseline.
-    split_half: f64,
+    /// ‖v‖ / mean ‖h‖ of the last tokens that vectors are made of; none where none was read.
+    against_stream: Option<f64>,
+    /// Cosine of the vectors over the two halves of the baseline, where there is one.
+    split_half: Option<f64>,
+    /// The likeliest tokens of the vector by the logit lens.
+    lens: Vec<Token>,
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
-    let recipe = Protocol::builtin("injected-thoughts")?.vectors;
-    let template = args.template.as_ref().unwrap_or(&recipe.template);
-    if !template.contains("{word}") {
-        return Err(Error::new("the template has no place for the word")
-            .at("--template")
-            .expected("a text with {word} in it")
-            .got(format!("{template:?}"))
-            .into());
-    }
-    let words = word_list(args)?;
-    let baseline = match &args.baseline {
-        Some(list) => words::load(list, Path::new(""))?,
-        None => recipe.baseline,
-    };
     let model = args.model.open()?;
+    if !args.import.is_empty() {
+        import(args, &model)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let recipe = args.recipe()?;
+    let words = word_list(args)?;
     let layers = layers(&args.layers, model.config.layers)?;
     files::check_writable(&args.out)?;
+    let inputs = Inputs::new(&model, &Chat::default(), &recipe, &words)?;
     let engine = args.engine.start(&model)?;
     let mut bar = Bar::default();
-    let extraction = concept_vectors(
-        &engine,
-        &model,
-        &Chat::default(),
-        template,
-        &words,
-        &baseline,
-        &layers,
-        &mut bar,
-    )?;
+    let dim = model.config.dim;
+    let extraction = extract(&engine, recipe.recipe, &inputs, &layers, dim, &mut bar)?;
     drop(bar);
-    let recipe = format!("mean-difference of {template:?} over {} baseline words", baseline.len());
-    extraction.vectors.to_set(&model.hash()?, &recipe)?.save(&args.out)?;
+    extraction.vectors.to_set(&model.hash()?, &recipe.describe())?.save(&args.out)?;
     let rows = rows(&extraction, &model)?;
     let mut output = Output::new();
     if args.json {
@@ -124,6 +124,116 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         ));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Args {
+    /// The recipe with what the protocols take where nothing is said.
+    fn recipe(&self) -> Result<VectorRecipe> {
+        let default = Protocol::builtin("injected-thoughts")?.vectors;
+        let template = self.template.clone().unwrap_or(default.template);
+        if !template.contains("{word}") {
+            return Err(Error::new("the template has no place for the word")
+                .at("--template")
+                .expected("a text with {word} in it")
+                .got(format!("{template:?}")));
+        }
+        let pairs: Vec<(String, String)> =
+            self.pair.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+        if matches!(self.recipe, Recipe::Contrast | Recipe::Pca) == pairs.is_empty() {
+            return Err(Error::new("pairs of texts go with the recipes contrast and pca")
+                .at("--pair")
+                .expected("--pair WITH WITHOUT there, and nowhere else"));
+        }
+        if let Some((with, _)) = pairs.iter().find(|(with, _)| !with.contains("{word}")) {
+            return Err(Error::new("the first text of a pair has no place for the word")
+                .at("--pair")
+                .got(format!("{with:?}")));
+        }
+        Ok(VectorRecipe {
+            recipe: self.recipe,
+            template,
+            baseline: match &self.baseline {
+                Some(list) => words::load(list, Path::new(""))?,
+                None => default.baseline,
+            },
+            pairs,
+            orthogonal_to: self.orthogonal_to.clone(),
+            file: None,
+        })
+    }
+}
+
+/// By its name in protocols.
+fn recipe(text: &str) -> std::result::Result<Recipe, String> {
+    let value = serde_json::Value::String(text.to_owned());
+    let made = serde_json::from_value(value).ok().filter(|recipe| *recipe != Recipe::File);
+    made.ok_or_else(|| {
+        "one of mean-difference, single, contrast, pca, embedding, unembedding".to_owned()
+    })
+}
+
+/// Vectors of other files as one set of this model, each row at the block that `--layers` says.
+fn import(args: &Args, model: &Model) -> Result<()> {
+    let mut set: Option<VectorSet> = None;
+    for path in &args.import {
+        let from = VectorSet::load(path)?;
+        let place = || path.display().to_string();
+        if from.dim() != Some(model.config.dim) {
+            return Err(Error::new("the vectors are of another width than the model")
+                .at(place())
+                .expected(model.config.dim)
+                .got(from.dim().unwrap_or(0)));
+        }
+        let named = (!from.header.layers.is_empty()).then(|| from.header.layers.clone());
+        for name in from.names() {
+            let rows = from.unnamed_layers(name)?;
+            let layers = match (&args.layers[..], &named, rows) {
+                ([], Some(layers), _) => layers.clone(),
+                ([], None, Some(rows)) => (0..rows).collect(),
+                ([], None, None) => {
+                    return Err(Error::new("nothing says which block a vector is of")
+                        .at(format!("{}#{name}", place()))
+                        .hint("say it with --layers"));
+                }
+                (layers, ..) => layers.to_vec(),
+            };
+            layers_exist(&layers, model.config.layers)?;
+            let count = named.as_ref().map_or(rows.unwrap_or(1), Vec::len);
+            if layers.len() != count {
+                return Err(Error::new(
+                    "--layers names another number of blocks than there are rows",
+                )
+                .at(format!("{}#{name}", place()))
+                .expected(count)
+                .got(layers.len()));
+            }
+            let row = |at: usize| {
+                let own = named.as_ref().map_or(at, |layers| layers[at]);
+                from.get(name, (count > 1 || named.is_some()).then_some(own))
+                    .map(|row| row.to_vec())
+            };
+            let rows = (0..count).map(row).collect::<Result<Vec<_>>>().at(place)?;
+            let set = set.get_or_insert_with(|| {
+                VectorSet::new(Header {
+                    model_hash: model.hash().ok(),
+                    site: Some(SITE),
+                    layers: layers.clone(),
+                    recipe: format!("imported from {}", place()),
+                })
+            });
+            if set.header.layers != layers {
+                return Err(Error::new("the files' vectors are of different blocks")
+                    .at(place())
+                    .expected(format!("{:?}", set.header.layers))
+                    .got(format!("{layers:?}")));
+            }
+            set.insert(name, rows).at(place)?;
+        }
+    }
+    let set = set.ok_or_else(|| Error::new("there is nothing to import").at("--import"))?;
+    set.save(&args.out)?;
+    note(format!("{} vectors in {}", set.names().count(), args.out.display()));
+    Ok(())
 }
 
 /// The words of the command line and of the list, each once.
@@ -149,6 +259,14 @@ fn layers(wanted: &[usize], all: usize) -> Result<Vec<usize>> {
     if wanted.is_empty() {
         return Ok((0..all).collect());
     }
+    layers_exist(wanted, all)?;
+    let mut layers = wanted.to_vec();
+    layers.sort_unstable();
+    layers.dedup();
+    Ok(layers)
+}
+
+fn layers_exist(wanted: &[usize], all: usize) -> Result<()> {
     if let Some(layer) = wanted.iter().find(|layer| **layer >= all) {
         return Err(Error::new("layer out of range")
             .at("--layers")
@@ -156,24 +274,28 @@ fn layers(wanted: &[usize], all: usize) -> Result<Vec<usize>> {
             .got(layer)
             .hint("layers are counted from 0"));
     }
-    let mut layers = wanted.to_vec();
-    layers.sort_unstable();
-    layers.dedup();
-    Ok(layers)
+    Ok(())
 }
 
 fn rows(extraction: &Extraction, model: &Model) -> Result<Vec<Row>> {
     let vectors = &extraction.vectors;
+    let all: Vec<&[f32]> = vectors
+        .words
+        .iter()
+        .flat_map(|word| vectors.layers.iter().filter_map(|layer| vectors.get(word, *layer)))
+        .collect();
+    let mut lenses = tokens(model, &all, LENS)?.into_iter();
     let mut rows = Vec::new();
     for (index, word) in vectors.words.iter().enumerate() {
-        let of_word = &extraction.split_half[index * vectors.layers.len()..];
         let at = |(i, layer): (usize, &usize)| {
             let norm = vectors.get(word, *layer).map_or(0.0, norm);
+            let stream = extraction.stream_norms.get(i);
             AtLayer {
                 layer: *layer,
                 norm,
-                against_stream: f64::from(norm) / extraction.stream_norms[i],
-                split_half: of_word[i],
+                against_stream: stream.map(|stream| f64::from(norm) / stream),
+                split_half: extraction.split_half.get(index * vectors.layers.len() + i).copied(),
+                lens: lenses.next().unwrap_or_default(),
             }
         };
         let layers = vectors.layers.iter().enumerate().map(at).collect();
@@ -181,6 +303,9 @@ fn rows(extraction: &Extraction, model: &Model) -> Result<Vec<Row>> {
     }
     Ok(rows)
 }
+
+/// Tokens of the logit lens that are shown.
+const LENS: usize = 5;
 
 /// The tokens of the word as it is read out: lower-cased, after a space.
 pub fn word_pieces(model: &Model, word: &str) -> Result<Vec<String>> {
@@ -193,7 +318,9 @@ pub fn word_pieces(model: &Model, word: &str) -> Result<Vec<String>> {
 
 /// One line a word, at the layer nearest to two thirds of the depth.
 fn lines(rows: &[Row], blocks: usize) -> Vec<String> {
-    let head = ["word", "layer", "norm", "norm/stream", "split-half", "tokens"];
+    let number =
+        |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"));
+    let head = ["word", "layer", "norm", "norm/stream", "split-half", "tokens", "logit lens"];
     let mut table = vec![head.map(str::to_owned).to_vec()];
     for row in rows {
         let distance = |at: &&AtLayer| (3 * at.layer).abs_diff(2 * blocks);
@@ -202,12 +329,13 @@ fn lines(rows: &[Row], blocks: usize) -> Vec<String> {
             row.word.clone(),
             at.layer.to_string(),
             format!("{:.1}", at.norm),
-            format!("{:.3}", at.against_stream),
-            format!("{:.3}", at.split_half),
+            number(at.against_stream),
+            number(at.split_half),
             format!("{:?}", row.tokens),
+            at.lens.iter().map(|t| format!("{:?}", t.piece)).collect::<Vec<_>>().join(" "),
         ]);
     }
-    columns(&table, &[false, true, true, true, true, false])
+    columns(&table, &[false, true, true, true, true, false, false])
 }
 
 #[cfg(test)]
@@ -224,14 +352,20 @@ mod tests {
 
     #[test]
     fn the_table_shows_two_thirds_of_the_depth() {
-        let at = |layer| AtLayer { layer, norm: 5.0, against_stream: 0.5, split_half: 0.9 };
+        let at = |layer| AtLayer {
+            layer,
+            norm: 5.0,
+            against_stream: Some(0.5),
+            split_half: Some(0.9),
+            lens: Vec::new(),
+        };
         let row = Row {
             word: "sea".into(),
             tokens: vec![" sea".into()],
             layers: (0..30).map(at).collect(),
         };
         let lines = lines(&[row], 30);
-        assert_eq!(lines[0], "word  layer  norm  norm/stream  split-half  tokens");
+        assert_eq!(lines[0], "word  layer  norm  norm/stream  split-half  tokens    logit lens");
         assert_eq!(lines[1], "sea      20   5.0        0.500       0.900  [\" sea\"]");
     }
 }

@@ -4,6 +4,8 @@
 //! header in its metadata that says what the vectors are of. Plain safetensors files (f32, f16 or
 //! bf16, no header) and GGUF control vectors are read too.
 
+mod npy;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
@@ -178,10 +180,18 @@ impl VectorSet {
     /// Reads a set. An error for anything that is not one: other types or shapes, values that are
     /// not finite, a header that does not fit the tensors.
     pub fn load(path: &Path) -> Result<Self> {
-        Self::parse(&fs::read(path)?).at(|| path.display().to_string())
+        let stem = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+        Self::parse(&fs::read(path)?, &stem).at(|| path.display().to_string())
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self> {
+    /// `stem` names the vector of a file that names none.
+    fn parse(bytes: &[u8], stem: &str) -> Result<Self> {
+        if npy::is_npy(bytes) {
+            let (shape, values) = npy::parse(bytes)?;
+            let mut set = Self::default();
+            set.insert_rows(stem, rows_of(stem, &shape, &values)?)?;
+            return Ok(set);
+        }
         if Gguf::is_gguf(bytes) {
             return Self::parse_control_vector(bytes);
         }
@@ -324,20 +334,6 @@ fn check_norms(
 }
 
 fn read_rows(name: &str, view: &TensorView) -> Result<Rows> {
-    let place = || format!("tensor {name:?}");
-    let (layers, dim) = match *view.shape() {
-        [dim] => (1, dim),
-        [layers, dim] => (layers, dim),
-        _ => {
-            return Err(Error::new("not the shape of a vector")
-                .at(place())
-                .expected("(dim,) or (layers, dim)")
-                .got(format!("{:?}", view.shape())));
-        }
-    };
-    if layers * dim == 0 {
-        return Err(Error::new("empty vector").at(place()));
-    }
     let bytes = view.data();
     let values: Vec<f32> = match view.dtype() {
         Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
@@ -345,13 +341,32 @@ fn read_rows(name: &str, view: &TensorView) -> Result<Rows> {
         Dtype::BF16 => to_f32(bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
         other => {
             return Err(Error::new("not the type of a vector")
-                .at(place())
+                .at(format!("tensor {name:?}"))
                 .expected("F32, F16 or BF16")
                 .got(format!("{other:?}")));
         }
     };
+    rows_of(name, view.shape(), &values)
+}
+
+/// Rows of (dim,) or (layers, dim).
+fn rows_of(name: &str, shape: &[usize], values: &[f32]) -> Result<Rows> {
+    let place = || format!("tensor {name:?}");
+    let (layers, dim) = match *shape {
+        [dim] => (1, dim),
+        [layers, dim] => (layers, dim),
+        _ => {
+            return Err(Error::new("not the shape of a vector")
+                .at(place())
+                .expected("(dim,) or (layers, dim)")
+                .got(format!("{shape:?}")));
+        }
+    };
+    if layers * dim == 0 {
+        return Err(Error::new("empty vector").at(place()));
+    }
     let rows = values.chunks_exact(dim).map(Arc::from).collect();
-    Ok(Rows { rows, flat: view.shape().len() == 1 })
+    Ok(Rows { rows, flat: shape.len() == 1 })
 }
 
 fn to_f32(bytes: &[u8], convert: impl Fn([u8; 2]) -> f32) -> Vec<f32> {

@@ -58,7 +58,7 @@ fn plain_files_in_three_types() {
         ),
         ("deep", Dtype::F32, &[2, 2], floats(&[1.0, 2.0, 3.0, 4.0])),
     ]);
-    let set = VectorSet::parse(&bytes).unwrap();
+    let set = VectorSet::parse(&bytes, "file").unwrap();
     assert_eq!(*set.get("flat", Some(17)).unwrap(), [1.0, 2.0]);
     assert_eq!(*set.get("half", None).unwrap(), [1.5, -2.0]);
     assert_eq!(*set.get("brain", None).unwrap(), [3.0, 0.5]);
@@ -85,7 +85,7 @@ fn bad_files_are_refused() {
         ),
     ];
     for (want, bytes) in cases {
-        let error = VectorSet::parse(&bytes).unwrap_err().to_string();
+        let error = VectorSet::parse(&bytes, "file").unwrap_err().to_string();
         assert!(error.contains(want), "{want}: {error}");
     }
 }
@@ -97,7 +97,7 @@ fn lying_headers_are_refused() {
         let view = TensorView::new(Dtype::F32, vec![2], &bytes).unwrap();
         let metadata = HashMap::from([(HEADER_KEY.to_owned(), header.to_owned())]);
         let file = safetensors::serialize([("a", view)], Some(metadata)).unwrap();
-        VectorSet::parse(&file).map_err(|error| error.to_string())
+        VectorSet::parse(&file, "file").map_err(|error| error.to_string())
     };
     let good = r#"{"format":1,"layers":[5],"recipe":"","norms":{"a":[5.0]}}"#;
     assert_eq!(*parse(good).unwrap().get("a", Some(5)).unwrap(), [3.0, 4.0]);
@@ -138,14 +138,14 @@ fn gguf(architecture: &str, tensors: &[(&str, &[f32])]) -> Vec<u8> {
 fn control_vectors_are_read() {
     let directions: [(&str, &[f32]); 2] =
         [("direction.10", &[5.0, 6.0]), ("direction.9", &[3.0, 4.0])];
-    let set = VectorSet::parse(&gguf("controlvector", &directions)).unwrap();
+    let set = VectorSet::parse(&gguf("controlvector", &directions), "file").unwrap();
     assert_eq!(set.header.layers, [9, 10]);
     assert_eq!(set.header.site, Some(Site::ResidPost));
     assert_eq!(*set.get("direction", Some(9)).unwrap(), [3.0, 4.0]);
     assert_eq!(*set.get("direction", Some(10)).unwrap(), [5.0, 6.0]);
     assert!(set.get("direction", Some(0)).is_err());
     let refused = |architecture, tensors: &[(&str, &[f32])], want: &str| {
-        let error = VectorSet::parse(&gguf(architecture, tensors)).unwrap_err().to_string();
+        let error = VectorSet::parse(&gguf(architecture, tensors), "file").unwrap_err().to_string();
         assert!(error.contains(want), "{want}: {error}");
     };
     refused("llama", &directions, "not a GGUF control vector");

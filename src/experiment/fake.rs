@@ -8,10 +8,10 @@ use crate::{
     experiment::{
         Jobs,
         prepare::{Prepared, PreparedPart, WordTokens},
-        protocol::Protocol,
+        protocol::{Protocol, Recipe},
         results::{Fingerprint, ModelRecord, PromptRecord},
         seeds,
-        vectors::{ConceptVectors, extract},
+        vectors::{ConceptVectors, Inputs, extract},
     },
     request::StrengthMode,
 };
@@ -183,12 +183,16 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
         no: vec![13],
         parts,
         band: protocol.parts.iter().flat_map(|part| part.band.clone()).collect(),
-        vector_prompts: words
-            .keys()
-            .chain(protocol.parts.iter().flat_map(|part| &part.band))
-            .map(|word| vec![7, token(word)])
-            .collect(),
-        baseline_prompts: (0..6).map(|i| vec![7, i]).collect(),
+        inputs: {
+            let band = protocol.parts.iter().flat_map(|part| &part.band);
+            let names: Vec<String> = words.keys().chain(band).cloned().collect();
+            Inputs {
+                prompts: names.iter().map(|word| vec![vec![7, token(word)]]).collect(),
+                words: names,
+                baseline: (0..6).map(|i| vec![7, i]).collect(),
+                ..Inputs::default()
+            }
+        },
         words,
     }
 }
@@ -196,9 +200,8 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
 /// The fake engine's vectors for all of a prepared protocol's words and layers.
 pub fn vectors(prepared: &Prepared) -> ConceptVectors {
     let engine = FakeEngine::default();
-    let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
-    let words = prepared.vector_words();
-    extract(&engine, &words, prompts, baseline, &prepared.layers(), DIM, &mut ()).unwrap().vectors
+    let (recipe, layers) = (Recipe::MeanDifference, prepared.layers());
+    extract(&engine, recipe, &prepared.inputs, &layers, DIM, &mut ()).unwrap().vectors
 }
 
 /// A fingerprint.

@@ -17,6 +17,7 @@ pub mod folder;
 pub mod grading;
 pub mod grid;
 pub mod judging;
+pub mod lens;
 pub mod plan;
 pub mod prepare;
 pub mod probe;
@@ -229,24 +230,19 @@ impl Run<'_> {
             return ConceptVectors::load(&path, hash, &words, &layers, dim);
         }
         let vectors = self.extract(progress)?;
-        let recipe = &self.protocol.vectors;
-        let recipe = format!(
-            "mean-difference of {:?} over {} baseline words",
-            recipe.template,
-            recipe.baseline.len()
-        );
-        vectors.to_set(hash, &recipe)?.save(&path)?;
+        vectors.to_set(hash, &self.protocol.vectors.describe())?.save(&path)?;
         Ok(vectors)
     }
 
     fn extract(&self, progress: &mut dyn Progress) -> Result<ConceptVectors> {
-        let prepared = self.prepared;
-        let (words, layers) = (prepared.vector_words(), prepared.layers());
-        let (prompts, baseline) = (&prepared.vector_prompts, &prepared.baseline_prompts);
-        let dim = prepared.model.dim;
-        let extraction =
-            vectors::extract(self.engine, &words, prompts, baseline, &layers, dim, progress)?;
-        Ok(extraction.vectors)
+        let (prepared, recipe) = (self.prepared, &self.protocol.vectors);
+        let (layers, dim) = (prepared.layers(), prepared.model.dim);
+        if let Some(file) = &recipe.file {
+            return ConceptVectors::import(file, &prepared.vector_words(), &layers, dim);
+        }
+        let recipe = recipe.recipe;
+        let made = vectors::extract(self.engine, recipe, &prepared.inputs, &layers, dim, progress)?;
+        Ok(made.vectors)
     }
 
     /// Runs what is not finished yet; `measured` are trials run before the cuts were known.

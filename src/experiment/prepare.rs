@@ -7,7 +7,7 @@ use crate::{
     experiment::{
         protocol::{Chat, Part, Place, PromptPlan, Protocol, Window},
         results::{ModelRecord, PromptRecord, WordRecord},
-        vectors::{ConceptVectors, vector_prompts},
+        vectors::{ConceptVectors, Inputs},
     },
     model::{Model, Tokenizer},
     request::{Message, Request},
@@ -30,10 +30,8 @@ pub struct Prepared {
     pub parts: Vec<PreparedPart>,
     /// Words that have vectors only to compare with, sorted.
     pub band: Vec<String>,
-    /// The prompts of the vectors, in the order of [`Prepared::vector_words`].
-    pub vector_prompts: Vec<Vec<u32>>,
-    /// The prompts of the baseline words.
-    pub baseline_prompts: Vec<Vec<u32>>,
+    /// What the vectors of [`Prepared::vector_words`] are made from.
+    pub inputs: Inputs,
 }
 
 /// A prompt's name, and the word and the sentence that its texts hold ("" where they hold none).
@@ -133,7 +131,6 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
         }
     }
     let (yes, no) = answers(tokenizer, protocol)?;
-    let recipe = &protocol.vectors;
     let mut band: Vec<String> = protocol.parts.iter().flat_map(|part| part.band.clone()).collect();
     band.sort_unstable();
     band.dedup();
@@ -146,13 +143,7 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
         no,
         parts,
         band,
-        vector_prompts: vector_prompts(model, &protocol.chat, &recipe.template, &names)?,
-        baseline_prompts: vector_prompts(
-            model,
-            &protocol.chat,
-            &recipe.template,
-            &recipe.baseline,
-        )?,
+        inputs: Inputs::new(model, &protocol.chat, &protocol.vectors, &names)?,
         words,
     })
 }

@@ -2,7 +2,11 @@
 //!
 //! [`Protocol`] is the resolved form that a run's manifest keeps; `protocol_file` reads the TOML.
 
-use std::{collections::BTreeMap, path::Path, str::FromStr};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
@@ -115,6 +119,7 @@ pub struct Protocol {
 
 /// Settings of the chat template, for all prompts and vectors.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Chat {
     /// The system message; absent: the template's own default; "": an empty one.
@@ -133,21 +138,63 @@ pub struct VectorRecipe {
     pub recipe: Recipe,
     /// The user's turn; `{word}` is the word, lower-cased.
     pub template: String,
-    /// The words whose mean is subtracted.
+    /// The words whose mean is subtracted (`mean-difference`).
     pub baseline: Vec<String>,
+    /// User's turns with and without the concept (`contrast`, `pca`).
+    pub pairs: Vec<(String, String)>,
+    /// The vectors of these words are projected out.
+    pub orthogonal_to: Vec<String>,
+    /// A vector set that has the words (`file`).
+    pub file: Option<PathBuf>,
 }
 
 /// The arithmetic of concept vectors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Recipe {
     /// `resid_post` at the last prompt token, minus its mean over the baseline words.
     #[default]
     MeanDifference,
+    /// `resid_post` at the last prompt token, as it is.
+    Single,
+    /// Mean difference of pairs of prompts.
+    Contrast,
+    /// First principal direction of the pairs' differences.
+    Pca,
+    /// The word's row of the embedding, the same at every layer.
+    Embedding,
+    /// The word's row of the output matrix, the same at every layer.
+    Unembedding,
+    /// From a vector set.
+    File,
+}
+
+impl VectorRecipe {
+    /// In words, for a vector set's header.
+    pub fn describe(&self) -> String {
+        let VectorRecipe { template, baseline, pairs, .. } = self;
+        let made = match self.recipe {
+            Recipe::MeanDifference => {
+                format!("mean-difference of {template:?} over {} baseline words", baseline.len())
+            }
+            Recipe::Single => format!("residual of {template:?}"),
+            Recipe::Contrast => format!("mean difference of {} pairs", pairs.len()),
+            Recipe::Pca => format!("first principal direction of {} pairs", pairs.len()),
+            Recipe::Embedding => "embedding row".into(),
+            Recipe::Unembedding => "output matrix row".into(),
+            Recipe::File => "from a file".into(),
+        };
+        match self.orthogonal_to.len() {
+            0 => made,
+            _ => format!("{made}, orthogonal to {}", self.orthogonal_to.join(", ")),
+        }
+    }
 }
 
 /// Variants of the answers to a yes/no question. Those that are one token of the model count.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Answers {
     /// Yes, with and without a leading space and capital.
@@ -185,6 +232,7 @@ pub struct PromptPlan {
 
 /// To a yes/no question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
     /// Yes.
@@ -195,6 +243,7 @@ pub enum Answer {
 
 /// Where injections act in a prompt.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Window {
     /// First token; absent: 0.

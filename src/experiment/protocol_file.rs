@@ -23,6 +23,7 @@ const DOSES: [f64; 4] = [0.125, 0.25, 0.5, 1.0];
 const PLACEHOLDERS: [&str; 4] = ["word", "trial", "sentence", "question"];
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct File {
     name: String,
@@ -41,11 +42,15 @@ struct File {
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 struct VectorsTable {
     recipe: Recipe,
     template: String,
     baseline: Words,
+    pairs: Vec<(String, String)>,
+    orthogonal_to: Option<Words>,
+    file: Option<String>,
 }
 
 impl Default for VectorsTable {
@@ -54,12 +59,16 @@ impl Default for VectorsTable {
             recipe: Recipe::MeanDifference,
             template: "Tell me about {word}".into(),
             baseline: Words::Named("builtin:baseline".into()),
+            pairs: Vec::new(),
+            orthogonal_to: None,
+            file: None,
         }
     }
 }
 
 /// `builtin:NAME`, a file, or the words themselves.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 enum Words {
     Named(String),
@@ -67,6 +76,7 @@ enum Words {
 }
 
 #[derive(Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct PromptTable {
     like: Option<String>,
@@ -104,6 +114,7 @@ impl PromptTable {
 }
 
 #[derive(Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct TurnTable {
     role: String,
@@ -111,6 +122,7 @@ struct TurnTable {
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct PartTable {
     name: String,
@@ -137,6 +149,7 @@ struct PartTable {
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 enum KindName {
     Readout,
@@ -146,6 +159,7 @@ enum KindName {
 
 /// `[1, 2]`, `"all"` or `{ evenly = 16 }`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 enum LayersField {
     List(Vec<usize>),
@@ -154,6 +168,7 @@ enum LayersField {
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct Evenly {
     evenly: usize,
@@ -239,7 +254,39 @@ fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
     check(baseline.len() >= 2, || {
         Error::new("too few baseline words").at("baseline").expected("2 or more")
     })?;
-    Ok(VectorRecipe { recipe: table.recipe, template, baseline })
+    let uses_pairs = matches!(table.recipe, Recipe::Contrast | Recipe::Pca);
+    check(uses_pairs == !table.pairs.is_empty(), || {
+        Error::new("pairs of texts go with the recipes contrast and pca")
+            .at("pairs")
+            .expected("pairs = [[\"with {word}\", \"without\"], ...] there, and nowhere else")
+    })?;
+    for (with, without) in &table.pairs {
+        check(with.contains("{word}"), || {
+            Error::new("the first text of a pair does not name the word").at("pairs").got(with)
+        })?;
+        for text in [with, without] {
+            check_placeholders(text, &["word"]).at(|| "pairs".into())?;
+        }
+    }
+    let is_file = table.recipe == Recipe::File;
+    check(is_file == table.file.is_some(), || {
+        Error::new("a file of vectors goes with the recipe file").at("file")
+    })?;
+    let orthogonal_to = match table.orthogonal_to {
+        Some(list) => read_words(list, base).at(|| "orthogonal_to".into())?,
+        None => Vec::new(),
+    };
+    check(!is_file || orthogonal_to.is_empty(), || {
+        Error::new("vectors of a file are taken as they are").at("orthogonal_to")
+    })?;
+    Ok(VectorRecipe {
+        recipe: table.recipe,
+        template,
+        baseline,
+        pairs: table.pairs,
+        orthogonal_to,
+        file: table.file.map(|file| base.join(file)),
+    })
 }
 
 fn read_words(words: Words, base: &Path) -> Result<Vec<String>> {

@@ -162,3 +162,18 @@ fn braces_that_are_no_placeholder_are_text() {
     let protocol = read(&SMALL.replace("anything?", "answer as {\\\"a\\\": 1} or {}")).unwrap();
     assert!(protocol.prompts["ask"].turns[0].content.contains("{\"a\": 1} or {}"));
 }
+
+/// The schema that editors take from `experiments/protocol.schema.json`; INKLING_WRITE_SCHEMA=1 writes it.
+#[test]
+fn the_schema_in_the_repository_is_that_of_the_code() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/protocol.schema.json");
+    let schema = schemars::schema_for!(File);
+    let text = serde_json::to_string_pretty(&schema).unwrap() + "\n";
+    if std::env::var_os("INKLING_WRITE_SCHEMA").is_some() {
+        std::fs::write(path, &text).unwrap();
+    }
+    let stored = std::fs::read_to_string(path).unwrap();
+    assert!(stored == text, "{path} is not the schema: run this test with INKLING_WRITE_SCHEMA=1");
+    let schema: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(schema["additionalProperties"], false, "strict");
+}

@@ -55,8 +55,8 @@ const BLOCK_NAMES: [(&str, &str); 9] = [
     ("ffn_up", "mlp.up_proj"),
     ("ffn_down", "mlp.down_proj"),
 ];
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const OUTPUT: &str = "lm_head.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const OUTPUT: &str = "lm_head.weight";
 
 impl Checkpoint {
     /// Names the tensors of a GGUF file.
@@ -142,6 +142,19 @@ impl Checkpoint {
     ///
     /// It is not there, has another shape, or was taken before.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        let tensor = self.look_at(name, shape)?;
+        if !self.taken().insert(name.to_owned()) {
+            return Err(self.error("a tensor is used twice", name));
+        }
+        Ok(tensor)
+    }
+
+    /// Likewise, without taking it.
+    ///
+    /// # Errors
+    ///
+    /// It is not there, or has another shape.
+    pub fn look_at(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let Some(stored) = self.tensors.get(name) else {
             return Err(self.error("a tensor is missing", name).expected(format!("{shape:?}")));
         };
@@ -150,9 +163,6 @@ impl Checkpoint {
                 .error("wrong tensor shape", name)
                 .expected(format!("{shape:?}"))
                 .got(format!("{:?}", stored.shape)));
-        }
-        if !self.taken().insert(name.to_owned()) {
-            return Err(self.error("a tensor is used twice", name));
         }
         let cols = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product();

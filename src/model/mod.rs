@@ -129,6 +129,38 @@ impl Model {
         }
     }
 
+    /// The embedding, (vocab, dim), as it is stored.
+    ///
+    /// # Errors
+    ///
+    /// It is not there, or has another shape.
+    pub fn embedding(&self) -> Result<Tensor<'_>> {
+        self.checkpoint.look_at(checkpoint::EMBEDDING, &[self.config.vocab, self.config.dim])
+    }
+
+    /// The output matrix, (vocab, dim): the embedding where they are tied.
+    ///
+    /// # Errors
+    ///
+    /// It is not there, or has another shape.
+    pub fn output(&self) -> Result<Tensor<'_>> {
+        if self.config.tied_embeddings {
+            return self.embedding();
+        }
+        self.checkpoint.look_at(checkpoint::OUTPUT, &[self.config.vocab, self.config.dim])
+    }
+
+    /// The last norm's gain, (dim,).
+    ///
+    /// # Errors
+    ///
+    /// It is not there, or has another shape.
+    pub fn final_gain(&self) -> Result<Vec<f32>> {
+        let mut gain = vec![0.0; self.config.dim];
+        self.checkpoint.look_at("model.norm.weight", &[self.config.dim])?.read_row(0, &mut gain);
+        Ok(gain)
+    }
+
     /// SHA-256 (hex) of all that the model's results depend on, computed once. Of a GGUF file: the
     /// file's own; of a folder: of its weights, configuration, tokenizer and template files, each
     /// with its name and length before it.

@@ -17,11 +17,11 @@ use inkling::{
     },
     experiment::{
         prepare::prepare,
-        protocol::{Chat, Protocol},
+        protocol::{Chat, Protocol, Recipe},
         results::{Condition, Run, Trial},
         runner::failed_check,
         seeds,
-        vectors::{SITE, extract, vector_prompts},
+        vectors::{Inputs, SITE, extract},
     },
     model::Model,
     request::{Message, Request, Sampling, Site, StrengthMode},
@@ -162,8 +162,34 @@ fn pitfall_3_window_covers_prompt_part_and_generated_tokens() {
 #[test]
 fn pitfall_3_the_window_opens_at_the_blank_line() {
     let model = Model::open(&demo_model()).unwrap();
+    let mut with_sentences = 0;
     for name in Protocol::builtins() {
-        let prepared = prepare(&model, &Protocol::builtin(name).unwrap()).unwrap();
+        let protocol = Protocol::builtin(name).unwrap();
+        let prepared = prepare(&model, &protocol).unwrap();
+        for ((prompt, _, sentence), record) in &prepared.prompts {
+            if sentence.is_empty() {
+                continue;
+            }
+            // Where a line is read, its own tokens are in and nothing else.
+            with_sentences += 1;
+            let (from, to) = match record.probe {
+                Some(probe) => probe,
+                None => (record.from, record.to.unwrap()),
+            };
+            let inside = record.pieces[from..to].concat();
+            assert_eq!(inside.trim(), sentence, "{name}, {prompt}");
+            let before = record.pieces[..from].concat();
+            let opened = before.matches("<|im_start|>assistant").count();
+            assert_eq!(opened, usize::from(record.probe.is_some()), "{name}, {prompt}");
+            if let Some((after, end)) = record.after {
+                assert!(after >= to && end.unwrap() > after, "{name}, {prompt}");
+                let question = record.pieces[after..end.unwrap()].concat();
+                assert!(question.starts_with("Did you mean"), "{question:?}");
+            }
+        }
+        if !protocol.prompts.contains_key("cued") {
+            continue;
+        }
         let cued = &prepared.prompts[&("cued".to_owned(), String::new(), String::new())];
         let (before, window) = cued.pieces.split_at(cued.from);
         let (before, window) = (before.concat(), window.concat());
@@ -171,6 +197,7 @@ fn pitfall_3_the_window_opens_at_the_blank_line() {
         assert!(window.starts_with("\n\nTrial 1: Do you detect"), "{name}: {window:?}");
         assert_eq!(cued.to, None, "{name}");
     }
+    assert_eq!(with_sentences, 2 * 50 + 2 * 50 + 10 * 50);
 }
 
 /// What can touch nothing is refused; what is accepted touches, at every site of every block.
@@ -284,7 +311,14 @@ fn pitfall_6_vectors_are_measured_where_they_are_injected() {
     let words = vec!["sea".to_owned(), "air".to_owned()];
     let prompts = [prompt(9, 1), prompt(11, 2)];
     let baseline = [prompt(10, 3), prompt(8, 4), prompt(10, 5)];
-    let found = extract(&engine, &words, &prompts, &baseline, &[0, 2], 48, &mut ()).unwrap();
+    let inputs = Inputs {
+        words: words.clone(),
+        prompts: prompts.iter().map(|prompt| vec![prompt.clone()]).collect(),
+        baseline: baseline.to_vec(),
+        ..Inputs::default()
+    };
+    let recipe = Recipe::MeanDifference;
+    let found = extract(&engine, recipe, &inputs, &[0, 2], 48, &mut ()).unwrap();
     let vectors = found.vectors;
     for layer in [0, 2] {
         let baseline: Vec<Vec<f32>> = baseline.iter().map(|b| row(b, layer, vec![])).collect();
@@ -459,7 +493,10 @@ fn pitfall_9_protocols_draw_at_temperature_one() {
         }
     }
     draw_replies.dedup();
-    assert_eq!(draw_replies, ["injected-thoughts", "variants", "demo"]);
+    assert_eq!(
+        draw_replies,
+        ["injected-thoughts", "variants", "thought-vs-text", "prefill", "dose-response", "demo"]
+    );
 }
 
 /// A template that prints the BOS and a tokenizer that adds one give one.
@@ -479,7 +516,10 @@ fn pitfall_11_no_double_bos() {
     let text = model.render(&text).unwrap();
     assert_eq!((text.tokens[0], count(&text.tokens)), (BOS, 1));
     let words = ["sea".to_owned(), "air".to_owned()];
-    for tokens in vector_prompts(&model, &Chat::default(), "Say {word}", &words).unwrap() {
+    let recipe = tiny::protocol(r#"["Bread", "Snow"]"#, "[0]", "[1]").vectors;
+    let inputs = Inputs::new(&model, &Chat::default(), &recipe, &words).unwrap();
+    assert_eq!((inputs.prompts.len(), inputs.baseline.len()), (2, 3));
+    for tokens in inputs.prompts.into_iter().flatten().chain(inputs.baseline) {
         assert_eq!((tokens[0], count(&tokens)), (BOS, 1));
     }
     for prompt in &RUN.manifest.prompts {
