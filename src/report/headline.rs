@@ -12,7 +12,7 @@ use super::{
 };
 use crate::experiment::{
     results::Condition,
-    stats::{Count, Rate, smallest_effect},
+    stats::{Count, Difference, Rate, smallest_effect},
 };
 
 /// What the run says, in numbers and in words (displayed: one paragraph).
@@ -71,6 +71,8 @@ pub struct ReplyHeadline {
     pub contrast: Contrast,
     /// I of the controls, random and clean together: its chance.
     pub identified_chance: Option<f64>,
+    /// Replies under random vectors that mention the trial's word.
+    pub mentions_random: Option<Rate>,
     /// The smallest H − F that the run could have seen (80 % power).
     pub smallest_effect: Option<f64>,
 }
@@ -83,6 +85,11 @@ pub enum Meaning {
     Open,
     /// H − F includes 0 against random vectors or clean replies, or I is at most chance.
     NoEvidence,
+    /// Claims exceed those of clean replies under random vectors too, and those of random vectors no
+    /// more: yes is pushed up by anything.
+    YesBias,
+    /// Mentions exceed those under random vectors and chance, claims do not exceed every control.
+    NamesOnly,
     /// H − F exceeds 0 against every control there is, and I exceeds chance.
     Evidence,
 }
@@ -165,6 +172,7 @@ fn replies(table: &ReplyTable) -> Option<ReplyHeadline> {
         part: table.part.clone(),
         mentions: concept?.mentions,
         mentions_best: best,
+        mentions_random: random.map(|arm| arm.mentions),
         mentions_chance: table.chance.share(),
         coherent: [concept, random, clean].map(|arm| Some(arm?.coherent)),
         identified_chance: controls.share(),
@@ -181,8 +189,17 @@ fn meaning(replies: &ReplyHeadline) -> Meaning {
         return Meaning::Open;
     };
     let claims = nets.iter().all(|net| net.interval.low > 0.0);
+    let above = |net: Option<Difference>| net.is_some_and(|net| net.interval.low > 0.0);
+    let Contrast { net_random, net_clean, pushed, .. } = &replies.contrast;
+    let mentions = replies.mentions.interval.low;
+    let named = replies.mentions_random.is_some_and(|random| mentions > random.interval.high)
+        && replies.mentions_chance.is_some_and(|chance| mentions > chance);
     if claims && replies.contrast.identified.interval.low > chance {
         Meaning::Evidence
+    } else if above(*net_clean) && above(*pushed) && !above(*net_random) {
+        Meaning::YesBias
+    } else if named {
+        Meaning::NamesOnly
     } else {
         Meaning::NoEvidence
     }

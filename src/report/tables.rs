@@ -271,6 +271,8 @@ pub struct Contrast {
     pub net_random: Option<Difference>,
     /// H − F against clean replies.
     pub net_clean: Option<Difference>,
+    /// F under random vectors − F without injection: what any vector does.
+    pub pushed: Option<Difference>,
     /// I − F against random vectors (against clean replies where the run has no random ones).
     pub net_identified: Option<Difference>,
     /// Exact p of concept against random vectors, pair by pair

@@ -241,7 +241,7 @@ fn the_headline_counts_the_words_that_did_not_choose_the_cell() {
 #[test]
 fn a_model_that_claims_no_more_than_its_controls_shows_no_evidence() {
     let headline = headline(&demo());
-    assert_eq!(headline.meaning, Meaning::NoEvidence);
+    assert_eq!(headline.meaning, Meaning::NamesOnly, "its word stands in every reply");
     let replies = headline.replies.as_ref().unwrap();
     // Two of eight words, one of three repeats: 2/24 in every cell.
     assert_eq!(replies.contrast.hits.count, Count { k: 8, n: 96 });
@@ -382,7 +382,7 @@ fn receipts_that_do_not_balance_are_flagged() {
 #[test]
 fn hostile_replies_and_names_stay_text() {
     let page = html(&demo());
-    assert!(!page.contains("<script"), "an unescaped reply");
+    assert_eq!(page.matches("<script").count(), 2, "the data and the program, and no reply's");
     assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
     assert!(page.contains("tiny &amp; &lt;small&gt;") && !page.contains("tiny & <"));
     assert!(page.contains("the &quot;evidence&quot; &lt;i&gt;"));
@@ -391,8 +391,10 @@ fn hostile_replies_and_names_stay_text() {
     for attribute in ["src=", "href=\"http", "url(", "@import", "<link", "<img", "xmlns"] {
         assert!(!page.contains(attribute), "{attribute}");
     }
-    let addresses = page.match_indices("://").count();
-    assert_eq!(addresses, page.matches("&amp; https://evil.example/x.png").count());
+    // Names of XML namespaces in the program are no addresses that anything is loaded from.
+    let namespaces = page.matches("'http://www.w3.org/").count();
+    let replies = page.matches("://evil.example/x.png").count();
+    assert_eq!((page.matches("://").count(), namespaces), (replies + 2, 2));
 }
 
 #[test]
@@ -462,7 +464,7 @@ fn ungraded_replies_are_left_out_and_counted() {
 #[test]
 fn the_headline_is_data_too() {
     let value = serde_json::to_value(headline(&demo())).unwrap();
-    assert_eq!(value["meaning"], "no_evidence");
+    assert_eq!(value["meaning"], "names_only");
     assert_eq!(value["read"]["held_out"], json!({"k": 24, "n": 25}));
     assert!(serde_json::to_value(tables(&demo())).unwrap()["replies"].is_array());
 }

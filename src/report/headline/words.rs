@@ -39,6 +39,14 @@ impl Headline {
                 "No evidence of detection: this model is too small, or does not do this. Run \
                  yours with `inkling run injected-thoughts --model PATH`.",
             ),
+            Meaning::YesBias => Some(
+                "Vectors push the model to yes, random ones as well: that is a bias towards yes, and no \
+                 evidence of detection.",
+            ),
+            Meaning::NamesOnly => Some(
+                "The concept comes out in the model's words, and the model does not notice: no evidence \
+                 of detection. Run yours with `inkling run injected-thoughts --model PATH`.",
+            ),
             Meaning::Evidence => Some(
                 "This is evidence that the model detects what is injected: it claims so more often \
                  than under every control, and names the concept more often than chance. It rests \

@@ -2,6 +2,8 @@
 
 mod about;
 mod bias;
+mod every_reply;
+mod explore;
 mod heat;
 mod intents;
 mod probes;
@@ -20,7 +22,7 @@ use super::{
     tables::Tables,
 };
 
-const STYLE: &str = include_str!("style.css");
+const STYLE: &str = concat!(include_str!("style.css"), include_str!("explore.css"));
 
 pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> String {
     let sections = [
@@ -37,6 +39,7 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         ("intents", "Is a word that was put in its mouth owned?", intents::html(tables)),
         ("probes", "What is thought of while writing", probes::html(tables)),
         ("ramp", "One word, dose by dose", transcripts::ramp(index)),
+        ("explore", "Every reply, to be searched", every_reply::html(index)),
         ("transcripts", "Transcripts, drawn at random", transcripts::sample(index)),
         ("limits", "What this can't show", about::limits(index, headline)),
     ];
@@ -52,9 +55,10 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta \
          name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta \
          http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src \
-         'unsafe-inline'\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
+         'unsafe-inline'; script-src {}\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <main>\n<h1>{title}</h1>\n{conclusion}{}{sentences}<nav aria-label=\"Sections\">{links}</nav>\n{body}</main>\n\
          {}</body>\n</html>\n",
+        explore::script_hash(),
         facts(headline),
         about::footer(index)
     )

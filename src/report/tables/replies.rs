@@ -140,8 +140,8 @@ impl ContrastArms {
         }
     }
 
-    /// H − F(random), H − F(clean), I − F.
-    fn comparisons(&self) -> [Arms; 3] {
+    /// H − F(random), H − F(clean), I − F, F(random) − F(clean).
+    fn comparisons(&self) -> [Arms; 4] {
         let has_random = self.random.iter().any(|c| c.n > 0);
         let (alarms, pairs) =
             if has_random { (&self.random, Some(self.named)) } else { (&self.clean, None) };
@@ -154,6 +154,7 @@ impl ContrastArms {
             arms(&self.hits, &self.random, Some(self.claimed)),
             arms(&self.hits, &self.clean, None),
             arms(&self.identified, alarms, pairs),
+            arms(&self.random, &self.clean, None),
         ]
     }
 }
@@ -161,7 +162,7 @@ impl ContrastArms {
 fn contrasts(rows: &[ContrastArms], seed: u64) -> Vec<Contrast> {
     let comparisons: Vec<_> = rows.iter().flat_map(ContrastArms::comparisons).collect();
     let differences = stats::differences(&comparisons, seed);
-    let rows = rows.iter().zip(differences.chunks_exact(3)).filter_map(|(row, nets)| {
+    let rows = rows.iter().zip(differences.chunks_exact(4)).filter_map(|(row, nets)| {
         let (hits, random) = (stats::rate(&row.hits)?, stats::rate(&row.random));
         Some(Contrast {
             scope: row.scope,
@@ -172,6 +173,7 @@ fn contrasts(rows: &[ContrastArms], seed: u64) -> Vec<Contrast> {
             net_random: nets[0],
             net_clean: nets[1],
             net_identified: nets[2],
+            pushed: nets[3],
             p: random.map(|_| row.claimed.mcnemar()),
             detection: random.and_then(|alarms| stats::detection(&hits, &alarms)),
         })
