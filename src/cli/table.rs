@@ -27,7 +27,7 @@ pub struct Args {
 }
 
 /// The columns before the judges'.
-const COLUMNS: [&str; 39] = [
+const COLUMNS: [&str; 41] = [
     "id",
     "part",
     "prompt",
@@ -58,6 +58,8 @@ const COLUMNS: [&str; 39] = [
     "p_yes",
     "mass",
     "entropy",
+    "kl",
+    "top",
     "read_word",
     "read_rank",
     "read_words",
@@ -154,6 +156,10 @@ fn cells(trial: &Trial) -> Vec<String> {
         show(first.map(|first| first.p_yes)),
         show(first.map(|first| first.mass)),
         show(first.map(|first| first.entropy)),
+        show(trial.next.as_ref().and_then(|next| next.kl)),
+        trial.next.as_ref().map_or_else(String::new, |next| {
+            next.top.iter().map(|(piece, _)| piece.as_str()).collect::<Vec<_>>().join(";")
+        }),
         read.map_or_else(String::new, |read| read.word.clone()),
         show(read.map(|read| read.rank)),
         show(read.map(|read| read.words)),

@@ -50,6 +50,7 @@ fn clean() -> Trial {
         clean: None,
         receipts: Vec::new(),
         first: None,
+        next: None,
         read: None,
         reply: Some(Reply {
             text: "Yes, \"the\nsea\"".into(),

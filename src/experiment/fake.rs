@@ -77,9 +77,10 @@ impl FakeEngine {
             logprobs: tokens.iter().map(|token| -(*token as f32) / 1000.0).collect(),
         };
         let capture = |capture: &crate::engine::Capture| {
-            let row = |position: &usize| {
-                Self::residual(&job.tokens[..=*position], capture.layer.unwrap(), DIM)
+            let Some(layer) = capture.layer else {
+                return (0..8).map(|i| watch(i) / 4.0).collect(); // the logits of eight tokens
             };
+            let row = |position: &usize| Self::residual(&job.tokens[..=*position], layer, DIM);
             capture.positions.iter().flat_map(row).collect()
         };
         Finished {
@@ -178,6 +179,7 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
             dim: DIM,
             parameters: 1,
         },
+        tokenizer: None,
         prompts,
         yes: vec![11, 12],
         no: vec![13],

@@ -18,6 +18,7 @@ pub mod grading;
 pub mod grid;
 pub mod judging;
 pub mod lens;
+mod next;
 pub mod plan;
 pub mod prepare;
 pub mod probe;

@@ -130,6 +130,12 @@ impl<'a> Plan<'a> {
         Some((places.iter().map(|place| place.layer).collect(), span))
     }
 
+    /// A token's text.
+    pub fn piece(&self, token: u32) -> String {
+        let tokenizer = self.prepared.tokenizer.as_ref();
+        tokenizer.map_or_else(|| token.to_string(), |tokenizer| tokenizer.piece(token))
+    }
+
     /// The texts of the probed tokens.
     pub fn probed_pieces(&self, trial: &Planned) -> &[String] {
         let prompt = self.prompt(&trial.cell);
@@ -182,6 +188,7 @@ impl<'a> Plan<'a> {
             clean: trial.clean.clone(),
             receipts: Vec::new(),
             first: None,
+            next: None,
             read: None,
             reply: None,
             probe: None,
@@ -215,7 +222,13 @@ impl<'a> Plan<'a> {
     }
 
     fn capture(&self, trial: &Planned) -> Vec<Capture> {
-        let is_probe = self.part(trial).kind == Kind::Probe;
+        let kind = self.part(trial).kind;
+        if kind == Kind::Readout {
+            let last = self.tokens(trial).len() - 1;
+            let (site, layer) = (CaptureSite::Logits, None);
+            return vec![Capture { site, layer, positions: vec![last] }];
+        }
+        let is_probe = kind == Kind::Probe;
         let Some((layers, (from, to))) = self.probed(trial).filter(|_| is_probe) else {
             return Vec::new();
         };

@@ -1,6 +1,6 @@
 //! A protocol made concrete for one model: prompts rendered, words as tokens, depths as layers.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     error::{Context, Error, Result},
@@ -14,10 +14,12 @@ use crate::{
 };
 
 /// What planning and running need to know of the model: plain data.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Prepared {
     /// The model.
     pub model: ModelRecord,
+    /// For tokens' texts; none in tests without a model.
+    pub tokenizer: Option<Arc<Tokenizer>>,
     /// As rendered.
     pub prompts: BTreeMap<PromptKey, PromptRecord>,
     /// The words of all parts.
@@ -138,6 +140,7 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
     let names: Vec<String> = words.keys().chain(&band).cloned().collect();
     Ok(Prepared {
         model: record(model)?,
+        tokenizer: model.tokenizer.clone(),
         prompts,
         yes,
         no,

@@ -48,6 +48,9 @@ pub struct Trial {
     pub receipts: Vec<Receipt>,
     /// The yes/no question at the first generated token.
     pub first: Option<FirstAnswer>,
+    /// The next token's distribution (parts of kind readout).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<NextToken>,
     /// What can be read out of the next-token logits (parts of kind readout).
     pub read: Option<Readout>,
     /// The sampled reply (parts of kind sample).
@@ -108,6 +111,16 @@ pub struct FirstAnswer {
     pub mass: f64,
     /// Entropy of the whole distribution, nats.
     pub entropy: f64,
+}
+
+/// The next token's distribution, at temperature 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NextToken {
+    /// KL divergence of it from the clean prompt's, nats; none for clean trials.
+    pub kl: Option<f64>,
+    /// The likeliest tokens with their natural log-probabilities, best first.
+    pub top: Vec<(String, f32)>,
 }
 
 /// Which of the part's words the logits point at: argmax and rank over the words' first tokens of

@@ -10,11 +10,11 @@ use crate::{
     engine::{Finished, FirstToken, Job},
     error::{Context, Error, Result},
     experiment::{
-        Jobs, Progress,
+        Jobs, Progress, next,
         plan::{Plan, Planned},
         probe::probe,
         protocol::Kind,
-        results::{FirstAnswer, Readout, Reply, Trial},
+        results::{FirstAnswer, NextToken, Readout, Reply, Trial},
     },
     request::Sampling,
 };
@@ -113,7 +113,8 @@ fn run_each<'a>(
     issued.borrow().check_none_is_lost()
 }
 
-/// Clean logits first: they are not stored, so a resumed run computes them again, one job a prompt.
+/// Clean logits first: they are kept for as long as the part runs (one row of the vocabulary for each clean
+/// trial) and not stored, so a resumed run computes them again, one job a prompt.
 fn readouts(
     plan: &Plan,
     wanted: impl Iterator<Item = usize> + Clone,
@@ -126,24 +127,56 @@ fn readouts(
     let injected = wanted.filter(|place| grid.clean_of(*place).is_some());
     let partners = injected.clone().filter_map(|place| grid.clean_of(place));
     let cleans: BTreeSet<usize> = partners.chain(wanted_cleans.iter().copied()).collect();
-    let mut logits: HashMap<usize, Vec<f32>> = HashMap::new();
-    run_each(plan, cleans.into_iter(), engine, |place, trial, finished| {
-        logits.insert(place, first_token(plan, trial, &finished)?.watch.clone());
+    let mut partners: HashMap<usize, Clean> = HashMap::new();
+    run_each(plan, cleans.into_iter(), engine, |place, trial, mut finished| {
+        let first = first_token(plan, trial, &finished)?.clone();
         if wanted_cleans.contains(&place) {
-            tally.finish(line(plan, trial, &finished)?)?;
+            let next = next_token(plan, trial, &finished, None)?;
+            tally.finish(Trial { next: Some(next), ..line(plan, trial, &finished)? })?;
         }
+        let logits = finished.captures.pop().unwrap_or_default();
+        partners.insert(place, Clean { first, logits });
         Ok(())
     })?;
     run_each(plan, injected, engine, |place, trial, finished| {
         let first = first_token(plan, trial, &finished)?;
-        let clean = grid.clean_of(place).and_then(|clean| logits.get(&clean)).ok_or_else(|| {
+        let clean = grid.clean_of(place).and_then(|clean| partners.get(&clean));
+        let clean = clean.ok_or_else(|| {
             Error::new("the clean partner's logits are missing").at(name_of(plan, trial))
         })?;
         let (yes, no) = plan.answers(trial);
         let words = plan.words(trial);
-        let read = read_out(words, &first.watch[yes + no..], &clean[yes + no..], trial);
-        tally.finish(Trial { read: Some(read), ..line(plan, trial, &finished)? })
+        let before = &clean.first.watch[yes + no..];
+        let read = read_out(words, &first.watch[yes + no..], before, trial);
+        let next = next_token(plan, trial, &finished, Some(clean))?;
+        let line = line(plan, trial, &finished)?;
+        tally.finish(Trial { read: Some(read), next: Some(next), ..line })
     })
+}
+
+/// What injected trials of a readout are held against.
+struct Clean {
+    first: FirstToken,
+    /// (vocab,)
+    logits: Vec<f32>,
+}
+
+fn next_token(
+    plan: &Plan,
+    trial: &Planned,
+    finished: &Finished,
+    clean: Option<&Clean>,
+) -> Result<NextToken> {
+    let logsumexp = first_token(plan, trial, finished)?.logsumexp;
+    let logits = finished.captures.first().filter(|logits| !logits.is_empty());
+    let logits = logits.ok_or_else(|| {
+        Error::new("the engine did not hand out the logits").at(name_of(plan, trial))
+    })?;
+    let kl = clean
+        .map(|clean| next::divergence(logits, logsumexp, &clean.logits, clean.first.logsumexp));
+    let top = next::top(logits, logsumexp);
+    let top = top.into_iter().map(|(token, logprob)| (plan.piece(token), logprob));
+    Ok(NextToken { kl, top: top.collect() })
 }
 
 /// Argmax and rank of (logit − clean logit); among equals the earlier word of the list leads.

@@ -283,6 +283,11 @@ pub fn differences(comparisons: &[Arms], seed: u64) -> Vec<Option<Difference>> {
         .collect()
 }
 
+/// First minus second, of rates that are not paired, with Newcombe's interval at their effective n.
+pub fn difference(first: &Rate, second: &Rate) -> (f64, Interval) {
+    (first.share - second.share, newcombe(first, second, 0.0))
+}
+
 fn weighted(arm: &[Count], weights: &[u32]) -> Count {
     arm.iter()
         .zip(weights)

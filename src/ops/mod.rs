@@ -7,7 +7,7 @@ pub mod attention;
 pub mod copy_pages;
 pub mod enter;
 pub mod hooks;
-mod math;
+pub(crate) mod math;
 pub mod matmul;
 pub mod philox;
 pub mod probe;

@@ -13,6 +13,7 @@
     reason = "pages are made once: reading well counts for more than an allocation"
 )]
 
+mod csv;
 mod format;
 mod headline;
 mod html;
@@ -23,6 +24,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod text;
+mod versus;
 
 pub use headline::{Headline, Meaning, ReadHeadline, ReplyHeadline};
 pub use tables::{
@@ -31,6 +33,7 @@ pub use tables::{
     ReplyTable, Scope, Tables, TextRow, TextTable,
 };
 
+pub use self::versus::Versus;
 pub use crate::experiment::results::Run;
 
 /// Counts and rates.
@@ -50,6 +53,27 @@ pub fn html(run: &Run) -> String {
     let tables = tables::build(&index);
     let headline = headline::build(&index, &tables);
     page::build(&index, &tables, &headline)
+}
+
+/// Every table and figure as a CSV file: name, content.
+pub fn csv_files(run: &Run) -> Vec<(String, String)> {
+    csv::files(&tables(run))
+}
+
+/// What two runs have in common, and how they differ.
+pub fn versus(first: &Run, second: &Run) -> Vec<Versus> {
+    versus::versus(&tables(first), &tables(second))
+}
+
+/// The same for the terminal.
+pub fn versus_text(first: &Run, second: &Run) -> String {
+    let mut out = String::new();
+    for (name, run) in [("first", first), ("second", second)] {
+        out += &format!("{name}: {}\n\n", headline(run));
+    }
+    let rows = versus::rows(&versus(first, second));
+    out += &text::align(&rows);
+    out.chars().filter(|c| *c == '\n' || !c.is_control()).collect()
 }
 
 /// Headline and compact tables for the terminal.

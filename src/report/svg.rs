@@ -3,8 +3,9 @@
 use std::fmt::Write;
 
 use super::{
-    format::{count, percent, percents},
+    format::{count, percent, percents, scope},
     html::escape,
+    tables::Contrast,
 };
 use crate::experiment::stats::Rate;
 
@@ -125,6 +126,62 @@ impl Panel<'_> {
         }
         *out += "</g>\n";
     }
+}
+
+/// Hits against false alarms under random vectors, one point a cell; on the line both are equal.
+pub(super) fn scatter(rows: &[&Contrast]) -> String {
+    const SIDE: f64 = 260.0;
+    let x = |share: f64| LEFT + (SIDE - LEFT - RIGHT) * share;
+    let y = |share: f64| TOP + (SIDE - TOP - BOTTOM) * (1.0 - share);
+    let points: String = rows
+        .iter()
+        .filter_map(|row| {
+            let random = row.random?;
+            Some(format!(
+                "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\"><title>{}: H {} {}, F {} {}</title>\
+                 </circle>\n",
+                x(random.share),
+                y(row.hits.share),
+                scope(&row.scope),
+                percent(row.hits.share),
+                count(row.hits.count),
+                percent(random.share),
+                count(random.count)
+            ))
+        })
+        .collect();
+    if points.is_empty() {
+        return String::new();
+    }
+    let mut grid = String::new();
+    for share in [0.0, 0.5, 1.0] {
+        let _ = writeln!(
+            grid,
+            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{0}\" y1=\"{1:.1}\" y2=\"{1:.1}\"/><text \
+             class=\"tick end\" x=\"{2}\" y=\"{3:.1}\">{4}</text><text class=\"tick middle\" \
+             x=\"{5:.1}\" y=\"{6}\">{4}</text>",
+            SIDE - RIGHT,
+            y(share),
+            LEFT - 5.0,
+            y(share) + 3.5,
+            percent(share),
+            x(share),
+            SIDE - BOTTOM + 15.0
+        );
+    }
+    format!(
+        "<div class=\"panels\"><svg class=\"panel\" viewBox=\"0 0 {SIDE} {SIDE}\" role=\"img\" \
+         aria-label=\"hits against false alarms by cell\">\n<text class=\"title\" x=\"{LEFT}\" \
+         y=\"14\">H against F, by cell</text>\n{grid}<line class=\"grid\" x1=\"{}\" y1=\"{}\" \
+         x2=\"{}\" y2=\"{}\"/>\n<text class=\"tick middle\" x=\"{}\" y=\"{}\">F, random \
+         vectors</text>\n<g class=\"concept\">\n{points}</g></svg></div>\n",
+        x(0.0),
+        y(0.0),
+        x(1.0),
+        y(1.0),
+        f64::midpoint(LEFT, SIDE - RIGHT),
+        SIDE - 3.0
+    )
 }
 
 fn y(share: f64) -> f64 {

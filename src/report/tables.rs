@@ -151,6 +151,9 @@ pub struct ReadoutCell {
     pub random: Option<Rate>,
     /// The yes/no question, where it was asked.
     pub margin: Option<MarginCell>,
+    /// Mean KL divergence of the next token from the clean prompt's, nats: under concept and random
+    /// vectors.
+    pub kl: (Option<f64>, Option<f64>),
 }
 
 /// Whether the yes/no margin at the first token tells concept vectors from random ones.

@@ -115,6 +115,7 @@ fn trial(
         clean: None,
         receipts: receipt.into_iter().collect(),
         first: None,
+        next: None,
         read: None,
         reply: None,
         probe: None,

@@ -200,7 +200,7 @@ fn probes(table: &ProbeTable) -> String {
 }
 
 /// Columns padded to their widest cell, the first row underlined.
-fn align(rows: &[Vec<String>]) -> String {
+pub(super) fn align(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column| {
         rows.iter()

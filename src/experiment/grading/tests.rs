@@ -22,6 +22,7 @@ fn trial(id: &str, concept: &str, condition: Condition, text: &str, nll: f64) ->
         clean: None,
         receipts: Vec::new(),
         first: None,
+        next: None,
         read: None,
         reply: Some(Reply { text: text.into(), tokens: Vec::new(), finish: Finish::Stop, nll }),
         probe: None,

@@ -70,13 +70,14 @@ fn contrast(table: &ProbeTable, of: &ProbeContrast) -> String {
         lines: vec![("concept", &of.points)],
         bands: &none,
     };
-    format!("{legend}<div class=\"panels\">\n{}{}</div>\n", both.svg(), difference.svg())
+    format!("{legend}<div class=\"panels wide\">\n{}{}</div>\n", both.svg(), difference.svg())
 }
 
 /// The layers at which each prompt and each difference is largest.
 fn rows(table: &ProbeTable) -> String {
     let largest = |points: &[ProbePoint]| {
-        (0..points.len()).max_by(|a, b| points[*a].mean.total_cmp(&points[*b].mean))
+        let size = |at: &usize| points[*at].mean.abs();
+        (0..points.len()).max_by(|a, b| size(a).total_cmp(&size(b)))
     };
     let shown = |point: &ProbePoint| {
         stacked(&decimal(point.mean, 4), &point.interval.map_or("no interval".into(), fine))

@@ -16,14 +16,24 @@ pub(super) fn html(index: &Index) -> String {
     let legend = "<ul class=\"legend\"><li><span class=\"key in\"></span>inside the injected \
                   window</li><li><span class=\"key special\"></span>special token</li><li>· space, \
                   ⏎ line break</li><li>position and id on hover</li></ul>\n";
-    let strips: String = prompts.iter().map(strip).collect();
-    format!("{legend}{strips}")
+    // Prompts that differ from word to word have the word in brackets behind their name.
+    let plain = |prompt: &PromptRecord| prompt.name.split(" (").next().unwrap_or("").to_owned();
+    let all: Vec<&PromptRecord> = prompts.iter().collect();
+    let strips = all.chunk_by(|a, b| plain(a) == plain(b)).map(|same| {
+        let more = match same.len() - 1 {
+            0 => String::new(),
+            more => paragraph(&format!("And {more} more with other words.")),
+        };
+        strip(same[0]) + &more
+    });
+    format!("{legend}{}", strips.collect::<String>())
 }
 
 fn strip(prompt: &PromptRecord) -> String {
     let length = prompt.pieces.len();
-    let to = prompt.to.map_or("the end of the reply".to_owned(), |to| format!("token {to}"));
-    let inside = |at: usize| at >= prompt.from && prompt.to.is_none_or(|to| at < to);
+    let (from, to) = prompt.probe.map_or((prompt.from, prompt.to), |(from, to)| (from, Some(to)));
+    let end = to.map_or("the end of the reply".to_owned(), |to| format!("token {to}"));
+    let inside = |at: usize| at >= from && to.is_none_or(|to| at < to);
     let mut boxes = String::new();
     for (at, piece) in prompt.pieces.iter().enumerate() {
         let mut classes = Vec::new();
@@ -44,10 +54,14 @@ fn strip(prompt: &PromptRecord) -> String {
         }
         boxes.push('\n');
     }
-    let reply = if prompt.to.is_none() { "in" } else { "" };
+    let reply = if to.is_none() { "in" } else { "" };
     boxes += &format!("<span class=\"{reply}\"><b>the reply</b></span>");
-    let caption =
-        paragraph(&format!("{length} tokens; injected from token {} to {to}.", prompt.from));
+    let what = if prompt.probe.is_some() { "looked at" } else { "injected" };
+    let after = prompt.after.map_or(String::new(), |(from, to)| {
+        let to = to.map_or("the end of the reply".to_owned(), |to| format!("token {to}"));
+        format!(" (condition after: from token {from} to {to})")
+    });
+    let caption = paragraph(&format!("{length} tokens; {what} from token {from} to {end}{after}."));
     format!(
         "<h3>Prompt “{}”</h3>\n{caption}<div class=\"strip\">{boxes}</div>\n",
         escape(&prompt.name)

@@ -53,13 +53,24 @@ fn maps(table: &ReadTable, chosen: Option<Cell>) -> String {
         table.cells.iter().map(|row| row.cell).enumerate().map(field).collect()
     };
     let chance = percent(1.0 / table.words.max(1) as f64);
+    let largest = table.cells.iter().filter_map(|row| row.kl.0).fold(0.0, f64::max);
+    let kl = table.cells.iter().map(|row| {
+        let field = row.kl.0.map(|kl| Field {
+            value: if largest > 0.0 { kl / largest } else { 0.0 },
+            text: decimal(kl, 2),
+            note: format!("random {}", row.kl.1.map_or("–".into(), |kl| decimal(kl, 2))),
+            class: "",
+        });
+        (row.cell, field)
+    });
     format!(
-        "<div class=\"maps\">{}{}</div>\n",
+        "<div class=\"maps\">{}{}{}</div>\n",
         map("Concept read first, concept vectors", &fields(&|at| table.cells[at].concept)),
         map(
             &format!("The same, random vectors (chance {chance})"),
             &fields(&|at| table.cells[at].random)
-        )
+        ),
+        map("How far the next token moved: KL from clean, nats", &kl.collect::<Vec<_>>())
     )
 }
 

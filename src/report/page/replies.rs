@@ -192,6 +192,7 @@ pub(super) fn detection(tables: &Tables) -> String {
             let by_cell = |row: &&Contrast| matches!(row.scope, Scope::Cell(_));
             let (cells, others): (Vec<_>, Vec<_>) = table.contrasts.iter().partition(by_cell);
             subtitle(&table.part, &table.prompt, table.mode)
+                + &crate::report::svg::scatter(&cells)
                 + &contrasts("All cells, and by dose", &others)
                 + &details("Every cell", &contrasts("By cell", &cells))
         })

@@ -47,6 +47,7 @@ pub(super) fn table(group: &Group, index: &Index) -> ReadTable {
                 margin: ranking
                     .auroc(&vec![1; concepts.len()])
                     .and_then(|auroc| margin(auroc, interval, &concept, &random)),
+                kl: (kl(&concept), kl(&random)),
             }
         });
     ReadTable {
@@ -56,6 +57,10 @@ pub(super) fn table(group: &Group, index: &Index) -> ReadTable {
         words,
         cells: rows.collect(),
     }
+}
+
+fn kl(arm: &[Entry]) -> Option<f64> {
+    mean(arm.iter().filter_map(|e| e.trial.next.as_ref()?.kl))
 }
 
 fn margin(
