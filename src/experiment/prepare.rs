@@ -224,12 +224,15 @@ fn render(
 ) -> Result<PromptRecord> {
     let fill = |text: &str| fill(text, plan.trial, word, sentence);
     let turn = |turn: &Message| Message { role: turn.role.clone(), content: fill(&turn.content) };
+    // The answer's beginning is a turn that is continued, so that the template puts before it what it puts
+    // before every answer (a blank, an empty thought).
+    let begun = plan.prefill.as_deref().filter(|text| !text.is_empty());
+    let begun = begun.map(|text| Message { role: "assistant".into(), content: fill(text) });
     let request = Request {
-        messages: Some(plan.turns.iter().map(turn).collect()),
+        messages: Some(plan.turns.iter().map(turn).chain(begun).collect()),
         system: chat.system.clone(),
         thinking: chat.thinking,
         date: chat.date.clone(),
-        prefill: plan.prefill.as_deref().map(fill),
         ..Request::default()
     };
     let prompt = model.render(&request)?;

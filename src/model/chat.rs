@@ -71,6 +71,11 @@ impl ChatTemplate {
         Ok(Self { environment, source: source.to_owned(), special })
     }
 
+    /// Another template with the same special tokens.
+    pub(super) fn with_source(&self, source: &str) -> Result<Self> {
+        Self::new(source, self.special.clone())
+    }
+
     /// Renders messages with the generation prompt, or, where the last one is the assistant's,
     /// without it and up to that message's end.
     pub(super) fn render(&self, messages: &[Message], settings: &Settings) -> Result<Rendered> {

@@ -129,6 +129,20 @@ impl Model {
         }
     }
 
+    /// With another chat template in place of its own, whose special tokens it takes over.
+    ///
+    /// # Errors
+    ///
+    /// The model has no template, or the new one can't be parsed.
+    pub fn with_template(mut self, source: &str) -> Result<Self> {
+        let own = self.template.as_ref().ok_or_else(|| {
+            Error::new("the model has no chat template to take special tokens from")
+                .at(self.name.clone())
+        })?;
+        self.template = Some(own.with_source(source)?);
+        Ok(self)
+    }
+
     /// The embedding, (vocab, dim), as it is stored.
     ///
     /// # Errors
