@@ -23,8 +23,11 @@ impl Bar {
             let seconds = bar.elapsed().as_secs_f64();
             let left = bar.eta();
             let mut message = String::new();
+            if done > 0 && seconds > 0.5 {
+                message = format!("{:.1} a second", done as f64 / seconds);
+            }
             if tokens > 0 && seconds > 0.5 {
-                message = format!("{:.0} tokens/s", tokens as f64 / seconds);
+                message = format!("{message}, {:.0} tokens/s", tokens as f64 / seconds);
             }
             if done < total && !left.is_zero() {
                 let comma = if message.is_empty() { "" } else { ", " };

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Instant,
 };
 
 use serde::Serialize;
@@ -91,6 +92,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let out = args.out.as_deref().ok_or_else(|| Error::new("no run folder").at("--out"))?;
     let model = args.model.open()?;
     let ways = Ways { allow_other_numerics: args.allow_other_numerics, shard: args.shard };
+    let clock = Instant::now();
     let summary = run(&protocol, &model, &args.engine, out, ways)?;
     let mut output = Output::new();
     if args.json {
@@ -102,8 +104,13 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
             cuts: &summary.manifest.cuts,
         })?;
     } else {
-        let trials = summary.manifest.trials;
-        output.line(format!("{trials} trials in {} ({} run now)", out.display(), summary.run))?;
+        let (trials, seconds) = (summary.manifest.trials, clock.elapsed().as_secs_f64());
+        let took = match summary.run {
+            0 => String::new(),
+            run => format!(", in {}: {:.1} a second", duration(seconds), run as f64 / seconds),
+        };
+        let now = summary.run;
+        output.line(format!("{trials} trials in {} ({now} run now{took})", out.display()))?;
     }
     note(format!("next: inkling grade {0} && inkling report {0}", out.display()));
     Ok(exit_code(&summary))

@@ -22,34 +22,51 @@ const DOSES: [f64; 4] = [0.125, 0.25, 0.5, 1.0];
 /// What texts may hold. A prompt's question is put in when the file is read.
 const PLACEHOLDERS: [&str; 4] = ["word", "trial", "sentence", "question"];
 
+/// A protocol: an experiment as data.
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct File {
+    /// Its name.
     name: String,
+    /// What it asks, in a sentence.
     #[serde(default)]
     about: String,
+    /// The seed of the run.
     #[serde(default)]
     seed: u64,
+    /// Seconds that the trials may take; what would take longer is left out and named.
     budget_seconds: Option<f64>,
+    /// Settings of the chat template, for all prompts and vectors.
     #[serde(default)]
     chat: Chat,
+    /// How concept vectors are made.
     #[serde(default)]
     vectors: VectorsTable,
+    /// The answers to yes/no questions.
     answers: Option<Answers>,
+    /// By name.
     prompts: BTreeMap<String, PromptTable>,
+    /// Grids of trials, in the order in which they are run.
     parts: Vec<PartTable>,
 }
 
+/// How concept vectors are made.
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 struct VectorsTable {
+    /// The arithmetic.
     recipe: Recipe,
+    /// The user's turn; {word} is the word, lower-cased.
     template: String,
+    /// Words whose mean is subtracted (mean-difference).
     baseline: Words,
+    /// Turns with and without the concept (contrast, pca).
     pairs: Vec<(String, String)>,
+    /// Words whose vectors are projected out.
     orthogonal_to: Option<Words>,
+    /// A vector set that has the words (file).
     file: Option<String>,
 }
 
@@ -75,21 +92,34 @@ enum Words {
     Inline(Vec<String>),
 }
 
+/// A prompt: a chat with places for words, a window of injections, and what its replies are judged on.
 #[derive(Clone, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct PromptTable {
+    /// Another prompt, which gives what this one does not say.
     like: Option<String>,
+    /// The chat.
     turns: Option<Vec<TurnTable>>,
+    /// What {question} stands for.
     question: Option<String>,
+    /// Text that the answer starts with.
     prefill: Option<String>,
+    /// What {trial} stands for.
     trial: Option<u32>,
+    /// Whether it is a yes/no question, read at the first answer token.
     yes_no: Option<bool>,
+    /// The right answer of a question that has nothing to do with thoughts.
     answer: Option<Answer>,
+    /// What replies are judged on.
     outcome: Option<Outcome>,
+    /// The verdicts that make a success, all together.
     success: Option<Vec<Criterion>>,
+    /// Where injections act.
     window: Option<Window>,
+    /// Where those of condition after act.
     after: Option<Window>,
+    /// The tokens that parts of kind probe look at.
     probe: Option<Window>,
 }
 
@@ -113,38 +143,61 @@ impl PromptTable {
     }
 }
 
+/// One turn of a chat.
 #[derive(Clone, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct TurnTable {
+    /// system, user or assistant.
     role: String,
+    /// May hold {word}, {sentence}, {trial} and {question}.
     text: String,
 }
 
+/// A grid of trials: prompts x words x layers x doses x conditions x repeats.
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct PartTable {
+    /// Its name.
     name: String,
+    /// What is measured.
     kind: KindName,
+    /// Names of prompts.
     prompts: Vec<String>,
+    /// The words.
     words: Words,
+    /// The sentences that go with the words.
     sentences: Option<Words>,
+    /// Only words that are one token, lower-cased after a space.
     #[serde(default)]
     single_token: bool,
+    /// This many words, from the front.
     count: Option<usize>,
+    /// Fractions of the depth.
     depths: Option<Vec<f64>>,
+    /// Blocks, from 0.
     layers: Option<LayersField>,
+    /// Strengths in units of the mode; 0 is the clean trial.
     doses: Option<Vec<f64>>,
+    /// The unit of the doses.
     #[serde(default = "reference")]
     mode: StrengthMode,
+    /// What is injected; clean is always run.
     conditions: Option<Vec<Condition>>,
+    /// Trials of each cell, with different seeds.
     repeats: Option<u32>,
+    /// The most tokens of a reply.
     max_tokens: Option<u32>,
+    /// 0 is greedy.
     temperature: Option<f64>,
+    /// 1: all tokens.
     top_p: Option<f64>,
+    /// 0: all tokens.
     top_k: Option<u32>,
+    /// Words to compare with (probes).
     band: Option<Words>,
+    /// Pairs of prompts to compare (probes).
     contrasts: Option<Vec<(String, String)>>,
 }
 
