@@ -60,7 +60,7 @@ enum Kind {
 /// A chat endpoint.
 #[derive(clap::Args)]
 struct EndpointArgs {
-    /// Base URL of the endpoint, as in https://HOST/v1 (OpenAI-compatible)
+    /// Base URL of the endpoint, up to and with /v1 (OpenAI-compatible)
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     /// The model's name there

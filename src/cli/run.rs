@@ -251,18 +251,18 @@ fn part_line(part: &PartOutline) -> String {
 /// and ⟩.
 pub fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
     let end = prompt.to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
-    let mut head = format!("prompt {}: {} tokens", prompt.name, prompt.tokens.len());
+    let mut head = vec![format!("prompt {}: {} tokens", prompt.name, prompt.tokens.len())];
     let mut marks = Vec::new();
     if let Some((from, to)) = prompt.probe {
-        head += &format!(", probed {from}..{to}");
+        head.push(format!("probed {from}..{to}"));
         marks.push((from, Some(to), '⟨', '⟩'));
     } else {
-        head += &format!(", window {}..{end}", prompt.from);
+        head.push(format!("window {}..{end}", prompt.from));
         marks.push((prompt.from, prompt.to, '⟦', '⟧'));
     }
     if let Some((from, to)) = prompt.after {
         let end = to.map_or_else(|| "generated tokens".into(), |to| to.to_string());
-        head += &format!(", after {from}..{end}");
+        head.push(format!("after {from}..{end}"));
         marks.push((from, to, '⟪', '⟫'));
     }
     let mut text = String::new();
@@ -273,7 +273,7 @@ pub fn prompt_lines(prompt: &PromptRecord) -> Vec<String> {
         text.push_str(piece);
     }
     text.extend(closing(prompt.pieces.len()).map(|mark| mark.3));
-    let mut lines = vec![head];
+    let mut lines = vec![head.join(", ")];
     lines.extend(text.lines().map(|line| format!("  | {line}")));
     lines
 }

@@ -1,6 +1,9 @@
 //! A protocol made concrete for one model: prompts rendered, words as tokens, depths as layers.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use crate::{
     error::{Context, Error, Result},
@@ -124,10 +127,10 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
                 let word = of(&prepared.words, plan.uses_word());
                 let sentence = of(&prepared.sentences, plan.uses_sentence());
                 let key = (name.clone(), word, sentence);
-                if !prompts.contains_key(&key) {
-                    let record = render(model, &protocol.chat, &key, plan)
+                if let Entry::Vacant(entry) = prompts.entry(key) {
+                    let record = render(model, &protocol.chat, entry.key(), plan)
                         .at(|| format!("prompts.{name}"))?;
-                    prompts.insert(key, record);
+                    entry.insert(record);
                 }
             }
         }

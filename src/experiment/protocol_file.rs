@@ -308,7 +308,7 @@ fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
         Error::new("too few baseline words").at("baseline").expected("2 or more")
     })?;
     let uses_pairs = matches!(table.recipe, Recipe::Contrast | Recipe::Pca);
-    check(uses_pairs == !table.pairs.is_empty(), || {
+    check(uses_pairs != table.pairs.is_empty(), || {
         Error::new("pairs of texts go with the recipes contrast and pca")
             .at("pairs")
             .expected("pairs = [[\"with {word}\", \"without\"], ...] there, and nowhere else")

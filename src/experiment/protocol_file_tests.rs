@@ -163,7 +163,7 @@ fn braces_that_are_no_placeholder_are_text() {
     assert!(protocol.prompts["ask"].turns[0].content.contains("{\"a\": 1} or {}"));
 }
 
-/// The schema that editors take from `experiments/protocol.schema.json`; INKLING_WRITE_SCHEMA=1 writes it.
+/// The schema that editors take from `experiments/protocol.schema.json`; `INKLING_WRITE_SCHEMA=1` writes it.
 #[test]
 fn the_schema_in_the_repository_is_that_of_the_code() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/protocol.schema.json");

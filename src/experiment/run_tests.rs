@@ -340,7 +340,7 @@ fn the_quick_version_of_every_protocol_is_small() {
         let quick = Protocol::builtin(name).unwrap().quick();
         let prepared = fake::prepared(&quick, 30);
         let grid = grid::Grid::new(&quick, &prepared);
-        assert!(grid.len() > 0 && grid.len() < 4000, "{name}: {}", grid.len());
+        assert!(!grid.is_empty() && grid.len() < 4000, "{name}: {}", grid.len());
         let places = prepared.parts.iter().zip(&quick.parts);
         let few = |(part, of): (&prepare::PreparedPart, &protocol::Part)| {
             part.places.len() <= 3 || of.kind == Kind::Probe

@@ -166,6 +166,7 @@ impl Endpoint {
 
     /// With another first wait, so that tests are short.
     #[cfg(test)]
+    #[must_use]
     pub fn with_backoff(self, backoff: Duration) -> Self {
         Self { backoff, ..self }
     }

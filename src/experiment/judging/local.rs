@@ -123,8 +123,7 @@ fn answer(asked: &Asked, first: &FirstToken) -> Answer {
         })
         .collect();
     let mass: f64 = probabilities.iter().sum();
-    // Written so that NaN fails.
-    if !(mass >= LEAST_MASS) {
+    if mass.is_nan() || mass < LEAST_MASS {
         return Err(format!("the answers have {:.1} % of the probability together", 100.0 * mass));
     }
     let best = (0..probabilities.len())

@@ -237,14 +237,14 @@ fn an_endpoint_with_faults_loses_no_verdict_and_makes_no_no_of_one() {
         let number = requests.fetch_add(1, Ordering::SeqCst);
         let question = seen.question();
         // A tenth of the questions never get an answer.
-        let is_lost = seeds::seed(0, question, "", 0) % 10 == 0;
+        let is_lost = seeds::seed(0, question, "", 0).is_multiple_of(10);
         let answer = match known.get(question) {
             Some(answer) => answer.as_str(),
             None if is_lost => return Reply::Send(503, "", "busy".into()),
             None if question.contains("letter of the word") => "A",
             None => "yes",
         };
-        let fault = if number % 5 == 0 { number / 5 % 5 } else { 5 };
+        let fault = if number.is_multiple_of(5) { number / 5 % 5 } else { 5 };
         let body = serde_json::json!({"choices": [{"message": {"content": answer}}]}).to_string();
         match fault {
             0 => Reply::Send(429, "Retry-After: 0\r\n", "slow down".into()),
@@ -273,7 +273,7 @@ fn an_endpoint_with_faults_loses_no_verdict_and_makes_no_no_of_one() {
         let grade = run.grades.iter().find(|grade| grade.trial == trial.id).unwrap();
         for criterion in asked(case.outcome(trial)) {
             let question = case.question(trial, *criterion).unwrap();
-            if seeds::seed(0, &question.user, "", 0) % 10 == 0 {
+            if seeds::seed(0, &question.user, "", 0).is_multiple_of(10) {
                 let why = &grade.missing[criterion];
                 assert!(why.contains("503") && grade.yes(*criterion).is_none(), "{why}");
                 lost += 1;
