@@ -137,6 +137,7 @@ pub enum OneOrMany {
 
 /// Points of the residual stream that can be injected at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Site {
     /// The block's input (`resid_pre.0` is the embedding).
@@ -265,6 +266,16 @@ pub enum CaptureSite {
     FinalNorm,
     /// The next-token logits.
     Logits,
+}
+
+impl From<Site> for CaptureSite {
+    fn from(site: Site) -> Self {
+        match site {
+            Site::ResidPre => Self::ResidPre,
+            Site::ResidMid => Self::ResidMid,
+            Site::ResidPost => Self::ResidPost,
+        }
+    }
 }
 
 impl CaptureSite {

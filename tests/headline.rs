@@ -74,6 +74,17 @@ fn the_headline_is_what_the_trials_say() {
 
     let html = fs::read_to_string(run.join("report.html")).unwrap();
     assert!(html.contains("25 of 25") || html.contains("of 25"), "the held-out half is reported");
+    for trial in trials.iter().filter(|trial| trial["part"] == "sampled") {
+        let reply = &trial["reply"];
+        let (ends, text) = (reply["ends"].as_array().unwrap(), reply["text"].as_str().unwrap());
+        assert_eq!(ends.len(), reply["tokens"].as_array().unwrap().len(), "an end for every token");
+        assert!(ends.windows(2).all(|pair| pair[0].as_u64() <= pair[1].as_u64()));
+        assert_eq!(ends.last().unwrap().as_u64().unwrap() as usize, text.len());
+        let is_clean = trial["condition"] == "clean";
+        assert_eq!(trial["next"]["kl"].is_null(), is_clean);
+        assert!(is_clean || trial["next"]["kl"].as_f64().unwrap() > 0.0);
+        assert_eq!(trial["next"]["top"].as_array().unwrap().len(), 5);
+    }
     for trial in trials.iter().filter(|trial| trial["condition"] != "clean") {
         let receipt = &trial["receipts"][0];
         assert_eq!(receipt["rows_touched"], receipt["rows_expected"]);

@@ -23,9 +23,11 @@ use crate::{
             self, Http, Judge, Local, Templates,
             chat::{Endpoint, Key},
         },
+        protocol::JudgePlan,
         results::{Criterion, Grade},
         stats::Count,
     },
+    model::Model,
 };
 
 /// Grade the replies of a run; verdicts of several judges stand side by side
@@ -34,8 +36,9 @@ pub struct Args {
     /// The run folder
     dir: PathBuf,
     /// Who judges: rules need no model; local is a model run here; http is one behind a chat endpoint
-    #[arg(long, value_name = "JUDGE", default_value = "rules")]
-    judge: Kind,
+    /// [default: those that the run's protocol names]
+    #[arg(long, value_name = "JUDGE")]
+    judge: Option<Kind>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -90,15 +93,10 @@ struct EndpointArgs {
 }
 
 impl EndpointArgs {
-    fn open(&self) -> Result<Endpoint> {
-        let missing = |flag: &str, what: &str| {
-            Error::new("the http judge needs to know where to ask").at(flag).expected(what)
-        };
-        let url = self.url.as_ref().ok_or_else(|| missing("--url", "https://HOST/v1"))?;
-        let name = self.name.as_ref().ok_or_else(|| missing("--name", "the model's name"))?;
-        let key = match (&self.key_env, &self.key_file) {
-            (Some(variable), _) => Some(Key::from_env(variable)?),
-            (None, Some(path)) => Some(Key::from_file(path)?),
+    fn open(&self, url: &str, name: &str, key_env: Option<&str>) -> Result<Endpoint> {
+        let key = match (key_env, &self.key_file) {
+            (_, Some(path)) => Some(Key::from_file(path)?),
+            (Some(variable), None) => Some(Key::from_env(variable)?),
             (None, None) => None,
         };
         let mut endpoint = Endpoint::new(url, name);
@@ -129,28 +127,73 @@ pub struct Counts {
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
-    let counts = match args.judge {
-        Kind::Rules => grade(&args.dir)?,
-        Kind::Local => {
-            let model = args.model.open()?;
-            let engine = args.engine.start(&model)?;
-            judged(args, &Local { model: &model, engine: &engine })?
-        }
-        Kind::Http => judged(args, &Http(args.endpoint.open()?))?,
+    let plans = match args.judge {
+        Some(kind) => vec![args.plan(kind)?],
+        None => folder::parse_protocol(&folder::load(&args.dir)?.manifest.protocol)?.judges,
     };
     let mut output = Output::new();
-    if args.json {
-        output.json(&counts)?;
-    } else {
-        output.line(counts.line())?;
-        if args.judge == Kind::Rules {
+    let mut missing = 0;
+    for plan in plans {
+        let counts = judge(args, &plan)?;
+        if args.json {
+            output.json(&counts)?;
+        } else {
+            output.line(counts.line())?;
+        }
+        if plan == JudgePlan::Rules && !args.json {
             note(grading::agreement(&grading::labels()?)?.to_string());
         }
+        missing += counts.missing;
     }
-    if counts.missing > 0 {
+    if missing > 0 {
         note("the same command again asks what is missing");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Args {
+    /// The judge of the command line.
+    fn plan(&self, kind: Kind) -> Result<JudgePlan> {
+        let questions = self.questions.clone();
+        let missing =
+            |flag: &str, what: &str| Error::new("the judge is not known").at(flag).expected(what);
+        Ok(match kind {
+            Kind::Rules => JudgePlan::Rules,
+            Kind::Local => JudgePlan::Local {
+                model: self.model.model.clone().ok_or_else(|| missing("--model", "its path"))?,
+                questions,
+            },
+            Kind::Http => JudgePlan::Http {
+                url: self
+                    .endpoint
+                    .url
+                    .clone()
+                    .ok_or_else(|| missing("--url", "https://HOST/v1"))?,
+                name: self
+                    .endpoint
+                    .name
+                    .clone()
+                    .ok_or_else(|| missing("--name", "its name there"))?,
+                key_env: self.endpoint.key_env.clone(),
+                questions,
+            },
+        })
+    }
+}
+
+fn judge(args: &Args, plan: &JudgePlan) -> Result<Counts> {
+    match plan {
+        JudgePlan::Rules => grade(&args.dir),
+        JudgePlan::Local { model, questions } => {
+            let model = Model::open(model)?;
+            let engine = args.engine.start(&model)?;
+            judged(args, &Local { model: &model, engine: &engine }, questions.as_deref())
+        }
+        JudgePlan::Http { url, name, key_env, questions } => {
+            let endpoint = args.endpoint.open(url, name, key_env.as_deref())?;
+            judged(args, &Http(endpoint), questions.as_deref())
+        }
+    }
 }
 
 /// Grades all replies of a folder by rules and stores the verdicts.
@@ -163,8 +206,8 @@ pub fn grade(dir: &Path) -> Result<Counts> {
 }
 
 /// Likewise by a judge model.
-fn judged(args: &Args, judge: &dyn Judge) -> Result<Counts> {
-    let templates = Templates::open(args.questions.as_deref())?;
+fn judged(args: &Args, judge: &dyn Judge, questions: Option<&Path>) -> Result<Counts> {
+    let templates = Templates::open(questions)?;
     let mut bar = Bar::default();
     let grades = judging::grade(&args.dir, judge, &templates, &mut bar)?;
     drop(bar);

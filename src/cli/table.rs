@@ -92,7 +92,8 @@ fn rows(run: &Run) -> Vec<Vec<String>> {
         .collect();
     let mut head: Vec<String> = COLUMNS.map(str::to_owned).to_vec();
     for judge in &judges {
-        let names = Criterion::ALL.map(Criterion::name).into_iter().chain(["mentioned"]);
+        let names = Criterion::ALL.map(Criterion::name).into_iter();
+        let names = names.chain(["mentioned", "claim_token", "mention_token"]);
         head.extend(names.map(|name| format!("{judge}.{name}")));
     }
     let mut trials: Vec<&Trial> = run.trials.iter().collect();
@@ -105,7 +106,7 @@ fn rows(run: &Run) -> Vec<Vec<String>> {
     for trial in trials {
         let mut row = cells(trial);
         for judge in &judges {
-            row.extend(verdicts(grades.get(&(trial.id.as_str(), *judge)).copied()));
+            row.extend(verdicts(trial, grades.get(&(trial.id.as_str(), *judge)).copied()));
         }
         rows.push(row);
     }
@@ -173,10 +174,16 @@ fn cells(trial: &Trial) -> Vec<String> {
 }
 
 /// A judge's columns; empty where it has not graded the trial.
-fn verdicts(grade: Option<&Grade>) -> Vec<String> {
-    let Some(grade) = grade else { return vec![String::new(); Criterion::ALL.len() + 1] };
+fn verdicts(trial: &Trial, grade: Option<&Grade>) -> Vec<String> {
+    let Some(grade) = grade else { return vec![String::new(); Criterion::ALL.len() + 3] };
     let mut cells = Criterion::ALL.map(|criterion| show(grade.yes(criterion))).to_vec();
     cells.push(grade.mentioned.join(";"));
+    // The reply's token at which the quoted evidence begins.
+    for criterion in [Criterion::Claims, Criterion::Mentions] {
+        let at =
+            grade.quotation(criterion).and_then(|(byte, _)| trial.reply.as_ref()?.token_at(byte));
+        cells.push(show(at));
+    }
     cells
 }
 

@@ -55,6 +55,7 @@ fn clean() -> Trial {
         reply: Some(Reply {
             text: "Yes, \"the\nsea\"".into(),
             tokens: vec![1, 2, 3],
+            ends: vec![3, 8, 14],
             finish: Finish::Stop,
             nll: 1.5,
         }),
@@ -92,7 +93,7 @@ fn injected(id: &str, dose: f64) -> Trial {
 }
 
 fn grade(trial: &str, judge: &str) -> Grade {
-    let verdict = |yes| Verdict { yes, evidence: String::new() };
+    let verdict = |yes| Verdict { yes, evidence: "\"sea\" at byte 9 (form of Sea)".into() };
     Grade {
         trial: trial.into(),
         judge: judge.into(),
@@ -115,7 +116,7 @@ fn a_row_a_trial_with_every_judges_verdicts() {
         let column = rows[0].iter().position(|head| head == name).expect("a column");
         rows[row][column].as_str()
     };
-    assert!(rows.iter().all(|row| row.len() == COLUMNS.len() + 20));
+    assert!(rows.iter().all(|row| row.len() == COLUMNS.len() + 24));
     let ids: Vec<_> = (1..4).map(|row| cell(row, "id")).collect();
     assert_eq!(ids, ["c", "a", "b"], "clean first, then by dose");
     assert_eq!(cell(1, "seed"), "18446744073709551615");
@@ -129,6 +130,7 @@ fn a_row_a_trial_with_every_judges_verdicts() {
     assert_eq!((cell(1, "rules-1.coherent"), cell(1, "rules-1.claims")), ("true", "false"));
     assert_eq!(cell(1, "rules-1.mentioned"), "Sea;Air");
     assert_eq!(cell(1, "rules-1.claims_then_names"), "", "missing is not no");
+    assert_eq!(cell(1, "rules-1.mention_token"), "2", "byte 9 of the text is in its third token");
     assert_eq!((cell(1, "zz.coherent"), cell(2, "rules-1.coherent")), ("", ""));
 }
 

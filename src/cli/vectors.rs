@@ -18,11 +18,12 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         protocol::{Chat, Protocol, Recipe, VectorRecipe},
-        vectors::{Extraction, Inputs, SITE, extract},
+        vectors::{Extraction, Inputs, extract},
         words,
     },
     files,
     model::Model,
+    request::Site,
 };
 
 /// Make concept vectors for words, or a vector set of another program's files
@@ -45,6 +46,9 @@ pub struct Args {
     /// How: mean-difference, single, contrast, pca, embedding or unembedding
     #[arg(long, value_name = "RECIPE", default_value = "mean-difference", value_parser = recipe)]
     recipe: Recipe,
+    /// Where: resid_pre, resid_mid or resid_post
+    #[arg(long, value_name = "SITE", default_value = "resid_post", value_parser = site)]
+    site: Site,
     /// For contrast and pca: what the user says with the concept ({word} in it) and without; may be repeated
     #[arg(long, num_args = 2, value_names = ["WITH", "WITHOUT"])]
     pair: Vec<String>,
@@ -151,6 +155,7 @@ impl Args {
         }
         Ok(VectorRecipe {
             recipe: self.recipe,
+            site: self.site,
             template,
             baseline: match &self.baseline {
                 Some(list) => words::load(list, Path::new(""))?,
@@ -161,6 +166,12 @@ impl Args {
             file: None,
         })
     }
+}
+
+/// By its name in requests.
+fn site(text: &str) -> std::result::Result<Site, String> {
+    let value = serde_json::Value::String(text.to_owned());
+    serde_json::from_value(value).map_err(|_| "one of resid_pre, resid_mid, resid_post".into())
 }
 
 /// By its name in protocols.
@@ -216,7 +227,7 @@ fn import(args: &Args, model: &Model) -> Result<()> {
             let set = set.get_or_insert_with(|| {
                 VectorSet::new(Header {
                     model_hash: model.hash().ok(),
-                    site: Some(SITE),
+                    site: from.header.site.or(Some(args.site)),
                     layers: layers.clone(),
                     recipe: format!("imported from {}", place()),
                 })

@@ -228,7 +228,8 @@ impl Run<'_> {
         let (hash, dim) = (&prepared.model.hash, prepared.model.dim);
         if resumes && path.exists() {
             let (words, layers) = (prepared.vector_words(), prepared.layers());
-            return ConceptVectors::load(&path, hash, &words, &layers, dim);
+            let site = self.protocol.vectors.site;
+            return ConceptVectors::load(&path, hash, site, &words, &layers, dim);
         }
         let vectors = self.extract(progress)?;
         vectors.to_set(hash, &self.protocol.vectors.describe())?.save(&path)?;
@@ -239,7 +240,8 @@ impl Run<'_> {
         let (prepared, recipe) = (self.prepared, &self.protocol.vectors);
         let (layers, dim) = (prepared.layers(), prepared.model.dim);
         if let Some(file) = &recipe.file {
-            return ConceptVectors::import(file, &prepared.vector_words(), &layers, dim);
+            let words = prepared.vector_words();
+            return ConceptVectors::import(file, recipe.site, &words, &layers, dim);
         }
         let recipe = recipe.recipe;
         let made = vectors::extract(self.engine, recipe, &prepared.inputs, &layers, dim, progress)?;

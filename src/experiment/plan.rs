@@ -12,7 +12,7 @@ use crate::{
         protocol_file::check_distinct,
         results::{Condition, PromptRecord, Trial},
         seeds::{self, Identity, InjectionIdentity, SCHEMA},
-        vectors::{ConceptVectors, SITE, random_vector, shuffled_vector},
+        vectors::{ConceptVectors, random_vector, shuffled_vector},
     },
     request::{CaptureSite, Op, Sampling},
 };
@@ -136,6 +136,26 @@ impl<'a> Plan<'a> {
         tokenizer.map_or_else(|| token.to_string(), |tokenizer| tokenizer.piece(token))
     }
 
+    /// Where each token's text ends in a reply's, in bytes; empty where it cannot be told.
+    pub fn ends(&self, tokens: &[u32], text: &str) -> Vec<u32> {
+        let Some(tokenizer) = &self.prepared.tokenizer else { return Vec::new() };
+        let mut ends = Vec::with_capacity(tokens.len());
+        // What is decoded anew for each token begins where a character ends, a few tokens before.
+        let (mut base, mut from) = (0, 0);
+        for at in 0..tokens.len() {
+            let piece = tokenizer.decode(&tokens[from..=at]);
+            ends.push((base + piece.len()).min(text.len()) as u32);
+            if at - from >= 8 && !piece.ends_with(char::REPLACEMENT_CHARACTER) {
+                (base, from) = (base + piece.len(), at + 1);
+            }
+        }
+        // A decoder that strips blanks at its start, or a text that was cut, gives another length.
+        match ends.last() {
+            Some(end) if *end as usize == text.len() => ends,
+            _ => Vec::new(),
+        }
+    }
+
     /// The texts of the probed tokens.
     pub fn probed_pieces(&self, trial: &Planned) -> &[String] {
         let prompt = self.prompt(&trial.cell);
@@ -148,7 +168,7 @@ impl<'a> Plan<'a> {
             let (from, to) = self.window(&trial.cell);
             Injection {
                 vector: self.content(&trial.cell, place.layer).vector.clone(),
-                site: SITE,
+                site: self.protocol.vectors.site,
                 layer: place.layer,
                 op: Op::Add,
                 strength: *dose as f32,
@@ -223,17 +243,14 @@ impl<'a> Plan<'a> {
 
     fn capture(&self, trial: &Planned) -> Vec<Capture> {
         let kind = self.part(trial).kind;
-        if kind == Kind::Readout {
+        if kind != Kind::Probe {
             let last = self.tokens(trial).len() - 1;
             let (site, layer) = (CaptureSite::Logits, None);
             return vec![Capture { site, layer, positions: vec![last] }];
         }
-        let is_probe = kind == Kind::Probe;
-        let Some((layers, (from, to))) = self.probed(trial).filter(|_| is_probe) else {
-            return Vec::new();
-        };
+        let Some((layers, (from, to))) = self.probed(trial) else { return Vec::new() };
         let capture = |layer| Capture {
-            site: CaptureSite::ResidPost,
+            site: self.protocol.vectors.site.into(),
             layer: Some(layer),
             positions: (from..to).collect(),
         };
@@ -275,7 +292,7 @@ impl<'a> Plan<'a> {
         let (from, to) = self.window(cell);
         let inject = cell.at.map(|(place, dose)| InjectionIdentity {
             vector: &self.content(cell, place.layer).hash,
-            site: SITE,
+            site: self.protocol.vectors.site,
             layer: place.layer,
             op: Op::Add,
             dose,

@@ -18,7 +18,7 @@ use crate::{
         protocol_file,
         results::{Condition, Criterion, Outcome},
     },
-    request::{Marker, Message, Position, StrengthMode, Thinking},
+    request::{Marker, Message, Position, Site, StrengthMode, Thinking},
 };
 
 /// The protocols that come with the program: name, text.
@@ -113,8 +113,62 @@ pub struct Protocol {
     pub prompts: BTreeMap<String, PromptPlan>,
     /// In the order in which they are run.
     pub parts: Vec<Part>,
+    /// Who grades the replies.
+    pub judges: Vec<JudgePlan>,
+    /// The sections of the report that are shown; empty: all that the run has something for.
+    pub tables: Vec<Table>,
     /// What was cut of the parts to stay in the budget; never set by a protocol file.
     pub cuts: Vec<Cut>,
+}
+
+/// A judge, as `inkling grade` takes it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum JudgePlan {
+    /// Rules, without a model.
+    Rules,
+    /// A model in this engine.
+    Local {
+        /// GGUF file or Hugging Face folder.
+        model: PathBuf,
+        /// A file of questions in place of the built-in ones.
+        #[serde(default)]
+        questions: Option<PathBuf>,
+    },
+    /// A model behind a chat endpoint.
+    Http {
+        /// The base URL.
+        url: String,
+        /// The model's name there.
+        name: String,
+        /// The environment variable that holds the key; the key itself is never written.
+        #[serde(default)]
+        key_env: Option<String>,
+        /// A file of questions in place of the built-in ones.
+        #[serde(default)]
+        questions: Option<PathBuf>,
+    },
+}
+
+/// A section of the report, by the name of its anchor in the page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the page's own titles say what they are")]
+pub enum Table {
+    Receipts,
+    Readout,
+    Margins,
+    Bias,
+    Replies,
+    Detection,
+    Texts,
+    Intents,
+    Probes,
+    Ramp,
+    Explore,
+    Transcripts,
 }
 
 /// Settings of the chat template, for all prompts and vectors.
@@ -136,6 +190,8 @@ pub struct Chat {
 pub struct VectorRecipe {
     /// The arithmetic.
     pub recipe: Recipe,
+    /// Where vectors are taken, injected and probed.
+    pub site: Site,
     /// The user's turn; `{word}` is the word, lower-cased.
     pub template: String,
     /// The words whose mean is subtracted (`mean-difference`).

@@ -8,13 +8,13 @@ use crate::{
     error::{Context, Error, Result},
     experiment::{
         protocol::{
-            Answer, Answers, Chat, Draw, Kind, Part, Places, PromptPlan, Protocol, Recipe, Setting,
-            VectorRecipe, Window,
+            Answer, Answers, Chat, Draw, JudgePlan, Kind, Part, Places, PromptPlan, Protocol,
+            Recipe, Setting, Table, VectorRecipe, Window,
         },
         results::{Condition, Criterion, Outcome},
         words,
     },
-    request::{All, Message, StrengthMode},
+    request::{All, Message, Site, StrengthMode},
 };
 
 /// The doses of a part that names none, in reference units.
@@ -49,6 +49,11 @@ struct File {
     prompts: BTreeMap<String, PromptTable>,
     /// Grids of trials, in the order in which they are run.
     parts: Vec<PartTable>,
+    /// Who grades the replies; rules, where nothing is said.
+    judges: Option<Vec<JudgePlan>>,
+    /// The sections of the report that are shown; all, where nothing is said.
+    #[serde(default)]
+    tables: Vec<Table>,
 }
 
 /// How concept vectors are made.
@@ -58,6 +63,8 @@ struct File {
 struct VectorsTable {
     /// The arithmetic.
     recipe: Recipe,
+    /// Where vectors are taken, injected and probed.
+    site: Site,
     /// The user's turn; {word} is the word, lower-cased.
     template: String,
     /// Words whose mean is subtracted (mean-difference).
@@ -74,6 +81,7 @@ impl Default for VectorsTable {
     fn default() -> Self {
         Self {
             recipe: Recipe::MeanDifference,
+            site: Site::default(),
             template: "Tell me about {word}".into(),
             baseline: Words::Named("builtin:baseline".into()),
             pairs: Vec::new(),
@@ -279,6 +287,8 @@ pub(super) fn parse(text: &str, base: &Path, settings: &[Setting]) -> Result<Pro
         answers,
         prompts,
         parts,
+        judges: file.judges.unwrap_or_else(|| vec![JudgePlan::Rules]),
+        tables: file.tables,
         cuts: Vec::new(),
     })
 }
@@ -334,6 +344,7 @@ fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
     })?;
     Ok(VectorRecipe {
         recipe: table.recipe,
+        site: table.site,
         template,
         baseline,
         pairs: table.pairs,

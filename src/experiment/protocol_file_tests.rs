@@ -177,3 +177,52 @@ fn the_schema_in_the_repository_is_that_of_the_code() {
     let schema: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(schema["additionalProperties"], false, "strict");
 }
+
+#[test]
+fn judges_and_tables_are_named() {
+    assert_eq!(read(SMALL).unwrap().judges, [JudgePlan::Rules]);
+    let more = "name = \"small\"\ntables = [\"replies\", \"explore\"]\njudges = [{ kind = \"rules\" }, \
+                { kind = \"http\", url = \"http://127.0.0.1/v1\", name = \"m\", key_env = \"KEY\" }]";
+    let protocol = read(&SMALL.replacen("name = \"small\"", more, 1)).unwrap();
+    assert_eq!(protocol.tables, [Table::Replies, Table::Explore]);
+    let JudgePlan::Http { key_env, questions, .. } = &protocol.judges[1] else { panic!("http") };
+    assert_eq!((key_env.as_deref(), questions), (Some("KEY"), &None));
+    for (field, want) in [
+        ("judges = [{ kind = \"oracle\" }]", "oracle"),
+        ("judges = [{ kind = \"http\", url = \"u\" }]", "name"),
+        ("judges = [{ kind = \"http\", url = \"u\", name = \"m\", key = \"secret\" }]", "key"),
+        ("tables = [\"plots\"]", "plots"),
+    ] {
+        let text = SMALL.replacen("name = \"small\"", &format!("name = \"small\"\n{field}"), 1);
+        let error = read(&text).unwrap_err().to_string();
+        assert!(error.contains(want), "{field}: {error}");
+    }
+}
+
+#[test]
+fn recipes_come_with_what_they_need() {
+    let with = |table: &str| {
+        read(&SMALL.replacen("[prompts.ask]", &format!("[vectors]\n{table}\n[prompts.ask]"), 1))
+    };
+    let pairs = "pairs = [[\"I love {word}.\", \"I love it.\"]]";
+    let vectors =
+        with(&format!("recipe = \"pca\"\nsite = \"resid_mid\"\n{pairs}")).unwrap().vectors;
+    assert_eq!(
+        (vectors.recipe, vectors.site, vectors.pairs.len()),
+        (Recipe::Pca, Site::ResidMid, 1)
+    );
+    let file = with("recipe = \"file\"\nfile = \"mine.npy\"").unwrap().vectors.file;
+    assert_eq!(file.as_deref(), Some(Path::new("mine.npy")), "beside the protocol");
+    for (table, want) in [
+        ("recipe = \"pca\"", "pairs"),
+        (pairs, "pairs"),
+        ("recipe = \"contrast\"\npairs = [[\"with\", \"without\"]]", "name the word"),
+        ("recipe = \"file\"", "file"),
+        ("file = \"x\"", "file"),
+        ("recipe = \"magic\"", "magic"),
+        ("site = \"mlp_out\"", "mlp_out"),
+    ] {
+        let error = with(table).unwrap_err().to_string();
+        assert!(error.contains(want), "{table}: {error}");
+    }
+}

@@ -48,7 +48,7 @@ pub struct Trial {
     pub receipts: Vec<Receipt>,
     /// The yes/no question at the first generated token.
     pub first: Option<FirstAnswer>,
-    /// The next token's distribution (parts of kind readout).
+    /// The next token's distribution after the prompt (parts of kind readout and sample).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<NextToken>,
     /// What can be read out of the next-token logits (parts of kind readout).
@@ -117,7 +117,8 @@ pub struct FirstAnswer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NextToken {
-    /// KL divergence of it from the clean prompt's, nats; none for clean trials.
+    /// KL divergence of it from the clean prompt's, nats; none for clean trials, and for samples of a part
+    /// with more than 512 prompts.
     pub kl: Option<f64>,
     /// The likeliest tokens with their natural log-probabilities, best first.
     pub top: Vec<(String, f32)>,
@@ -163,6 +164,9 @@ pub struct Reply {
     pub text: String,
     /// The stop token included.
     pub tokens: Vec<u32>,
+    /// Where each token's text ends in `text`, in bytes; empty where it cannot be told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ends: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
     /// Mean negative log-likelihood per token under the uninjected model at temperature 1, nats.
@@ -187,7 +191,22 @@ pub struct Grade {
     pub mentioned: Vec<String>,
 }
 
+impl Reply {
+    /// The token that a byte of the text belongs to.
+    pub fn token_at(&self, byte: usize) -> Option<usize> {
+        let at = self.ends.partition_point(|end| *end as usize <= byte);
+        (at < self.ends.len()).then_some(at)
+    }
+}
+
 impl Grade {
+    /// Where a verdict's evidence begins in the reply, in bytes, and its text, where it is a quotation.
+    pub fn quotation(&self, criterion: Criterion) -> Option<(usize, String)> {
+        let (quoted, rest) = self.verdicts.get(&criterion)?.evidence.rsplit_once(" at byte ")?;
+        let at = rest.split(' ').next()?.parse().ok()?;
+        Some((at, serde_json::from_str(quoted).ok()?))
+    }
+
     /// The verdict on a criterion; none where it was not judged.
     pub fn yes(&self, criterion: Criterion) -> Option<bool> {
         self.verdicts.get(&criterion).map(|verdict| verdict.yes)

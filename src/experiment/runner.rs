@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    engine::{Finished, FirstToken, Job},
+    engine::{Capture, Finished, FirstToken, Job},
     error::{Context, Error, Result},
     experiment::{
         Jobs, Progress, next,
@@ -16,7 +16,7 @@ use crate::{
         protocol::Kind,
         results::{FirstAnswer, NextToken, Readout, Reply, Trial},
     },
-    request::Sampling,
+    request::{CaptureSite, Sampling},
 };
 
 /// The largest part by which a measured change may differ from the planned one.
@@ -225,16 +225,64 @@ struct Queue<'a, 'b, 'c, I: Iterator<Item = usize>> {
     scores: VecDeque<Task<'a>>,
     issued: Issued<Task<'a>>,
     tally: &'b mut Tally<'c>,
+    /// By prompt.
+    cleans: HashMap<Vec<u32>, Clean>,
+}
+
+/// Prompts of a part whose logits are kept, a row of the vocabulary each.
+const CLEAN_PROMPTS: usize = 512;
+
+/// The distribution after each prompt without an injection; nothing where there are too many prompts.
+fn clean_prompts(
+    plan: &Plan,
+    wanted: impl Iterator<Item = usize>,
+    engine: &dyn Jobs,
+) -> Result<HashMap<Vec<u32>, Clean>> {
+    let mut prompts: BTreeSet<Vec<u32>> = BTreeSet::new();
+    for place in wanted {
+        let cell = plan.grid().cell(place);
+        let tokens = &plan.prompt(&cell).tokens;
+        if cell.at.is_some() && !prompts.contains(tokens) {
+            prompts.insert(tokens.clone());
+        }
+        if prompts.len() > CLEAN_PROMPTS {
+            return Ok(HashMap::new());
+        }
+    }
+    let prompts: Vec<Vec<u32>> = prompts.into_iter().collect();
+    let mut jobs = prompts.iter().map(|tokens| Job {
+        tokens: tokens.clone(),
+        capture: vec![Capture {
+            site: CaptureSite::Logits,
+            layer: None,
+            positions: vec![tokens.len() - 1],
+        }],
+        watch: vec![0], // the first token is reported to jobs that watch one
+        sampling: Sampling { max_tokens: 0, ..Sampling::default() },
+        n: 1,
+        ..Job::default()
+    });
+    let mut cleans = HashMap::new();
+    engine.run_all(&mut jobs, &mut |index, finished| {
+        let mut finished = finished?;
+        let logits = finished.captures.pop().unwrap_or_default();
+        let first = finished.outcome.first;
+        let first = first.ok_or_else(|| Error::new("the engine gave no first token"))?;
+        cleans.insert(prompts[index].clone(), Clean { first, logits });
+        Ok(())
+    })?;
+    Ok(cleans)
 }
 
 fn samples(
     plan: &Plan,
-    wanted: impl Iterator<Item = usize>,
+    wanted: impl Iterator<Item = usize> + Clone,
     engine: &dyn Jobs,
     tally: &mut Tally<'_>,
 ) -> Result<()> {
     let (scores, issued) = (VecDeque::new(), Issued::new());
-    let queue = Queue { plan, draws: wanted.peekable(), scores, issued, tally };
+    let cleans = clean_prompts(plan, wanted.clone(), engine)?;
+    let queue = Queue { plan, draws: wanted.peekable(), scores, issued, tally, cleans };
     let queue = RefCell::new(queue);
     // The engine may find the queue empty while the last replies are still being drawn; their
     // scores are then a second, short round.
@@ -282,7 +330,10 @@ impl<I: Iterator<Item = usize>> Queue<'_, '_, '_, I> {
                 let mut line = line(self.plan, &trial, &finished)?;
                 let sample = finished.outcome.samples.pop().filter(|s| !s.tokens.is_empty());
                 let sample = sample.ok_or_else(|| Error::new("no token was drawn").at(place()))?;
+                let clean = trial.cell.at.and_then(|_| self.cleans.get(self.plan.tokens(&trial)));
+                line.next = Some(next_token(self.plan, &trial, &finished, clean)?);
                 line.reply = Some(Reply {
+                    ends: self.plan.ends(&sample.tokens, &sample.text),
                     text: sample.text,
                     tokens: sample.tokens,
                     finish: sample.finish,

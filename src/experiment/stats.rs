@@ -18,6 +18,8 @@ pub const ASSUMED_CORRELATION: f64 = 0.1;
 pub const MIN_CLUSTERS: usize = 20;
 /// Fewer trials an arm than this say nothing about d′.
 pub const MIN_DETECTION: u64 = 20;
+/// Fewer negatives than this say nothing about one false alarm in a hundred.
+pub const MIN_NEGATIVES: usize = 300;
 const RESAMPLES: usize = 2000;
 
 /// k of n.
@@ -446,6 +448,19 @@ impl Ranking {
             firsts += first;
         }
         (firsts > 0.0 && below > 0.0).then(|| wins / (firsts * below))
+    }
+
+    /// The share of the first arm above a threshold that at most this share of the second exceeds, the lowest
+    /// such threshold among the second's values. `None` below [`MIN_NEGATIVES`] of the second.
+    pub fn sensitivity(&self, false_alarms: f64) -> Option<f64> {
+        let of_arm = |arm: bool| self.sorted.iter().filter(move |value| value.2 == arm);
+        let (firsts, seconds) = (of_arm(true).count(), of_arm(false).count());
+        if seconds < MIN_NEGATIVES || firsts == 0 {
+            return None;
+        }
+        let allowed = (false_alarms * seconds as f64).floor() as usize;
+        let threshold = of_arm(false).rev().nth(allowed)?.0;
+        Some(of_arm(true).filter(|value| value.0 > threshold).count() as f64 / firsts as f64)
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     request::Site,
 };
 
-/// The site that vectors are taken from and injected at.
+/// The site that vectors are taken from and injected at where nothing else is said.
 pub const SITE: Site = Site::ResidPost;
 
 /// One vector for each word and layer, not normalised.
@@ -20,7 +20,9 @@ pub const SITE: Site = Site::ResidPost;
 pub struct ConceptVectors {
     /// As in the list.
     pub words: Vec<String>,
-    /// Blocks, ascending; the site is [`SITE`].
+    /// Where they were taken.
+    pub site: Site,
+    /// Blocks, ascending.
     pub layers: Vec<usize>,
     /// Width of the residual stream.
     pub dim: usize,
@@ -33,7 +35,7 @@ impl ConceptVectors {
     #[cfg(test)]
     pub fn new(words: Vec<String>, layers: Vec<usize>, dim: usize, values: Vec<f32>) -> Self {
         assert_eq!(values.len(), words.len() * layers.len() * dim);
-        Self { words, layers, dim, values }
+        Self { words, site: SITE, layers, dim, values }
     }
 
     /// The vector of a word at a layer, (dim,).
@@ -48,7 +50,7 @@ impl ConceptVectors {
     pub fn to_set(&self, model_hash: &str, recipe: &str) -> Result<VectorSet> {
         let mut set = VectorSet::new(Header {
             model_hash: Some(model_hash.to_owned()),
-            site: Some(SITE),
+            site: Some(self.site),
             layers: self.layers.clone(),
             recipe: recipe.to_owned(),
         });
@@ -69,27 +71,41 @@ impl ConceptVectors {
     pub fn load(
         path: &Path,
         model_hash: &str,
+        site: Site,
         words: &[String],
         layers: &[usize],
         dim: usize,
     ) -> Result<Self> {
         let set = VectorSet::load(path)?;
-        if set.header.model_hash.as_deref() != Some(model_hash) || set.header.site != Some(SITE) {
+        if set.header.model_hash.as_deref() != Some(model_hash) || set.header.site != Some(site) {
             let place = path.display().to_string();
             return Err(Error::new("the vectors are of another model or site").at(place));
         }
-        Self::take(&set, path, words, layers, dim)
+        Self::take(&set, path, site, words, layers, dim)
     }
 
-    /// From a set of the user's own, which may say nothing of a model. An error for one that lacks a word or a
-    /// layer, or has another width.
-    pub fn import(path: &Path, words: &[String], layers: &[usize], dim: usize) -> Result<Self> {
-        Self::take(&VectorSet::load(path)?, path, words, layers, dim)
+    /// From a set of the user's own, which may say nothing of a model or site. An error for one that lacks a
+    /// word or a layer, or has another width or site.
+    pub fn import(
+        path: &Path,
+        site: Site,
+        words: &[String],
+        layers: &[usize],
+        dim: usize,
+    ) -> Result<Self> {
+        let set = VectorSet::load(path)?;
+        if set.header.site.is_some_and(|own| own != site) {
+            return Err(Error::new("the vectors are of another site")
+                .at(path.display().to_string())
+                .expected(format!("{site:?}")));
+        }
+        Self::take(&set, path, site, words, layers, dim)
     }
 
     fn take(
         set: &VectorSet,
         path: &Path,
+        site: Site,
         words: &[String],
         layers: &[usize],
         dim: usize,
@@ -106,7 +122,7 @@ impl ConceptVectors {
                 values.extend_from_slice(&row);
             }
         }
-        Ok(Self { words: words.to_vec(), layers: layers.to_vec(), dim, values })
+        Ok(Self { words: words.to_vec(), site, layers: layers.to_vec(), dim, values })
     }
 }
 

@@ -129,6 +129,12 @@ impl<'a> Index<'a> {
         of_prompt(self.manifest, prompt)?.get("answer")?.as_str()
     }
 
+    /// Whether the protocol wants a section of the report.
+    pub fn shows(&self, section: &str) -> bool {
+        let wanted = self.manifest.protocol.get("tables").and_then(serde_json::Value::as_array);
+        wanted.is_none_or(|wanted| wanted.is_empty() || wanted.iter().any(|name| name == section))
+    }
+
     /// The word's place in the run's list.
     pub fn word(&self, word: &str) -> Option<usize> {
         self.manifest.words.iter().position(|record| record.word == word)

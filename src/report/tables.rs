@@ -138,6 +138,9 @@ pub struct ReadTable {
     pub words: usize,
     /// By cell, ascending.
     pub cells: Vec<ReadoutCell>,
+    /// Of all cells together: concept trials whose yes/no margin exceeds all but one in a hundred of the
+    /// random ones; none below 300 of these.
+    pub sensitivity: Option<f64>,
 }
 
 /// One cell of a readout.

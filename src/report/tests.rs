@@ -161,7 +161,13 @@ fn verdict(yes: bool) -> Verdict {
 }
 
 fn reply(text: &str) -> Reply {
-    Reply { text: text.into(), tokens: vec![1, 2], finish: Finish::Stop, nll: 2.5 }
+    Reply {
+        text: text.into(),
+        tokens: vec![1, 2],
+        ends: Vec::new(),
+        finish: Finish::Stop,
+        nll: 2.5,
+    }
 }
 
 /// A reply with its grade: (coherent, claims, mentions, claims then names).
@@ -468,4 +474,185 @@ fn the_headline_is_data_too() {
     assert_eq!(value["meaning"], "names_only");
     assert_eq!(value["read"]["held_out"], json!({"k": 24, "n": 25}));
     assert!(serde_json::to_value(tables(&demo())).unwrap()["replies"].is_array());
+}
+
+#[test]
+fn a_protocol_chooses_what_is_shown() {
+    let mut run = demo();
+    run.manifest.protocol["tables"] = json!(["replies"]);
+    let (page, printed) = (html(&run), text(&run));
+    for (id, is_shown) in
+        [("replies", true), ("run", true), ("receipts", false), ("explore", false)]
+    {
+        assert_eq!(page.contains(&format!("<section id=\"{id}\">")), is_shown, "{id}");
+    }
+    assert!(printed.contains("Replies (dose") && !printed.contains("Concept read first"));
+}
+
+#[test]
+fn what_the_verdicts_quote_is_marked() {
+    let mut run = demo();
+    let grade = run.grades.iter_mut().find(|grade| grade.trial.starts_with("ramp")).unwrap();
+    let quote = "\"I feel <script>\" at byte 0 (first person)";
+    grade.verdicts.get_mut(&Criterion::Claims).unwrap().evidence = quote.into();
+    let page = html(&run);
+    assert!(
+        page.contains("<blockquote><mark>I feel &lt;script&gt;</mark>alert(1)"),
+        "escaped, and marked"
+    );
+    let (at, quoted) = run.grades.iter().find_map(|g| g.quotation(Criterion::Claims)).unwrap();
+    assert_eq!((at, quoted.as_str()), (0, "I feel <script>"));
+    // A place that is none is left alone.
+    for evidence in
+        ["\"I feel\" at byte 90 (x)", "\"é\" at byte x", "no statement", "\"a at byte 3 (x)"]
+    {
+        let grade = run.grades.iter_mut().find(|grade| grade.trial.starts_with("ramp")).unwrap();
+        grade.verdicts.get_mut(&Criterion::Claims).unwrap().evidence = evidence.into();
+        assert!(!html(&run).contains("<blockquote><mark>"), "{evidence}");
+    }
+}
+
+#[test]
+fn a_run_against_itself_shows_no_difference() {
+    let run = demo();
+    let rows = versus(&run, &run);
+    assert!(rows.len() > 50 && rows.iter().all(|row| row.value == 0.0 && row.first == row.second));
+    let mut other = run.clone();
+    other.grades.iter_mut().filter(|g| g.trial.starts_with("sampled-Concept")).for_each(|grade| {
+        grade.verdicts.get_mut(&Criterion::Claims).unwrap().yes = true;
+    });
+    let claims = versus(&run, &other).into_iter().find(|row| {
+        (row.what, row.condition, row.scope) == ("claims", Condition::Concept, Scope::All)
+    });
+    let claims = claims.unwrap();
+    assert_eq!((claims.first.count.k, claims.second.count.k), (8, 96));
+    assert!((claims.value - 88.0 / 96.0).abs() < 1e-12 && claims.interval.low > 0.5);
+    assert!(versus_text(&run, &other).contains("replies sampled/cued"));
+    let files = csv_files(&run);
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    assert!(
+        names.contains(&"readout-readout-cued.csv") && names.contains(&"receipts.csv"),
+        "{names:?}"
+    );
+    assert!(files.iter().all(|(_, text)| text.lines().count() > 1));
+}
+
+/// Two cells of thought against text: at layer 12 both are right for every word under its vector, elsewhere
+/// nothing is. Words put in the mouth: owned with the word's own vector at layer 12 only.
+#[test]
+fn the_other_experiments_choose_on_one_half_and_report_the_other() {
+    let mut trials = Vec::new();
+    let mut grades = Vec::new();
+    let outcomes = [
+        ("think", Criterion::Chooses),
+        ("repeat", Criterion::Repeats),
+        ("asked", Criterion::Intends),
+    ];
+    for (prompt, criterion) in outcomes {
+        let part = if prompt == "asked" { "mouth" } else { "pairs" };
+        let mut add = |condition, at: usize, cell: Option<(f64, usize, f64)>, yes| {
+            let mut one = trial(part, condition, &word(at), cell, 0);
+            one.prompt = prompt.into();
+            one.id = format!("{} {prompt}", one.id);
+            one.reply = Some(reply("a reply"));
+            let mut verdicts = BTreeMap::from([(criterion, verdict(yes))]);
+            if criterion == Criterion::Intends {
+                verdicts.insert(Criterion::Disowns, verdict(!yes));
+            }
+            grades.push(Grade {
+                trial: one.id.clone(),
+                judge: "rules-1".into(),
+                verdicts,
+                missing: BTreeMap::new(),
+                mentioned: Vec::new(),
+            });
+            trials.push(one);
+        };
+        for at in 0..24 {
+            add(Condition::Clean, at, None, prompt == "repeat");
+            for cell in cells() {
+                let is_best = cell.1 == 12;
+                add(Condition::Concept, at, Some(cell), is_best);
+                let control = if prompt == "asked" { Condition::Other } else { Condition::Random };
+                add(control, at, Some(cell), false);
+            }
+        }
+    }
+    let mut run = run_of(trials, grades);
+    run.manifest.protocol = json!({
+        "name": "others",
+        "prompts": {
+            "think": {"outcome": "choice", "success": ["chooses"]},
+            "repeat": {"outcome": "repeat", "success": ["repeats"]},
+            "asked": {"outcome": "intent", "success": ["intends"]},
+        },
+    });
+    let tables = tables(&run);
+    let [texts] = &tables.texts[..] else { panic!("one part asks for both") };
+    let chosen = texts.chosen.unwrap();
+    assert_eq!((chosen.cell.layer, chosen.cell.dose), (12, 0.25), "of equals the smallest dose");
+    assert_eq!((chosen.held_out, chosen.all), (Count { k: 12, n: 12 }, Count { k: 24, n: 24 }));
+    let row = |condition| {
+        texts.rows.iter().find(|r| (r.condition, r.scope) == (condition, Scope::All)).unwrap()
+    };
+    assert_eq!(row(Condition::Concept).both.count, Count { k: 48, n: 96 });
+    assert_eq!(row(Condition::Clean).both.count, Count { k: 0, n: 24 });
+    assert!((row(Condition::Concept).net.unwrap().value - 0.5).abs() < 1e-12);
+    let [intents] = &tables.intents[..] else { panic!("one prompt asks") };
+    let score = intents.score.unwrap();
+    assert_eq!((score.cell.layer, score.held_out, score.all), (12, 1.0, 1.0));
+    let own =
+        intents.rows.iter().find(|r| (r.condition, r.scope) == (Condition::Concept, Scope::All));
+    assert_eq!(own.unwrap().apologises.count, Count { k: 48, n: 96 });
+    assert_eq!(own.unwrap().guard, Some(Count { k: 48, n: 96 }), "of the other part's cells");
+    let printed = text(&run).replace('\n', " ");
+    assert!(
+        printed.contains("12 of 12 held-out pairs") && printed.contains("score is +100.0 points")
+    );
+    assert!(!printed.contains("can't be said"), "other things were asked: {printed}");
+    let page = html(&run);
+    assert!(
+        page.contains("<h2>Thought against text</h2>")
+            && page.contains("apologises: concept, other")
+    );
+}
+
+#[test]
+fn cosines_are_averaged_by_word_and_compared_in_pairs() {
+    let mut trials = Vec::new();
+    for at in 0..24 {
+        for (prompt, cosine) in [("think", 0.3), ("dont", 0.1)] {
+            let mut one = trial("control", Condition::Clean, &word(at), None, 0);
+            one.prompt = prompt.into();
+            one.id = format!("{} {prompt}", one.id);
+            let of = |layer: f32| vec![cosine * layer, cosine * layer + 0.02 * (at % 2) as f32];
+            one.probe = Some(crate::experiment::results::Probed {
+                pieces: vec!["a".into(), "b".into()],
+                layers: vec![3, 9],
+                cosine: vec![of(0.0), of(1.0)],
+                projection: vec![of(0.0), of(1.0)],
+                band: vec![vec![0.0, 0.0]; 2],
+                range: vec![(-0.2, 0.2); 2],
+            });
+            trials.push(one);
+        }
+    }
+    let mut run = run_of(trials, Vec::new());
+    run.manifest.protocol = json!({
+        "name": "control",
+        "parts": [{"name": "control", "contrasts": [["think", "dont"]]}],
+    });
+    let tables = tables(&run);
+    let [table] = &tables.probes[..] else { panic!("one part") };
+    let think = table.curves.iter().find(|curve| curve.prompt == "think").unwrap();
+    // 0.3, and for every other word 0.01 more as the mean of two tokens.
+    assert!((think.points[1].mean - 0.305).abs() < 1e-6 && think.points[1].interval.is_some());
+    assert_eq!((think.above[0], think.above[1], think.trials), (0, 24, 24));
+    assert_eq!(think.map[0].len(), 8);
+    let [contrast] = &table.contrasts[..] else { panic!("one contrast") };
+    assert!((contrast.points[1].mean - 0.2).abs() < 1e-6);
+    assert!((contrast.overall.mean - 0.1).abs() < 1e-6, "the mean of both layers");
+    let page = html(&run);
+    assert!(page.contains("think less dont") && page.contains("class=\"band\""));
+    assert!(text(&run).contains("think − dont"));
 }

@@ -30,18 +30,17 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         thousands(progress.planned)
     );
     out += &wrap(&headline.to_string());
-    for table in &tables.reads {
-        out += &read(table);
-    }
-    for table in &tables.biases {
-        out += &bias(table);
-    }
-    for table in &tables.replies {
-        out += &replies(table);
-    }
-    out += &tables.texts.iter().map(texts).collect::<String>();
-    out += &tables.intents.iter().map(intents).collect::<String>();
-    out += &tables.probes.iter().map(probes).collect::<String>();
+    let mut section = |name, texts: String| {
+        if index.shows(name) {
+            out += &texts;
+        }
+    };
+    section("readout", tables.reads.iter().map(read).collect());
+    section("bias", tables.biases.iter().map(bias).collect());
+    section("replies", tables.replies.iter().map(replies).collect());
+    section("texts", tables.texts.iter().map(texts).collect());
+    section("intents", tables.intents.iter().map(intents).collect());
+    section("probes", tables.probes.iter().map(probes).collect());
     let flagged: usize = tables.receipts.iter().map(|row| row.flagged.len()).sum();
     if flagged > 0 {
         out += &format!("\nReceipts: {flagged} trials were not changed as planned.\n");

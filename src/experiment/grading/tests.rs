@@ -24,7 +24,13 @@ fn trial(id: &str, concept: &str, condition: Condition, text: &str, nll: f64) ->
         first: None,
         next: None,
         read: None,
-        reply: Some(Reply { text: text.into(), tokens: Vec::new(), finish: Finish::Stop, nll }),
+        reply: Some(Reply {
+            text: text.into(),
+            tokens: Vec::new(),
+            ends: Vec::new(),
+            finish: Finish::Stop,
+            nll,
+        }),
         probe: None,
     }
 }

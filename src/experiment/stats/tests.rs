@@ -172,3 +172,15 @@ fn corrected_intervals_cover_the_truth() {
         assert!(covered >= 930, "{covered} of 1000 at {truth}, {se}, {sp}");
     }
 }
+
+#[test]
+fn sensitivity_is_counted_above_all_but_the_allowed_false_alarms() {
+    let negatives = (0..300).map(|i| (f64::from(i), 0, false));
+    let positives = [10.0, 296.0, 297.0, 298.5, 400.0].map(|value| (value, 0, true));
+    let ranking = Ranking::new(negatives.clone().chain(positives).collect());
+    // Three of 300 may exceed the threshold: it is the fourth largest, 296.
+    assert_eq!(ranking.sensitivity(0.01), Some(3.0 / 5.0));
+    assert_eq!(ranking.sensitivity(0.0), Some(1.0 / 5.0));
+    let few = Ranking::new(negatives.skip(1).chain(positives).collect());
+    assert_eq!(few.sensitivity(0.01), None, "299 negatives");
+}

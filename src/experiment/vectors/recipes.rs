@@ -9,7 +9,7 @@ use crate::{
         protocol::{Chat, Recipe, VectorRecipe},
     },
     model::Model,
-    request::{CaptureSite, Message, Request, Sampling},
+    request::{Message, Request, Sampling, Site},
 };
 
 /// Steps of the power iteration; the ratio of the two largest values decides how many are needed.
@@ -31,6 +31,8 @@ pub struct Extraction {
 /// What vectors are made from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Inputs {
+    /// Where the stream is read.
+    pub site: Site,
     /// The words, those to be projected out last.
     pub words: Vec<String>,
     /// How many words, from the end, are projected out of the others' vectors.
@@ -81,6 +83,7 @@ impl Inputs {
             _ => Ok(Vec::new()),
         };
         Ok(Self {
+            site: recipe.site,
             projected_out: recipe.orthogonal_to.len(),
             prompts: all.iter().map(prompts).collect::<Result<_>>()?,
             baseline: baseline?,
@@ -124,7 +127,7 @@ fn rows_of(model: &Model, word: &str, of_output: bool) -> Result<Vec<f32>> {
 }
 
 /// Vectors for all words but those that are projected out, at all layers in one pass over the prompts.
-/// h is the residual ([`SITE`](super::SITE)) at a prompt's last token; sums are in f64, in the lists' order.
+/// h is the residual at the inputs' site and a prompt's last token; sums are in f64, in the lists' order.
 ///
 /// * `mean-difference`: h minus the mean of h over the baseline prompts (a word that stands there twice
 ///   counts twice): Lindsey 2025.
@@ -149,7 +152,7 @@ pub fn extract(
         return Err(Error::new("concept vectors need layers and two or more baseline words"));
     }
     let prompts = inputs.prompts.iter().flatten().chain(&inputs.baseline);
-    let rows = last_rows(engine, prompts, layers, dim, progress)?;
+    let rows = last_rows(engine, prompts, inputs.site, layers, dim, progress)?;
     let of_words: usize = inputs.prompts.iter().map(Vec::len).sum();
     let (of_words, of_baseline) = rows.split_at(of_words);
     let baseline = mean(of_baseline.iter(), width);
@@ -215,7 +218,8 @@ pub fn extract(
     };
     let measured = if scale.is_empty() { 0 } else { layers.len() };
     let words = inputs.words[..words].to_vec();
-    let vectors = ConceptVectors { words, layers: layers.to_vec(), dim, values: flat };
+    let vectors =
+        ConceptVectors { words, site: inputs.site, layers: layers.to_vec(), dim, values: flat };
     Ok(Extraction { vectors, split_half, stream_norms: (0..measured).map(stream_norm).collect() })
 }
 
@@ -292,6 +296,7 @@ fn project_out(kept: &mut [Vec<f64>], out: &mut [Vec<f64>], layers: usize, dim: 
 fn last_rows<'a>(
     engine: &dyn Jobs,
     prompts: impl Iterator<Item = &'a Vec<u32>> + Clone,
+    site: Site,
     layers: &[usize],
     dim: usize,
     progress: &mut dyn Progress,
@@ -301,7 +306,7 @@ fn last_rows<'a>(
     let mut jobs = prompts.map(|tokens| {
         let last = tokens.len().saturating_sub(1);
         let capture = |layer: &usize| Capture {
-            site: CaptureSite::ResidPost,
+            site: site.into(),
             layer: Some(*layer),
             positions: vec![last],
         };

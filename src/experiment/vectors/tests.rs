@@ -11,6 +11,7 @@ fn make(recipe: Recipe, prompts: &[&[&[u32]]], words: &[&str], out: usize) -> Ex
     let owned = |prompts: &[&[u32]]| prompts.iter().map(|tokens| tokens.to_vec()).collect();
     let baseline = if recipe == Recipe::MeanDifference { &BASELINE[..] } else { &[] };
     let inputs = Inputs {
+        site: SITE,
         words: strings(words),
         projected_out: out,
         prompts: prompts.iter().map(|of| owned(of)).collect(),
@@ -132,7 +133,7 @@ fn stored_vectors_read_back_bit_for_bit() {
     vectors.to_set("hash", "mean-difference").unwrap().save(&path).unwrap();
     let words = strings(&["sea", "air"]);
     let load = |hash, words: &[String], layers: &[usize]| {
-        ConceptVectors::load(&path, hash, words, layers, 4)
+        ConceptVectors::load(&path, hash, SITE, words, layers, 4)
     };
     assert_eq!(load("hash", &words, &[2, 5]).unwrap(), vectors);
     assert!(load("other", &words, &[2, 5]).unwrap_err().to_string().contains("another model"));

@@ -26,7 +26,14 @@ impl Headline {
         all.extend(self.read.iter().flat_map(ReadHeadline::sentences));
         all.extend(self.replies.iter().flat_map(ReplyHeadline::sentences));
         all.extend(self.others.iter().cloned());
-        all.extend(self.conclusion().map(str::to_owned));
+        let effect = self.replies.as_ref().and_then(|replies| replies.smallest_effect);
+        let effect = effect.filter(|_| self.meaning != Meaning::Evidence).map(|effect| {
+            format!(
+                " The smallest H − F that this run could have seen is {} percentage points.",
+                signed(effect)
+            )
+        });
+        all.extend(self.conclusion().map(|text| text.to_owned() + &effect.unwrap_or_default()));
         all
     }
 

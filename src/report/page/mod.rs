@@ -22,10 +22,14 @@ use super::{
     tables::Tables,
 };
 
+/// Sections that no protocol leaves out.
+const ALWAYS: [&str; 4] = ["run", "read", "prompts", "limits"];
 const STYLE: &str = concat!(include_str!("style.css"), include_str!("explore.css"));
 
 pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> String {
     let sections = [
+        ("explore", "Every reply, to be searched", every_reply::html(index)),
+        ("transcripts", "Transcripts, drawn at random", transcripts::sample(index)),
         ("run", "What was run", about::run(index, tables)),
         ("read", "How to read this", about::reading()),
         ("prompts", "What the model saw", prompts::html(index)),
@@ -39,10 +43,11 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         ("intents", "Is a word that was put in its mouth owned?", intents::html(tables)),
         ("probes", "What is thought of while writing", probes::html(tables)),
         ("ramp", "One word, dose by dose", transcripts::ramp(index)),
-        ("explore", "Every reply, to be searched", every_reply::html(index)),
-        ("transcripts", "Transcripts, drawn at random", transcripts::sample(index)),
         ("limits", "What this can't show", about::limits(index, headline)),
     ];
+    let sections = sections.map(|(id, title, body)| {
+        (id, title, if ALWAYS.contains(&id) || index.shows(id) { body } else { String::new() })
+    });
     let links: String = sections
         .iter()
         .filter(|(_, _, body)| !body.is_empty())

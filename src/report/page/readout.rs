@@ -103,7 +103,16 @@ pub(super) fn margins(tables: &Tables) -> String {
         .reads
         .iter()
         .filter(|table| table.cells.iter().any(|row| row.margin.is_some()))
-        .map(|table| subtitle(&table.part, &table.prompt, table.mode) + &margin_maps(table))
+        .map(|table| {
+            let all = table.sensitivity.map_or(String::new(), |share| {
+                paragraph(&format!(
+                    "All cells together: with one false alarm in a hundred random vectors, {} of the \
+                     concept trials are found.",
+                    percent(share)
+                ))
+            });
+            subtitle(&table.part, &table.prompt, table.mode) + &all + &margin_maps(table)
+        })
         .collect();
     if parts.is_empty() {
         return parts;

@@ -128,16 +128,33 @@ fn article(
          </blockquote>\n<ul class=\"{class}\">{verdicts}</ul></article>\n",
         condition(entry.trial.condition),
         escape(&entry.trial.id),
-        body(reply)
+        body(reply, entry.grade)
     ))
 }
 
-fn body(reply: &Reply) -> String {
+/// The reply with what the verdicts quote marked.
+fn body(reply: &Reply, grade: Option<&Grade>) -> String {
     if reply.text.trim().is_empty() {
         return "<small>(empty)</small>".into();
     }
     let cut = if reply.finish == Finish::Length { " <small>[cut]</small>" } else { "" };
-    escape(reply.text.trim()) + cut
+    let quotations = grade.into_iter().flat_map(|grade| {
+        grade.verdicts.keys().filter_map(|criterion| grade.quotation(*criterion))
+    });
+    let ranges = quotations.map(|(at, text)| at..at + text.len());
+    let mut ranges: Vec<_> =
+        ranges.filter(|range| reply.text.get(range.clone()).is_some()).collect();
+    ranges.sort_by_key(|range| range.start);
+    let (mut out, mut done) = (String::new(), 0);
+    for range in ranges.into_iter() {
+        if range.start < done {
+            continue; // in or across one that is marked
+        }
+        out += &escape(&reply.text[done..range.start]);
+        out += &format!("<mark>{}</mark>", escape(&reply.text[range.clone()]));
+        done = range.end;
+    }
+    (out + &escape(&reply.text[done..])).trim().to_owned() + cut
 }
 
 fn verdicts(group: &Group, grade: &Grade, evidence: impl Fn(&Verdict) -> String) -> String {

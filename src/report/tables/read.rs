@@ -32,6 +32,15 @@ pub(super) fn table(group: &Group, index: &Index) -> ReadTable {
             Ranking::new(values)
         })
         .collect();
+    let all = group.entries.iter().filter_map(|e| {
+        let is_concept = match e.trial.condition {
+            Condition::Concept => true,
+            Condition::Random => false,
+            _ => return None,
+        };
+        Some((e.trial.first.as_ref()?.margin, 0, is_concept))
+    });
+    let sensitivity = Ranking::new(all.collect()).sensitivity(0.01);
     let seed = index.seed(&format!("margins {} {}", group.part, group.prompt));
     let intervals = stats::bootstrap(concepts.len(), cells.len(), seed, |weights| {
         rankings.iter().map(|ranking| ranking.auroc(weights)).collect()
@@ -56,6 +65,7 @@ pub(super) fn table(group: &Group, index: &Index) -> ReadTable {
         mode: group.mode(),
         words,
         cells: rows.collect(),
+        sensitivity,
     }
 }
 
