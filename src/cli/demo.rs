@@ -9,7 +9,7 @@ use super::{
     grade::grade,
     output::Output,
     report,
-    run::{exit_code, prompt_lines, run},
+    run::{exit_code, kept_vectors, prompt_lines, run},
 };
 use crate::{
     experiment::{
@@ -44,7 +44,8 @@ struct Shown {
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let protocol = Protocol::builtin("demo")?;
     let model = args.model.open_or_demo()?;
-    let summary = run(&protocol, &model, &args.engine, &args.out, Ways::default())?;
+    let ways = Ways { vectors: kept_vectors(), ..Ways::default() };
+    let summary = run(&protocol, &model, &args.engine, &args.out, ways)?;
     grade(&args.out)?;
     let stored = folder::load(&args.out)?;
     let page = report::write(&stored, &args.out)?;

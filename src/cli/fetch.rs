@@ -45,7 +45,8 @@ pub fn demo_model() -> Result<PathBuf> {
     find_or_fetch(&cache_folder()?, &DEMO, Path::new(PYTHON))
 }
 
-fn cache_folder() -> Result<PathBuf> {
+/// Where what can be had again is kept.
+pub fn cache_folder() -> Result<PathBuf> {
     let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty());
     let base = if let Some(folder) = variable("XDG_CACHE_HOME") {
         Some(PathBuf::from(folder))

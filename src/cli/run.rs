@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{
     FAILED_CHECK,
     args::{EngineArgs, ModelArgs},
+    fetch,
     output::{Output, note},
     progress::Bar,
 };
@@ -91,7 +92,11 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let out = args.out.as_deref().ok_or_else(|| Error::new("no run folder").at("--out"))?;
     let model = args.model.open()?;
-    let ways = Ways { allow_other_numerics: args.allow_other_numerics, shard: args.shard };
+    let ways = Ways {
+        allow_other_numerics: args.allow_other_numerics,
+        shard: args.shard,
+        vectors: kept_vectors(),
+    };
     let clock = Instant::now();
     let summary = run(&protocol, &model, &args.engine, out, ways)?;
     let mut output = Output::new();
@@ -167,7 +172,8 @@ fn dry_run(protocol: &Protocol, args: &Args) -> anyhow::Result<ExitCode> {
     let parts = Grid::new(protocol, &prepared).outline();
     let engine = args.engine.start(&model)?;
     let mut bar = Bar::default();
-    let estimate = experiment::estimate(protocol, &prepared, &engine, &mut bar)?;
+    let kept = kept_vectors();
+    let estimate = experiment::estimate(protocol, &prepared, &engine, kept.as_deref(), &mut bar)?;
     drop(bar);
     let (trials, seconds): (usize, f64) =
         (estimate.trials.iter().sum(), estimate.seconds.iter().sum());
@@ -208,6 +214,11 @@ fn dry_run(protocol: &Protocol, args: &Args) -> anyhow::Result<ExitCode> {
         output.line(format!("trials that would take more than {budget} s in all are left out"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where vectors are kept for other runs.
+pub fn kept_vectors() -> Option<PathBuf> {
+    fetch::cache_folder().ok().map(|folder| folder.join("vectors"))
 }
 
 /// In the unit that a reader would choose.

@@ -2,7 +2,10 @@
 //!
 //! [`run`] is the whole of it: a protocol, a model and a folder in, finished trials in the folder.
 
-use std::{path::Path, str::FromStr};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use crate::{
     engine::{Engine, Finished, Job},
@@ -85,12 +88,15 @@ pub struct Summary {
 }
 
 /// How a run is carried out.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Ways {
     /// Finish a folder that was begun with another device, type or instruction set.
     pub allow_other_numerics: bool,
     /// Run only this part of the trials.
     pub shard: Option<Shard>,
+    /// A folder that keeps vectors by what they are made of: the model, the numerics, the recipe, the
+    /// prompts' tokens and the layers.
+    pub vectors: Option<PathBuf>,
 }
 
 /// One of several equal parts of a run's trials, for as many machines. Lines of all shards,
@@ -159,10 +165,11 @@ pub fn estimate(
     protocol: &Protocol,
     prepared: &Prepared,
     engine: &Engine,
+    kept: Option<&Path>,
     progress: &mut dyn Progress,
 ) -> Result<Estimate> {
     let run = Run { protocol, prepared, engine, numerics: engine.fingerprint() };
-    let vectors = run.extract(progress)?;
+    let vectors = run.extract(kept, progress)?;
     let plan = Plan::new(protocol, prepared, &vectors)?;
     let seconds = measure(&plan, protocol, engine, progress)?.seconds;
     let parts = 0..protocol.parts.len();
@@ -200,7 +207,7 @@ impl Run<'_> {
                 folder.write_manifest(&mixed)?;
             }
         }
-        let vectors = self.vectors(&folder, resumes, progress)?;
+        let vectors = self.vectors(&folder, resumes, ways.vectors.as_deref(), progress)?;
         let mut measured = Vec::new();
         if !resumes {
             if let Some(budget) = protocol.budget_seconds {
@@ -222,6 +229,7 @@ impl Run<'_> {
         &self,
         folder: &Folder,
         resumes: bool,
+        kept: Option<&Path>,
         progress: &mut dyn Progress,
     ) -> Result<ConceptVectors> {
         let (path, prepared) = (folder.vectors_path(), self.prepared);
@@ -231,20 +239,39 @@ impl Run<'_> {
             let site = self.protocol.vectors.site;
             return ConceptVectors::load(&path, hash, site, &words, &layers, dim);
         }
-        let vectors = self.extract(progress)?;
+        let vectors = self.extract(kept, progress)?;
         vectors.to_set(hash, &self.protocol.vectors.describe())?.save(&path)?;
         Ok(vectors)
     }
 
-    fn extract(&self, progress: &mut dyn Progress) -> Result<ConceptVectors> {
+    /// Those that are kept, or new ones, which are then kept where that is possible.
+    fn extract(&self, kept: Option<&Path>, progress: &mut dyn Progress) -> Result<ConceptVectors> {
         let (prepared, recipe) = (self.prepared, &self.protocol.vectors);
         let (layers, dim) = (prepared.layers(), prepared.model.dim);
         if let Some(file) = &recipe.file {
             let words = prepared.vector_words();
             return ConceptVectors::import(file, recipe.site, &words, &layers, dim);
         }
-        let recipe = recipe.recipe;
-        let made = vectors::extract(self.engine, recipe, &prepared.inputs, &layers, dim, progress)?;
+        let (hash, inputs) = (&prepared.model.hash, &prepared.inputs);
+        let version = env!("CARGO_PKG_VERSION");
+        let content = (version, hash, self.numerics, recipe.recipe, inputs, &layers);
+        let name = format!("{:.32}.safetensors", seeds::content_hash(&content));
+        let path = kept.map(|folder| folder.join(name));
+        let words = prepared.vector_words();
+        if let Some(vectors) = path.as_ref().filter(|path| path.exists()).and_then(|path| {
+            // One that can't be read is made anew.
+            ConceptVectors::load(path, hash, recipe.site, &words, &layers, dim).ok()
+        }) {
+            return Ok(vectors);
+        }
+        let made = vectors::extract(self.engine, recipe.recipe, inputs, &layers, dim, progress)?;
+        if let Some(path) = path {
+            // Vectors that can't be kept are no reason to stop.
+            let folder = path.parent().unwrap_or(Path::new(""));
+            let _ = fs_err::create_dir_all(folder)
+                .map_err(Error::from)
+                .and_then(|()| made.vectors.to_set(hash, &recipe.describe())?.save(&path));
+        }
         Ok(made.vectors)
     }
 

@@ -42,7 +42,7 @@ fn go_with(
 ) -> Result<Summary> {
     let prepared = fake::prepared(protocol, 4);
     let run = Run { protocol, prepared: &prepared, engine, numerics };
-    let ways = Ways { allow_other_numerics: allow, shard: None };
+    let ways = Ways { allow_other_numerics: allow, ..Ways::default() };
     run.into_folder(dir, ways, &mut ())
 }
 
@@ -348,4 +348,32 @@ fn the_quick_version_of_every_protocol_is_small() {
         assert!(places.into_iter().all(few), "{name}");
         assert_eq!(quick.quick().parts, quick.parts, "{name}");
     }
+}
+
+#[test]
+fn vectors_are_made_once_for_what_they_are_made_of() {
+    let kept = tempfile::tempdir().unwrap();
+    let run = |protocol: &Protocol, numerics: &Fingerprint| {
+        let dir = tempfile::tempdir().unwrap();
+        let prepared = fake::prepared(protocol, 4);
+        let engine = FakeEngine::default();
+        let run = Run { protocol, prepared: &prepared, engine: &engine, numerics };
+        let ways = Ways { vectors: Some(kept.path().join("vectors")), ..Ways::default() };
+        run.into_folder(dir.path(), ways, &mut ()).unwrap();
+        (engine.jobs.get(), sorted_lines(dir.path()))
+    };
+    let first = run(&small(), &fake::numerics());
+    let second = run(&small(), &fake::numerics());
+    assert_eq!(first.1, second.1);
+    assert_eq!(first.0 - second.0, 3 + 6, "three words and six of the baseline");
+    let mut elsewhere = small();
+    elsewhere.parts[0].places = protocol::Places::Layers(vec![0, 1, 3]);
+    let other = Fingerprint { isa: "avx2".into(), ..fake::numerics() };
+    run(&elsewhere, &fake::numerics());
+    run(&small(), &other);
+    let files = std::fs::read_dir(kept.path().join("vectors")).unwrap();
+    let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    assert_eq!(files.len(), 3, "other layers, other numerics");
+    files.iter().for_each(|file| std::fs::write(file, "broken").unwrap());
+    assert_eq!(run(&small(), &fake::numerics()), first, "what can't be read is made anew");
 }

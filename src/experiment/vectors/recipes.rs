@@ -1,5 +1,7 @@
 //! The arithmetic of concept vectors: what is asked of the model, and what is made of the answers.
 
+use serde::Serialize;
+
 use super::ConceptVectors;
 use crate::{
     engine::{Capture, Job, norm},
@@ -29,7 +31,7 @@ pub struct Extraction {
 }
 
 /// What vectors are made from.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Inputs {
     /// Where the stream is read.
     pub site: Site,
