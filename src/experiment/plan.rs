@@ -182,7 +182,10 @@ impl<'a> Plan<'a> {
             inject: inject.collect(),
             sampling: self.sampling(&trial.cell, trial.seed),
             n: 1,
-            watch: self.watch(&trial.cell),
+            watch: match self.watch(&trial.cell) {
+                none if none.is_empty() => vec![0], // so that the first token is reported
+                watch => watch,
+            },
             capture: self.capture(trial),
             ..Job::default()
         }

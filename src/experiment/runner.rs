@@ -385,7 +385,7 @@ fn first_token<'a>(plan: &Plan, trial: &Planned, finished: &'a Finished) -> Resu
     let (yes, no) = plan.answers(trial);
     let words = if plan.part(trial).kind == Kind::Readout { plan.words(trial).len() } else { 0 };
     let first = finished.outcome.first.as_ref();
-    first.filter(|first| first.watch.len() == yes + no + words).ok_or_else(|| {
+    first.filter(|first| first.watch.len() == (yes + no + words).max(1)).ok_or_else(|| {
         Error::new("the engine did not report the watched logits").at(name_of(plan, trial))
     })
 }
