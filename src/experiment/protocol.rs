@@ -163,6 +163,7 @@ pub enum Table {
     Bias,
     Replies,
     Detection,
+    Outcomes,
     Texts,
     Intents,
     Probes,

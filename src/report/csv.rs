@@ -24,6 +24,9 @@ pub(super) fn files(tables: &Tables) -> Vec<(String, String)> {
         add(&["replies", &table.part, &table.prompt], values(&table.arms));
         add(&["detection", &table.part, &table.prompt], values(&table.contrasts));
     }
+    for table in &tables.outcomes {
+        add(&["outcomes", &table.part, &table.prompt], values(&table.rows));
+    }
     for table in &tables.texts {
         add(&["texts", &table.part], values(&table.rows));
     }

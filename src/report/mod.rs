@@ -28,9 +28,9 @@ mod versus;
 
 pub use headline::{Headline, Meaning, ReadHeadline, ReplyHeadline};
 pub use tables::{
-    BiasRow, BiasTable, Cell, Chosen, Contrast, IntentRow, IntentTable, MarginCell, ProbeContrast,
-    ProbeCurve, ProbePoint, ProbeTable, Progress, ReadTable, ReadoutCell, ReceiptRow, ReplyArm,
-    ReplyTable, Scope, Tables, TextRow, TextTable,
+    BiasRow, BiasTable, Cell, Chosen, Contrast, IntentRow, IntentTable, MarginCell, OutcomeRow,
+    OutcomeTable, ProbeContrast, ProbeCurve, ProbePoint, ProbeTable, Progress, ReadTable,
+    ReadoutCell, ReceiptRow, ReplyArm, ReplyTable, Scope, Tables, TextRow, TextTable,
 };
 
 pub use self::versus::Versus;

@@ -2,6 +2,7 @@
 
 mod bias;
 mod intents;
+mod outcomes;
 mod probes;
 mod read;
 mod receipts;
@@ -16,7 +17,7 @@ pub(super) use self::probes::BINS;
 use super::index::{Entry, Group, Index, Kind};
 use crate::{
     experiment::{
-        results::Condition,
+        results::{Condition, Outcome},
         stats::{Count, Detection, Difference, Interval, Rate},
     },
     request::StrengthMode,
@@ -91,6 +92,8 @@ pub struct Tables {
     pub biases: Vec<BiasTable>,
     /// One for each prompt of a sampled part.
     pub replies: Vec<ReplyTable>,
+    /// One for each prompt that asks for a thought or for a sentence, in parts that do not ask for both.
+    pub outcomes: Vec<OutcomeTable>,
     /// One for each part that asks for a thought and for a sentence.
     pub texts: Vec<TextTable>,
     /// One for each prompt that asks whether a word was meant.
@@ -288,6 +291,34 @@ pub struct Contrast {
     pub detection: Option<Detection>,
 }
 
+/// How often a prompt's replies are successes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OutcomeTable {
+    /// The part.
+    pub part: String,
+    /// The prompt.
+    pub prompt: String,
+    /// What the replies are judged on.
+    pub outcome: Outcome,
+    /// The doses' unit.
+    pub mode: Option<StrengthMode>,
+    /// Condition by scope: all, each dose, each cell; clean once.
+    pub rows: Vec<OutcomeRow>,
+}
+
+/// One condition's successes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct OutcomeRow {
+    /// What was injected.
+    pub condition: Condition,
+    /// Which cells.
+    pub scope: Scope,
+    /// All the prompt's verdicts hold.
+    pub success: Rate,
+    /// Of concept vectors: less the same under random vectors, in pairs.
+    pub net: Option<Difference>,
+}
+
 /// A thought that is injected over a sentence, and the sentence itself.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TextTable {
@@ -436,6 +467,7 @@ pub(super) fn build(index: &Index) -> Tables {
             .collect(),
         biases: bias::tables(index),
         replies: index.of_kind(Kind::Sampled).map(|g| replies::table(g, index)).collect(),
+        outcomes: outcomes::tables(index),
         texts: texts::tables(index),
         intents: intents::tables(index),
         probes: probes::tables(index),

@@ -598,6 +598,18 @@ fn the_other_experiments_choose_on_one_half_and_report_the_other() {
     assert_eq!(row(Condition::Concept).both.count, Count { k: 48, n: 96 });
     assert_eq!(row(Condition::Clean).both.count, Count { k: 0, n: 24 });
     assert!((row(Condition::Concept).net.unwrap().value - 0.5).abs() < 1e-12);
+    assert!(tables.outcomes.is_empty(), "both are asked for");
+    let mut alone = run.clone();
+    alone.trials.retain(|trial| trial.prompt == "think");
+    let [table] = &self::tables(&alone).outcomes[..] else { panic!("one of them alone") };
+    let row =
+        table.rows.iter().find(|r| (r.condition, r.scope) == (Condition::Concept, Scope::All));
+    let row = row.unwrap();
+    assert_eq!(row.success.count, Count { k: 48, n: 96 });
+    assert!((row.net.unwrap().value - 0.5).abs() < 1e-12);
+    let printed = text(&alone).replace('\n', " ");
+    assert!(printed.contains("Replies to think succeed in 50%"), "{printed}");
+    assert!(html(&alone).contains("<h2>How often it succeeds</h2>"));
     let [intents] = &tables.intents[..] else { panic!("one prompt asks") };
     let score = intents.score.unwrap();
     assert_eq!((score.cell.layer, score.held_out, score.all), (12, 1.0, 1.0));

@@ -8,8 +8,8 @@ use super::{
     headline::Headline,
     index::Index,
     tables::{
-        BiasTable, IntentTable, ProbePoint, ProbeTable, ReadTable, ReplyTable, Scope, Tables,
-        TextTable,
+        BiasTable, IntentTable, OutcomeTable, ProbePoint, ProbeTable, ReadTable, ReplyTable, Scope,
+        Tables, TextTable,
     },
 };
 use crate::experiment::stats::Interval;
@@ -38,6 +38,7 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
     section("readout", tables.reads.iter().map(read).collect());
     section("bias", tables.biases.iter().map(bias).collect());
     section("replies", tables.replies.iter().map(replies).collect());
+    section("outcomes", tables.outcomes.iter().map(outcomes).collect());
     section("texts", tables.texts.iter().map(texts).collect());
     section("intents", tables.intents.iter().map(intents).collect());
     section("probes", tables.probes.iter().map(probes).collect());
@@ -147,6 +148,25 @@ fn replies(table: &ReplyTable) -> String {
         count(table.chance),
         align(&rows),
         align(&nets)
+    )
+}
+
+fn outcomes(table: &OutcomeTable) -> String {
+    let mut rows =
+        vec![["condition", "cells", "success", "less random"].map(str::to_owned).to_vec()];
+    for row in table.rows.iter().filter(|row| !matches!(row.scope, Scope::Cell(_))) {
+        let net = row
+            .net
+            .map_or("–".into(), |net| format!("{} {}", signed(net.value), points(net.interval)));
+        let cells = cells(row.condition, &row.scope);
+        rows.push(vec![condition(row.condition).into(), cells, rate(&row.success), net]);
+    }
+    format!(
+        "\nSuccesses (dose {}) [{} / {}]\n{}",
+        unit(table.mode),
+        table.part,
+        table.prompt,
+        align(&rows)
     )
 }
 

@@ -59,6 +59,12 @@ fn rates(tables: &Tables) -> Vec<(Key, Rate)> {
             all.extend(rates.map(|(what, rate)| (key(what), rate)));
         }
     }
+    for table in &tables.outcomes {
+        let name = format!("outcomes {}/{}", table.part, table.prompt);
+        for row in &table.rows {
+            all.push(((name.clone(), row.condition, row.scope, "success"), row.success));
+        }
+    }
     for table in &tables.texts {
         for row in &table.rows {
             let rates = [("thinks", row.thinks), ("repeats", row.repeats), ("both", row.both)];

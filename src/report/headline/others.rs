@@ -3,17 +3,42 @@
 use crate::{
     experiment::{results::Condition, stats::Rate},
     report::{
-        format::{decimal, depth, percent, rate, signed},
-        tables::{IntentTable, ProbePoint, ProbeTable, Scope, Tables, TextTable},
+        format::{decimal, depth, percent, points, rate, signed},
+        tables::{IntentTable, OutcomeTable, ProbePoint, ProbeTable, Scope, Tables, TextTable},
     },
 };
 
 pub(super) fn sentences(tables: &Tables) -> Vec<String> {
     let mut all = Vec::new();
+    tables.outcomes.iter().for_each(|table| outcome(table, &mut all));
     tables.texts.iter().for_each(|table| texts(table, &mut all));
     tables.intents.iter().for_each(|table| intents(table, &mut all));
     tables.probes.iter().for_each(|table| probes(table, &mut all));
     all
+}
+
+fn outcome(table: &OutcomeTable, all: &mut Vec<String>) {
+    let of = |condition| {
+        table.rows.iter().find(|row| (row.condition, row.scope) == (condition, Scope::All))
+    };
+    let Some(concept) = of(Condition::Concept) else { return };
+    let others = [("random vectors", Condition::Random), ("clean", Condition::Clean)];
+    let others = others.into_iter().filter_map(|(name, condition)| {
+        Some(format!("{name} {}", percent(of(condition)?.success.share)))
+    });
+    let net = concept.net.map_or(String::new(), |net| {
+        format!(
+            "; less random, in percentage points, {} {}",
+            signed(net.value),
+            points(net.interval)
+        )
+    });
+    all.push(format!(
+        "Replies to {} succeed in {} under concept vectors ({}){net}.",
+        table.prompt,
+        rate(&concept.success),
+        others.collect::<Vec<_>>().join(", ")
+    ));
 }
 
 fn texts(table: &TextTable, all: &mut Vec<String>) {

@@ -6,6 +6,7 @@ mod every_reply;
 mod explore;
 mod heat;
 mod intents;
+mod outcomes;
 mod probes;
 mod prompts;
 mod readout;
@@ -39,6 +40,7 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
         ("bias", "Is “yes” just pushed up?", bias::html(tables)),
         ("replies", "What the replies say", replies::html(tables)),
         ("detection", "Hits against false alarms", replies::detection(tables)),
+        ("outcomes", "How often it succeeds", outcomes::html(tables)),
         ("texts", "Thought against text", texts::html(tables)),
         ("intents", "Is a word that was put in its mouth owned?", intents::html(tables)),
         ("probes", "What is thought of while writing", probes::html(tables)),
