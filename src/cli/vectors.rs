@@ -46,7 +46,7 @@ pub struct Args {
     /// How: mean-difference, single, contrast, pca, embedding or unembedding
     #[arg(long, value_name = "RECIPE", default_value = "mean-difference", value_parser = recipe)]
     recipe: Recipe,
-    /// Where: resid_pre, resid_mid or resid_post
+    /// Where in a block, as in requests: `resid_pre`, `resid_mid` or `resid_post`
     #[arg(long, value_name = "SITE", default_value = "resid_post", value_parser = site)]
     site: Site,
     /// For contrast and pca: what the user says with the concept ({word} in it) and without; may be repeated

@@ -146,7 +146,7 @@ fn body(reply: &Reply, grade: Option<&Grade>) -> String {
         ranges.filter(|range| reply.text.get(range.clone()).is_some()).collect();
     ranges.sort_by_key(|range| range.start);
     let (mut out, mut done) = (String::new(), 0);
-    for range in ranges.into_iter() {
+    for range in ranges {
         if range.start < done {
             continue; // in or across one that is marked
         }
