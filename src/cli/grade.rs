@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{
     args::{EngineArgs, ModelArgs},
     output::{Output, note},
-    progress::Bar,
+    progress::{Bar, stop_in_order},
 };
 use crate::{
     error::{Error, Result},
@@ -129,8 +129,12 @@ pub struct Counts {
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let plans = match args.judge {
         Some(kind) => vec![args.plan(kind)?],
-        None => folder::parse_protocol(&folder::load(&args.dir)?.manifest.protocol)?.judges,
+        None => {
+            args.check_no_judge()?;
+            folder::parse_protocol(&folder::load(&args.dir)?.manifest.protocol)?.judges
+        }
     };
+    stop_in_order();
     let mut output = Output::new();
     let mut missing = 0;
     for plan in plans {
@@ -152,6 +156,22 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 impl Args {
+    /// What only a judge of the command line can mean.
+    fn check_no_judge(&self) -> Result<()> {
+        let given = [
+            ("--model", self.model.model.is_some()),
+            ("--url", self.endpoint.url.is_some()),
+            ("--name", self.endpoint.name.is_some()),
+            ("--questions", self.questions.is_some()),
+        ];
+        match given.iter().find(|(_, is_given)| *is_given) {
+            None => Ok(()),
+            Some((flag, _)) => Err(Error::new("this goes with a judge")
+                .at(*flag)
+                .expected("--judge local or --judge http beside it")),
+        }
+    }
+
     /// The judge of the command line.
     fn plan(&self, kind: Kind) -> Result<JudgePlan> {
         let questions = self.questions.clone();
@@ -190,7 +210,15 @@ fn judge(args: &Args, plan: &JudgePlan) -> Result<Counts> {
             judged(args, &Local { model: &model, engine: &engine }, questions.as_deref())
         }
         JudgePlan::Http { url, name, key_env, questions } => {
-            let endpoint = args.endpoint.open(url, name, key_env.as_deref())?;
+            // A run folder may come from anybody: it can't choose which variable is sent where.
+            let own = &args.endpoint;
+            if let (Some(variable), None, None) = (key_env, &own.key_env, &own.key_file) {
+                return Err(Error::new("the protocol's judge wants a key")
+                    .at(url.clone())
+                    .expected(format!("--key-env {variable}, or --key-file"))
+                    .hint("only the command line says which key is sent to this address"));
+            }
+            let endpoint = own.open(url, name, own.key_env.as_deref())?;
             judged(args, &Http(endpoint), questions.as_deref())
         }
     }

@@ -1,6 +1,6 @@
 //! The command line: one file a subcommand. Standard output is data, standard error everything
 //! else; exit codes: 0 done, 1 finished but something failed its check, 2 usage, configuration or
-//! environment.
+//! environment, 130 interrupted.
 
 mod agreement;
 mod args;
@@ -33,6 +33,8 @@ use clap::{Parser, Subcommand};
 
 /// Something was run to its end but failed its check.
 const FAILED_CHECK: u8 = 1;
+/// Stopped by an interrupt, with everything stored that was finished.
+const INTERRUPTED: u8 = 130;
 /// Usage, configuration or environment.
 const REFUSED: u8 = 2;
 

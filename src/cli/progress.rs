@@ -1,7 +1,10 @@
 //! Progress bars, drawn on standard error where it is a terminal.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
+use super::{INTERRUPTED, output::note};
 use crate::experiment::Progress;
 
 /// One bar at a time: a new kind of work gets a new bar.
@@ -45,7 +48,25 @@ impl Bar {
     }
 }
 
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// From now on an interrupt (Ctrl-C) ends what is under way in order; a second one ends it at once.
+pub fn stop_in_order() {
+    let handler = || {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(INTERRUPTED.into());
+        }
+        note("stopping when what is under way is finished and stored; once more to stop at once");
+    };
+    // Where no handler can be set an interrupt ends the process as ever: whole lines are safe.
+    let _ = ctrlc::set_handler(handler);
+}
+
 impl Progress for Bar {
+    fn stops(&self) -> bool {
+        STOP.load(Ordering::SeqCst)
+    }
+
     fn advance(&mut self, stage: &str, done: u64, total: u64, tokens: u64) {
         self.show(stage, done, total, tokens);
     }

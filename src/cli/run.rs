@@ -9,11 +9,11 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    FAILED_CHECK,
+    FAILED_CHECK, INTERRUPTED,
     args::{EngineArgs, ModelArgs},
     fetch,
     output::{Output, note},
-    progress::Bar,
+    progress::{Bar, stop_in_order},
 };
 use crate::{
     error::{Context, Error, Result},
@@ -97,6 +97,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         shard: args.shard,
         vectors: kept_vectors(),
     };
+    stop_in_order();
     let clock = Instant::now();
     let summary = run(&protocol, &model, &args.engine, out, ways)?;
     let mut output = Output::new();
@@ -117,7 +118,11 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         let now = summary.run;
         output.line(format!("{trials} trials in {} ({now} run now{took})", out.display()))?;
     }
-    note(format!("next: inkling grade {0} && inkling report {0}", out.display()));
+    if summary.stopped {
+        note("stopped: the same command goes on where it ended");
+    } else {
+        note(format!("next: inkling grade {0} && inkling report {0}", out.display()));
+    }
     Ok(exit_code(&summary))
 }
 
@@ -147,9 +152,13 @@ pub fn run(
     Ok(summary)
 }
 
-/// 1 where a trial's injection was not as planned.
+/// 1 where a trial's injection was not as planned, 130 after an interrupt.
 pub fn exit_code(summary: &Summary) -> ExitCode {
-    if summary.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED_CHECK) }
+    match summary {
+        Summary { stopped: true, .. } => ExitCode::from(INTERRUPTED),
+        Summary { failed, .. } if failed.is_empty() => ExitCode::SUCCESS,
+        _ => ExitCode::from(FAILED_CHECK),
+    }
 }
 
 /// Fails now, and leaves nothing, if the folder could not be made or written to later.

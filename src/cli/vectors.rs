@@ -209,6 +209,16 @@ fn import(args: &Args, model: &Model) -> Result<()> {
                 (layers, ..) => layers.to_vec(),
             };
             layers_exist(&layers, model.config.layers)?;
+            if layers.windows(2).any(|pair| pair[0] >= pair[1]) {
+                return Err(Error::new("the blocks of a vector's rows must ascend")
+                    .at(format!("{}#{name}", place()))
+                    .got(format!("{layers:?}")));
+            }
+            let hash = model.hash()?;
+            if from.header.model_hash.as_ref().is_some_and(|own| *own != hash) {
+                return Err(Error::new("the vectors are of another model").at(place()));
+            }
+            let site = from.header.site.unwrap_or(args.site);
             let count = named.as_ref().map_or(rows.unwrap_or(1), Vec::len);
             if layers.len() != count {
                 return Err(Error::new(
@@ -226,12 +236,15 @@ fn import(args: &Args, model: &Model) -> Result<()> {
             let rows = (0..count).map(row).collect::<Result<Vec<_>>>().at(place)?;
             let set = set.get_or_insert_with(|| {
                 VectorSet::new(Header {
-                    model_hash: model.hash().ok(),
-                    site: from.header.site.or(Some(args.site)),
+                    model_hash: Some(hash.clone()),
+                    site: Some(site),
                     layers: layers.clone(),
                     recipe: format!("imported from {}", place()),
                 })
             });
+            if set.header.site != Some(site) {
+                return Err(Error::new("the files' vectors are of different sites").at(place()));
+            }
             if set.header.layers != layers {
                 return Err(Error::new("the files' vectors are of different blocks")
                     .at(place())

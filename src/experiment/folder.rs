@@ -273,7 +273,7 @@ pub fn check_same_run(
         let show = |run: &Manifest| format!("{} ({:.12})", run.model.name, run.model.hash);
         return refuse("the folder holds a run of another model", show(stored), show(new));
     }
-    let (before, now) = (uncut(&stored.protocol)?, uncut(&new.protocol)?);
+    let (before, now) = (identity(&stored.protocol)?, identity(&new.protocol)?);
     if let Some(path) = difference(&before, &now, String::new()) {
         let name = |run: &Manifest| run.protocol["name"].to_string();
         let got = format!("{}, which differs in {path}", name(new));
@@ -313,9 +313,9 @@ fn mixed(a: &Fingerprint, b: &Fingerprint) -> Fingerprint {
     }
 }
 
-/// The protocol of a manifest as it was before cuts.
-fn uncut(protocol: &serde_json::Value) -> Result<serde_json::Value> {
-    let parsed = parse_protocol(protocol)?.uncut();
+/// See [`Protocol::identity`].
+fn identity(protocol: &serde_json::Value) -> Result<serde_json::Value> {
+    let parsed = parse_protocol(protocol)?.identity();
     serde_json::to_value(parsed).map_err(|error| Error::new("can't write the protocol").got(error))
 }
 

@@ -12,6 +12,7 @@ mod local;
 mod templates;
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap},
     path::Path,
 };
@@ -49,8 +50,11 @@ pub type Answer = std::result::Result<String, String>;
 
 /// Who answers questions.
 pub trait Judge {
-    /// What makes its answers its own: kind and model.
+    /// Kind and model, to be read.
     fn name(&self) -> String;
+
+    /// What else makes its answers its own: the model's hash, or where it is asked.
+    fn identity(&self) -> Result<String>;
 
     /// Asks the questions, taken as they can be asked, and hands out each one's index and answer, in any
     /// order. An error where none can be answered; what was handed out before holds.
@@ -114,7 +118,8 @@ pub fn grade(
 ) -> Result<Vec<Grade>> {
     let run = folder::load(dir)?;
     let protocol = folder::parse_protocol(&run.manifest.protocol)?;
-    let name = format!("{}/{}", judge.name(), &templates.hash()[..8]);
+    let asked_how = seeds::content_hash(&(templates.hash(), judge.identity()?));
+    let name = format!("{}/{:.8}", judge.name(), asked_how);
     let folder = Folder::open(dir)?;
     let mut answers = HashMap::new();
     let mut lines = folder.judgements(|line: Judgement| {
@@ -139,7 +144,7 @@ pub fn grade(
     let mut pending: Vec<(Criterion, String, Question)> = Vec::new();
     for control in &controls {
         let key = key(&control.question);
-        if !answers.contains_key(&key) {
+        if !is_answered(&answers, &key, &control.question) {
             pending.push((control.criterion, key, control.question.clone()));
         }
     }
@@ -158,8 +163,9 @@ pub fn grade(
     let mut open: BTreeMap<String, (Criterion, usize)> = BTreeMap::new();
     for (at, trial) in run.trials.iter().enumerate().filter(|(_, trial)| trial.reply.is_some()) {
         for criterion in asked(case.outcome(trial)) {
-            let key = key(&case.question(trial, *criterion)?);
-            if !answers.contains_key(&key) {
+            let question = case.question(trial, *criterion)?;
+            let key = key(&question);
+            if !is_answered(&answers, &key, &question) {
                 open.insert(key, (*criterion, at));
             }
         }
@@ -167,8 +173,11 @@ pub fn grade(
     let trials = &run.trials;
     let mut failures = HashMap::new();
     let open: Vec<(String, (Criterion, usize))> = open.into_iter().collect();
-    let mut questions =
-        open.iter().map_while(|(_, (criterion, at))| case.question(&trials[*at], *criterion).ok());
+    let stop = Cell::new(progress.stops());
+    let mut questions = open
+        .iter()
+        .take_while(|_| !stop.get())
+        .map_while(|(_, (criterion, at))| case.question(&trials[*at], *criterion).ok());
     let mut done = 0;
     judge.ask(&mut questions, &mut |index, answer| {
         let (key, (criterion, _)) = &open[index];
@@ -183,6 +192,7 @@ pub fn grade(
         }
         done += 1;
         progress.advance("judging", done, open.len() as u64, 0);
+        stop.set(progress.stops());
         Ok(())
     })?;
     lines.sync()?;
@@ -256,6 +266,11 @@ fn ask(
         progress.advance("controls", done, pending.len() as u64, 0);
         Ok(())
     })
+}
+
+/// Whether there is an answer that can be read; one that can't is asked for again.
+fn is_answered(answers: &HashMap<String, String>, key: &str, question: &Question) -> bool {
+    answers.get(key).is_some_and(|answer| question.options.read(answer).is_some())
 }
 
 /// What an answer says.

@@ -68,6 +68,11 @@ impl Jobs for Engine {
 pub trait Progress {
     /// `stage` is `vectors`, `measuring` or `trials`; `total` 0: not known; `tokens`: drawn so far.
     fn advance(&mut self, stage: &str, done: u64, total: u64, tokens: u64);
+
+    /// Whether nothing more is to be begun. What is under way is finished and stored.
+    fn stops(&self) -> bool {
+        false
+    }
 }
 
 impl Progress for () {
@@ -83,6 +88,8 @@ pub struct Summary {
     pub resumed: usize,
     /// Trials run now.
     pub run: usize,
+    /// Whether it was stopped before all were run.
+    pub stopped: bool,
     /// Trials, of all in the folder, whose injection failed its check: id and what failed.
     pub failed: Vec<(String, String)>,
 }
@@ -160,7 +167,7 @@ pub struct Estimate {
     pub drawn_tokens: u64,
 }
 
-/// Measures a few trials of each part and counts the tokens of all; nothing is stored.
+/// Measures a few trials of each part and counts the tokens of all. Only vectors are kept, in `kept`.
 pub fn estimate(
     protocol: &Protocol,
     prepared: &Prepared,
@@ -313,13 +320,15 @@ impl Run<'_> {
             }
         }
         let is_left = |place: usize| shard.is_none_or(|shard| shard.has(place)) && !finished[place];
-        run += runner::execute(plan, &is_left, self.engine, &mut save, progress)?;
+        let done = runner::execute(plan, &is_left, self.engine, &mut save, progress)?;
+        run += done.trials;
         lines.sync()?;
         let manifest = folder.stored().cloned();
         Ok(Summary {
             manifest: manifest.ok_or_else(|| Error::new("the run has no manifest"))?,
             resumed,
             run,
+            stopped: done.stopped,
             failed,
         })
     }
@@ -327,7 +336,7 @@ impl Run<'_> {
     /// Without vectors only what identifies the run.
     fn manifest(&self, protocol: &Protocol, vectors: Option<&ConceptVectors>) -> Result<Manifest> {
         let to_value = serde_json::to_value(protocol);
-        let identity = (&protocol.uncut(), &self.prepared.model.hash, self.numerics);
+        let identity = (&protocol.identity(), &self.prepared.model.hash, self.numerics);
         Ok(Manifest {
             schema: seeds::SCHEMA,
             run: seeds::content_hash(&identity),

@@ -39,8 +39,8 @@ pub struct Plan<'a> {
     concepts: &'a ConceptVectors,
 }
 
-/// By word, block, condition and [`draw`].
-type Vectors<'a> = HashMap<(&'a str, usize, Condition, u32), Content>;
+/// By part, word, block, condition and [`draw`]: which other word's vector a word gets is the part's.
+type Vectors<'a> = HashMap<(usize, &'a str, usize, Condition, u32), Content>;
 
 /// A vector and its hash.
 struct Content {
@@ -262,7 +262,7 @@ impl<'a> Plan<'a> {
 
     fn content(&self, cell: &Cell<'a>, layer: usize) -> &Content {
         let draw = draw(cell.condition, cell.repeat);
-        &self.vectors[&(cell.concept, layer, cell.condition, draw)]
+        &self.vectors[&(cell.part, cell.concept, layer, cell.condition, draw)]
     }
 
     fn watch(&self, cell: &Cell) -> Vec<u32> {
@@ -285,7 +285,9 @@ impl<'a> Plan<'a> {
                 top_p: draw.top_p as f32,
                 top_k: draw.top_k,
                 seed,
-                max_tokens: draw.max_tokens,
+                max_tokens: self.protocol.prompts[cell.prompt]
+                    .max_tokens
+                    .unwrap_or(draw.max_tokens),
                 ..Sampling::default()
             },
         }
@@ -363,7 +365,7 @@ fn contents<'a>(
     concepts: &ConceptVectors,
 ) -> Result<Vectors<'a>> {
     let mut contents = HashMap::new();
-    for (part, prepared) in protocol.parts.iter().zip(&prepared.parts) {
+    for (index, (part, prepared)) in protocol.parts.iter().zip(&prepared.parts).enumerate() {
         if part.conditions.contains(&Condition::Other) && prepared.words.len() < 2 {
             return Err(
                 Error::new("condition other needs two words").at(format!("part {:?}", part.name))
@@ -392,7 +394,7 @@ fn contents<'a>(
                     };
                     let hash = seeds::vector_hash(&vector);
                     let content = Content { vector: vector.into(), hash };
-                    contents.insert((word.as_str(), layer, *condition, draw), content);
+                    contents.insert((index, word.as_str(), layer, *condition, draw), content);
                 }
             }
         }

@@ -279,6 +279,8 @@ pub struct PromptPlan {
     pub outcome: Outcome,
     /// The verdicts that make a reply a success, all together.
     pub success: Vec<Criterion>,
+    /// The most tokens of its replies, instead of the part's.
+    pub max_tokens: Option<u32>,
     /// Where injections act.
     pub window: Window,
     /// Where those of condition `after` act.
@@ -530,7 +532,14 @@ impl Protocol {
         let mut quick = self.clone();
         quick.name = format!("{} (quick)", self.name);
         for part in &mut quick.parts {
-            part.count = Some(part.count.unwrap_or(part.words.len()).min(QUICK_WORDS));
+            part.count = match part.count {
+                // How many of the list are single tokens is the model's: all of a shorter list.
+                None if part.single_token => {
+                    part.words.truncate(2 * QUICK_WORDS);
+                    None
+                }
+                count => Some(count.unwrap_or(part.words.len()).min(QUICK_WORDS)),
+            };
             part.repeats = 1;
             if part.kind != Kind::Probe {
                 part.places = part.places.few();
@@ -550,6 +559,17 @@ impl Protocol {
     #[must_use]
     pub fn uncut(&self) -> Self {
         Self { cuts: Vec::new(), ..self.clone() }
+    }
+
+    /// What makes a run the same run: not its cuts, nor who grades it, what is shown of it, or where a file of
+    /// vectors lies (their content is in every trial's id).
+    #[must_use]
+    pub fn identity(&self) -> Self {
+        let mut identity = self.uncut();
+        identity.judges = Vec::new();
+        identity.tables = Vec::new();
+        identity.vectors.file = None;
+        identity
     }
 
     /// The cut of a part, if there is one.

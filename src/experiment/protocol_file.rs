@@ -7,6 +7,7 @@ use serde::Deserialize;
 use crate::{
     error::{Context, Error, Result},
     experiment::{
+        judging::chat::Endpoint,
         protocol::{
             Answer, Answers, Chat, Draw, JudgePlan, Kind, Part, Places, PromptPlan, Protocol,
             Recipe, Setting, Table, VectorRecipe, Window,
@@ -123,6 +124,8 @@ struct PromptTable {
     outcome: Option<Outcome>,
     /// The verdicts that make a success, all together.
     success: Option<Vec<Criterion>>,
+    /// The most tokens of its replies, instead of the part's.
+    max_tokens: Option<u32>,
     /// Where injections act.
     window: Option<Window>,
     /// Where those of condition after act.
@@ -144,6 +147,7 @@ impl PromptTable {
             answer: self.answer,
             outcome: self.outcome.or(other.outcome),
             success: self.success.or(other.success),
+            max_tokens: self.max_tokens.or(other.max_tokens),
             window: self.window.or(other.window),
             after: self.after.or(other.after),
             probe: self.probe.or(other.probe),
@@ -287,7 +291,7 @@ pub(super) fn parse(text: &str, base: &Path, settings: &[Setting]) -> Result<Pro
         answers,
         prompts,
         parts,
-        judges: file.judges.unwrap_or_else(|| vec![JudgePlan::Rules]),
+        judges: judges(file.judges, base).at(|| "judges".into())?,
         tables: file.tables,
         cuts: Vec::new(),
     })
@@ -295,6 +299,25 @@ pub(super) fn parse(text: &str, base: &Path, settings: &[Setting]) -> Result<Pro
 
 fn check(good: bool, error: impl FnOnce() -> Error) -> Result<()> {
     if good { Ok(()) } else { Err(error()) }
+}
+
+/// With their files beside the protocol, and addresses that hold no secret.
+fn judges(given: Option<Vec<JudgePlan>>, base: &Path) -> Result<Vec<JudgePlan>> {
+    let mut judges = given.unwrap_or_else(|| vec![JudgePlan::Rules]);
+    for judge in &mut judges {
+        match judge {
+            JudgePlan::Rules => {}
+            JudgePlan::Local { model, questions } => {
+                *model = base.join(&*model);
+                *questions = questions.take().map(|file| base.join(file));
+            }
+            JudgePlan::Http { url, name, questions, .. } => {
+                Endpoint::new(url.as_str(), name.as_str()).check()?;
+                *questions = questions.take().map(|file| base.join(file));
+            }
+        }
+    }
+    Ok(judges)
 }
 
 fn default_answers() -> Answers {
@@ -405,6 +428,7 @@ fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result
     let question = table.question.unwrap_or_default();
     check_placeholders(&question, &["word", "trial", "sentence"]).at(|| "question".into())?;
     let success = table.success.unwrap_or_else(|| outcome.success(yes_no));
+    check(table.max_tokens != Some(0), || Error::new("nothing is drawn").at("max_tokens"))?;
     check_distinct(&success, "success")?;
     check(!success.is_empty() && success.iter().all(|c| outcome.criteria().contains(c)), || {
         let judged = outcome.criteria().iter().map(|criterion| criterion.name());
@@ -422,6 +446,7 @@ fn prompt(mut table: PromptTable, all: &BTreeMap<String, PromptTable>) -> Result
         answer: table.answer,
         outcome,
         success,
+        max_tokens: table.max_tokens,
         window: table.window.unwrap_or_default().map_texts(ask),
         after: table.after.map(|window| window.map_texts(ask)),
         probe: table.probe.map(|window| window.map_texts(ask)),

@@ -190,6 +190,7 @@ fn judges_and_tables_are_named() {
     for (field, want) in [
         ("judges = [{ kind = \"oracle\" }]", "oracle"),
         ("judges = [{ kind = \"http\", url = \"u\" }]", "name"),
+        ("judges = [{ kind = \"http\", url = \"http://me:pw@h/v1\", name = \"m\" }]", "URL"),
         ("judges = [{ kind = \"http\", url = \"u\", name = \"m\", key = \"secret\" }]", "key"),
         ("tables = [\"plots\"]", "plots"),
     ] {

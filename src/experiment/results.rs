@@ -143,7 +143,7 @@ pub struct Readout {
 pub struct Probed {
     /// The probed tokens' texts.
     pub pieces: Vec<String>,
-    /// Blocks; the site is `resid_post`.
+    /// Blocks; the site is that of the run's vectors.
     pub layers: Vec<usize>,
     /// (layers, tokens): cosine of the stream with the word's vector.
     pub cosine: Vec<Vec<f32>>,
@@ -222,7 +222,8 @@ impl Grade {
                 Criterion::Identifies if !knows => Criterion::Mentions,
                 other => *other,
             };
-            Some(all && self.yes(criterion)?)
+            let yes = self.yes(criterion)?;
+            Some(all && yes)
         })
     }
 }

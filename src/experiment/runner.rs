@@ -1,9 +1,10 @@
 //! Runs planned trials on an engine and hands out their finished lines.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeSet, HashMap, VecDeque},
     iter::{self, Peekable},
+    rc::Rc,
 };
 
 use crate::{
@@ -23,7 +24,7 @@ use crate::{
 const CHANGE_TOLERANCE: f32 = 0.01;
 
 /// Runs the trials at the wanted places of the plan's grid, in order, and hands each finished line
-/// to `save` in the order in which they finish; says how many it was. A line is handed out once and
+/// to `save` in the order in which they finish. A line is handed out once and
 /// complete; what is lost when the process is killed is only what was in flight. Trials are made as
 /// the engine asks for them.
 pub fn execute(
@@ -32,22 +33,35 @@ pub fn execute(
     engine: &dyn Jobs,
     save: &mut dyn FnMut(Trial) -> Result<()>,
     progress: &mut dyn Progress,
-) -> Result<usize> {
+) -> Result<Done> {
     let total = (0..plan.grid().len()).filter(|place| is_wanted(*place)).count();
-    let mut tally = Tally { save, progress, done: 0, total: total as u64, tokens: 0 };
+    let stop = Rc::new(Cell::new(progress.stops()));
+    let mut tally = Tally { save, progress, stop, done: 0, total: total as u64, tokens: 0 };
     for (part, kind) in plan.kinds().enumerate() {
         let wanted = plan.grid().of_part(part).filter(|place| is_wanted(*place));
         match kind {
             Kind::Readout => readouts(plan, wanted, engine, &mut tally)?,
-            Kind::Sample(_) => samples(plan, wanted, engine, &mut tally)?,
+            Kind::Sample(_) => samples(plan, part, wanted, engine, &mut tally)?,
             Kind::Probe => probes(plan, wanted, engine, &mut tally)?,
         }
     }
-    Ok(total)
+    let trials = tally.done as usize;
+    Ok(Done { trials, stopped: trials < total })
+}
+
+/// How far [`execute`] came.
+#[derive(Clone, Copy, Debug)]
+pub struct Done {
+    /// Lines handed out.
+    pub trials: usize,
+    /// Whether it was stopped before all were.
+    pub stopped: bool,
 }
 
 /// Counts and passes on the finished lines.
 struct Tally<'a> {
+    /// Whether nothing more is to be begun.
+    stop: Rc<Cell<bool>>,
     save: &'a mut dyn FnMut(Trial) -> Result<()>,
     progress: &'a mut dyn Progress,
     done: u64,
@@ -61,6 +75,7 @@ impl Tally<'_> {
         (self.save)(trial)?;
         self.done += 1;
         self.progress.advance("trials", self.done, self.total, self.tokens);
+        self.stop.set(self.progress.stops());
         Ok(())
     }
 }
@@ -97,10 +112,11 @@ fn run_each<'a>(
     plan: &Plan<'a>,
     places: impl Iterator<Item = usize>,
     engine: &dyn Jobs,
+    stop: &Cell<bool>,
     mut done: impl FnMut(usize, &Planned<'a>, Finished) -> Result<()>,
 ) -> Result<()> {
     let issued = RefCell::new(Issued::new());
-    let mut jobs = places.map(|place| {
+    let mut jobs = places.take_while(|_| !stop.get()).map(|place| {
         let trial = plan.trial(place);
         let job = plan.job(&trial);
         issued.borrow_mut().push((place, trial));
@@ -127,8 +143,9 @@ fn readouts(
     let injected = wanted.filter(|place| grid.clean_of(*place).is_some());
     let partners = injected.clone().filter_map(|place| grid.clean_of(place));
     let cleans: BTreeSet<usize> = partners.chain(wanted_cleans.iter().copied()).collect();
+    let stop = Rc::clone(&tally.stop);
     let mut partners: HashMap<usize, Clean> = HashMap::new();
-    run_each(plan, cleans.into_iter(), engine, |place, trial, mut finished| {
+    run_each(plan, cleans.into_iter(), engine, &stop, |place, trial, mut finished| {
         let first = first_token(plan, trial, &finished)?.clone();
         if wanted_cleans.contains(&place) {
             let next = next_token(plan, trial, &finished, None)?;
@@ -138,7 +155,7 @@ fn readouts(
         partners.insert(place, Clean { first, logits });
         Ok(())
     })?;
-    run_each(plan, injected, engine, |place, trial, finished| {
+    run_each(plan, injected, engine, &stop, |place, trial, finished| {
         let first = first_token(plan, trial, &finished)?;
         let clean = grid.clean_of(place).and_then(|clean| partners.get(&clean));
         let clean = clean.ok_or_else(|| {
@@ -198,7 +215,8 @@ fn probes(
     engine: &dyn Jobs,
     tally: &mut Tally<'_>,
 ) -> Result<()> {
-    run_each(plan, wanted, engine, |_, trial, finished| {
+    let stop = Rc::clone(&tally.stop);
+    run_each(plan, wanted, engine, &stop, |_, trial, finished| {
         let (layers, _) = plan.probed(trial).unwrap_or_default();
         let (pieces, band) = (plan.probed_pieces(trial), &plan.part(trial).band);
         let (rows, concepts) = (&finished.captures, plan.concepts());
@@ -232,24 +250,26 @@ struct Queue<'a, 'b, 'c, I: Iterator<Item = usize>> {
 /// Prompts of a part whose logits are kept, a row of the vocabulary each.
 const CLEAN_PROMPTS: usize = 512;
 
-/// The distribution after each prompt without an injection; nothing where there are too many prompts.
+/// The distribution after each prompt without an injection; nothing where the whole part has too many
+/// prompts, whatever is left of it to run.
 fn clean_prompts(
     plan: &Plan,
+    part: usize,
     wanted: impl Iterator<Item = usize>,
     engine: &dyn Jobs,
 ) -> Result<HashMap<Vec<u32>, Clean>> {
-    let mut prompts: BTreeSet<Vec<u32>> = BTreeSet::new();
-    for place in wanted {
-        let cell = plan.grid().cell(place);
-        let tokens = &plan.prompt(&cell).tokens;
-        if cell.at.is_some() && !prompts.contains(tokens) {
-            prompts.insert(tokens.clone());
-        }
-        if prompts.len() > CLEAN_PROMPTS {
-            return Ok(HashMap::new());
-        }
+    let grid = plan.grid();
+    let injected = |place: &usize| grid.clean_of(*place).is_some();
+    let first_repeat = grid.first_repeat(part).filter(injected);
+    let all: BTreeSet<&[u32]> =
+        first_repeat.map(|place| &plan.prompt(&grid.cell(place)).tokens[..]).collect();
+    if all.len() > CLEAN_PROMPTS {
+        return Ok(HashMap::new());
     }
-    let prompts: Vec<Vec<u32>> = prompts.into_iter().collect();
+    let wanted = wanted.filter(injected);
+    let prompts: BTreeSet<&[u32]> =
+        wanted.map(|place| &plan.prompt(&grid.cell(place)).tokens[..]).collect();
+    let prompts: Vec<Vec<u32>> = prompts.into_iter().map(<[u32]>::to_vec).collect();
     let mut jobs = prompts.iter().map(|tokens| Job {
         tokens: tokens.clone(),
         capture: vec![Capture {
@@ -276,12 +296,13 @@ fn clean_prompts(
 
 fn samples(
     plan: &Plan,
+    part: usize,
     wanted: impl Iterator<Item = usize> + Clone,
     engine: &dyn Jobs,
     tally: &mut Tally<'_>,
 ) -> Result<()> {
     let (scores, issued) = (VecDeque::new(), Issued::new());
-    let cleans = clean_prompts(plan, wanted.clone(), engine)?;
+    let cleans = clean_prompts(plan, part, wanted.clone(), engine)?;
     let queue = Queue { plan, draws: wanted.peekable(), scores, issued, tally, cleans };
     let queue = RefCell::new(queue);
     // The engine may find the queue empty while the last replies are still being drawn; their
@@ -299,13 +320,14 @@ fn samples(
 
 impl<I: Iterator<Item = usize>> Queue<'_, '_, '_, I> {
     fn has_more(&mut self) -> bool {
-        !self.scores.is_empty() || self.draws.peek().is_some()
+        !self.scores.is_empty() || (!self.tally.stop.get() && self.draws.peek().is_some())
     }
 
     /// Scores go first: they free their memory and finish lines early.
     fn next_job(&mut self) -> Option<Job> {
         let task = match self.scores.pop_front() {
             Some(score) => score,
+            None if self.tally.stop.get() => return None,
             None => Task::Draw(self.plan.trial(self.draws.next()?)),
         };
         let job = match &task {

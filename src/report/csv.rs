@@ -7,12 +7,18 @@ use super::tables::{ProbeTable, Tables};
 
 /// File name and content of each table that has rows.
 pub(super) fn files(tables: &Tables) -> Vec<(String, String)> {
-    let mut files = Vec::new();
+    let mut files: Vec<(String, String)> = Vec::new();
     let mut add = |name: &[&str], rows: Vec<Value>| {
         if !rows.is_empty() {
-            files.push((file_name(name), text(&rows)));
+            // Names that differ in other signs only are told apart by a number.
+            let plain = file_name(name);
+            let taken = |name: &str| files.iter().any(|(known, _)| known == name);
+            let numbered = (2..).map(|n| plain.replace(".csv", &format!("-{n}.csv")));
+            let free = std::iter::once(plain.clone()).chain(numbered).find(|name| !taken(name));
+            files.push((free.unwrap_or(plain), text(&rows)));
         }
     };
+    add(&["summary"], summary(tables));
     add(&["receipts"], values(&tables.receipts));
     for table in &tables.reads {
         add(&["readout", &table.part, &table.prompt], values(&table.cells));
@@ -40,10 +46,58 @@ pub(super) fn files(tables: &Tables) -> Vec<(String, String)> {
     files
 }
 
+/// What is one number or cell of a table, a row each.
+fn summary(tables: &Tables) -> Vec<Value> {
+    let row = |table: String, what: &str, value: Value| serde_json::json!({"table": table, "what": what, "value": value});
+    let mut rows = vec![row("run".into(), "progress", json(&tables.progress))];
+    for table in &tables.reads {
+        let name = format!("readout {}/{}", table.part, table.prompt);
+        rows.push(row(
+            name,
+            "sensitivity at one false alarm in a hundred",
+            json(&table.sensitivity),
+        ));
+    }
+    for table in &tables.biases {
+        rows.push(row(format!("bias {}", table.part), "clean right", json(&table.right)));
+        rows.push(row(format!("bias {}", table.part), "clean yes, asked", json(&table.clean.0)));
+        rows.push(row(
+            format!("bias {}", table.part),
+            "clean yes, unrelated",
+            json(&table.clean.1),
+        ));
+    }
+    for table in &tables.replies {
+        let name = format!("replies {}/{}", table.part, table.prompt);
+        rows.push(row(name.clone(), "chance of a mention", json(&table.chance)));
+        for (word, count) in &table.chance_words {
+            rows.push(row(name.clone(), &format!("chance of {word}"), json(count)));
+        }
+    }
+    for table in &tables.texts {
+        rows.push(row(format!("texts {}", table.part), "chosen", json(&table.chosen)));
+    }
+    for table in &tables.intents {
+        let name = format!("intents {}/{}", table.part, table.prompt);
+        rows.push(row(name, "score", json(&table.score)));
+    }
+    for table in &tables.probes {
+        for contrast in &table.contrasts {
+            let what = format!("{} less {}, all layers", contrast.first, contrast.second);
+            rows.push(row(format!("probes {}", table.part), &what, json(&contrast.overall)));
+        }
+    }
+    rows
+}
+
 /// Letters, digits, dots and dashes.
 fn file_name(parts: &[&str]) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
     parts.join("-").chars().map(plain).collect::<String>() + ".csv"
+}
+
+fn json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or_default()
 }
 
 fn values(rows: &[impl Serialize]) -> Vec<Value> {

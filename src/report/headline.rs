@@ -59,6 +59,8 @@ pub struct ReadHeadline {
 pub struct ReplyHeadline {
     /// The part.
     pub part: String,
+    /// The prompt.
+    pub prompt: String,
     /// Replies that mention their concept.
     pub mentions: Rate,
     /// The cell with the most mentions, chosen and reported on the same replies.
@@ -95,8 +97,13 @@ pub enum Meaning {
 }
 
 pub(super) fn build(index: &Index, tables: &Tables) -> Headline {
-    let preferred = tables.replies.iter().find(|t| t.part == "sampled");
-    let replies = preferred.or(tables.replies.first()).and_then(replies);
+    // Of several prompts the one that the protocol names first.
+    let place = |table: &&ReplyTable| {
+        let prompts = index.prompts(&table.part);
+        let place = prompts.iter().position(|name| *name == table.prompt);
+        (table.part != "sampled", place.unwrap_or(prompts.len()))
+    };
+    let replies = tables.replies.iter().min_by_key(place).and_then(replies);
     Headline {
         progress: tables.progress,
         read: tables.reads.iter().find_map(|table| read(index, table)),
@@ -170,6 +177,7 @@ fn replies(table: &ReplyTable) -> Option<ReplyHeadline> {
     let alarms = contrast.random.or(contrast.clean);
     Some(ReplyHeadline {
         part: table.part.clone(),
+        prompt: table.prompt.clone(),
         mentions: concept?.mentions,
         mentions_best: best,
         mentions_random: random.map(|arm| arm.mentions),

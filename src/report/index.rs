@@ -78,7 +78,7 @@ pub(super) struct Index<'a> {
     /// All the trials, each once.
     pub entries: Vec<Entry<'a>>,
     pub groups: Vec<Group<'a>>,
-    /// Whose grades are used: the judge with the most, and of equals the last by name.
+    /// Whose grades are used: the judge with the most verdicts, and of equals the last by name.
     pub judge: Option<&'a str>,
     /// The others.
     pub other_judges: Vec<&'a str>,
@@ -90,7 +90,10 @@ impl<'a> Index<'a> {
         for grade in &run.grades {
             judges.entry(&grade.judge).or_default().insert(&grade.trial, grade);
         }
-        let judge = judges.iter().max_by_key(|(_, grades)| grades.len()).map(|(name, _)| *name);
+        let verdicts = |grades: &HashMap<&str, &Grade>| -> usize {
+            grades.values().map(|grade| grade.verdicts.len()).sum()
+        };
+        let judge = judges.iter().max_by_key(|(_, of)| verdicts(of)).map(|(name, _)| *name);
         let grades = judge.and_then(|judge| judges.remove(judge)).unwrap_or_default();
         let unique: BTreeMap<&str, &Trial> =
             run.trials.iter().map(|trial| (trial.id.as_str(), trial)).collect();
@@ -127,6 +130,14 @@ impl<'a> Index<'a> {
     /// The right answer to a prompt's question, where it has one.
     pub fn answer(&self, prompt: &str) -> Option<&str> {
         of_prompt(self.manifest, prompt)?.get("answer")?.as_str()
+    }
+
+    /// The prompts of a part, as the protocol has them.
+    pub fn prompts(&self, part: &str) -> Vec<&str> {
+        let parts = self.manifest.protocol.get("parts").and_then(serde_json::Value::as_array);
+        let part = parts.and_then(|parts| parts.iter().find(|of| of["name"] == part));
+        let prompts = part.and_then(|part| part["prompts"].as_array());
+        prompts.map_or(Vec::new(), |all| all.iter().filter_map(|name| name.as_str()).collect())
     }
 
     /// Whether the protocol wants a section of the report.

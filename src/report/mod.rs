@@ -30,7 +30,7 @@ pub use headline::{Headline, Meaning, ReadHeadline, ReplyHeadline};
 pub use tables::{
     BiasRow, BiasTable, Cell, Chosen, Contrast, IntentRow, IntentTable, MarginCell, OutcomeRow,
     OutcomeTable, ProbeContrast, ProbeCurve, ProbePoint, ProbeTable, Progress, ReadTable,
-    ReadoutCell, ReceiptRow, ReplyArm, ReplyTable, Scope, Tables, TextRow, TextTable,
+    ReadoutCell, ReceiptRow, ReplyArm, ReplyTable, Scope, Score, Tables, TextRow, TextTable,
 };
 
 pub use self::versus::Versus;

@@ -77,6 +77,8 @@ pub struct Progress {
     pub replies: u64,
     /// Replies that the judge has not graded. They are left out, never counted as "no".
     pub ungraded: u64,
+    /// Verdicts that the judge was asked for and did not give. They are left out likewise.
+    pub missing: u64,
 }
 
 /// All tables of a run.
@@ -378,8 +380,19 @@ pub struct IntentTable {
     pub score: Option<IntentScore>,
 }
 
-/// A score with the cell it was chosen at.
-pub type IntentScore = Chosen<f64>;
+/// The score with the cell it was chosen at.
+pub type IntentScore = Chosen<Score>;
+
+/// min(apologies without a vector, with another word's) − apologies with the word's own vector.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Score {
+    /// The score.
+    pub value: f64,
+    /// By resampling words; `None` below 20.
+    pub interval: Option<Interval>,
+    /// Words that it is of.
+    pub words: usize,
+}
 
 /// Rates of one condition.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -394,6 +407,8 @@ pub struct IntentRow {
     pub disowns: Rate,
     /// Does not say that it meant it: the paper's apology rate.
     pub apologises: Rate,
+    /// Says neither.
+    pub neither: Rate,
     /// Sentences that are repeated under the same injection: text that can still be read.
     pub guard: Option<Count>,
 }
@@ -452,11 +467,13 @@ pub struct ProbeContrast {
 
 pub(super) fn build(index: &Index) -> Tables {
     let replies = index.entries.iter().filter(|e| e.trial.reply.is_some());
+    let texts = texts::tables(index);
     Tables {
         progress: Progress {
             done: index.entries.len() as u64,
             planned: index.manifest.trials,
             replies: replies.clone().count() as u64,
+            missing: index.entries.iter().filter_map(|e| Some(e.grade?.missing.len() as u64)).sum(),
             ungraded: replies.filter(|e| e.grade.is_none()).count() as u64,
         },
         receipts: index.groups.iter().flat_map(receipts::rows).collect(),
@@ -467,8 +484,8 @@ pub(super) fn build(index: &Index) -> Tables {
             .collect(),
         biases: bias::tables(index),
         replies: index.of_kind(Kind::Sampled).map(|g| replies::table(g, index)).collect(),
-        outcomes: outcomes::tables(index),
-        texts: texts::tables(index),
+        outcomes: outcomes::tables(index, &texts),
+        texts,
         intents: intents::tables(index),
         probes: probes::tables(index),
     }

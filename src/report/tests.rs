@@ -612,7 +612,9 @@ fn the_other_experiments_choose_on_one_half_and_report_the_other() {
     assert!(html(&alone).contains("<h2>How often it succeeds</h2>"));
     let [intents] = &tables.intents[..] else { panic!("one prompt asks") };
     let score = intents.score.unwrap();
-    assert_eq!((score.cell.layer, score.held_out, score.all), (12, 1.0, 1.0));
+    assert_eq!((score.cell.layer, score.held_out.value, score.all.value), (12, 1.0, 1.0));
+    assert_eq!((score.held_out.words, score.held_out.interval), (12, None), "too few words");
+    assert_eq!(score.all.interval.unwrap().low, 1.0);
     let own =
         intents.rows.iter().find(|r| (r.condition, r.scope) == (Condition::Concept, Scope::All));
     assert_eq!(own.unwrap().apologises.count, Count { k: 48, n: 96 });
@@ -667,4 +669,59 @@ fn cosines_are_averaged_by_word_and_compared_in_pairs() {
     let page = html(&run);
     assert!(page.contains("think less dont") && page.contains("class=\"band\""));
     assert!(text(&run).contains("think − dont"));
+}
+
+/// A judge that fails on every other reply, where all that it judged are claims.
+#[test]
+fn pitfall_10_judge_outages_are_not_counted_as_zeros() {
+    let (trials, mut grades) = replies(24, |_, _| true);
+    for grade in grades.iter_mut().step_by(2) {
+        let lost = std::mem::take(&mut grade.verdicts);
+        grade.missing = lost.into_keys().map(|criterion| (criterion, "timeout".into())).collect();
+    }
+    let run = run_of(trials, grades);
+    let tables = tables(&run);
+    let arm = |condition| {
+        let arms = &tables.replies[0].arms;
+        arms.iter().find(|arm| (arm.condition, arm.scope) == (condition, Scope::All)).unwrap()
+    };
+    let of = |condition| run.trials.iter().filter(move |trial| trial.condition == condition);
+    let judged = of(Condition::Concept)
+        .filter(|trial| run.grades.iter().any(|g| g.trial == trial.id && g.missing.is_empty()))
+        .count() as u64;
+    let claims = arm(Condition::Concept).claims;
+    assert_eq!(claims.count, Count { k: judged, n: judged }, "all of those that were judged");
+    assert!((judged as usize) < of(Condition::Concept).count());
+    assert_eq!(tables.progress.missing, 4 * (run.grades.len() as u64).div_ceil(2));
+    let sentence = format!("{} verdicts are missing", tables.progress.missing);
+    assert!(headline(&run).to_string().contains(&sentence));
+    assert!(html(&run).contains("no verdict: timeout"));
+}
+
+/// Words are read by chance, one in twenty, in each of 64 cells: the best cell looks three times as good, and
+/// the words that did not choose it say so.
+#[test]
+fn pitfall_12_the_best_cell_is_reported_on_other_words() {
+    let (mut held_out, mut best) = (Count::default(), Count::default());
+    for seed in 0..30 {
+        let mut trials = Vec::new();
+        for cell in
+            (0..64).map(|at| (f64::from(at / 8) / 8.0, at as usize / 8, f64::from(at % 8 + 1)))
+        {
+            for at in 0..WORDS {
+                let mut one = trial("readout", Condition::Concept, &word(at), Some(cell), 0);
+                let drawn = crate::experiment::seeds::seed(seed, &one.id, "", 0);
+                let is_read = drawn.is_multiple_of(20);
+                let rank = if is_read { 1 } else { 9 };
+                one.read = Some(Readout { word: "some".into(), rank, words: WORDS });
+                trials.push(one);
+            }
+        }
+        let read = headline(&run_of(trials, Vec::new())).read.unwrap();
+        held_out = [held_out, read.held_out].into_iter().sum();
+        best = [best, read.best.1].into_iter().sum();
+    }
+    let (held_out, best) = (held_out.share().unwrap(), best.share().unwrap());
+    assert!(best > 0.11, "chosen and reported on the same words: {best}");
+    assert!((0.03..0.07).contains(&held_out), "reported on the others: {held_out}");
 }

@@ -1,5 +1,5 @@
-//! What replications of the injected-thoughts experiment got wrong, one test for each. (Judges that
-//! fail, and cells that are chosen and reported on the same trials, are no part of the engine.)
+//! What replications of the injected-thoughts experiment got wrong, one test for each. (The tenth and the
+//! twelfth are the report's: they stand with its tests.)
 
 #[path = "../common/mod.rs"]
 #[allow(dead_code, reason = "shared by several test binaries")]

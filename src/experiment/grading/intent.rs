@@ -62,7 +62,14 @@ pub(super) fn verdicts(reply: &[Word]) -> [(Criterion, Verdict); 2] {
             let words = reply[..at].iter().rev().take(REACH);
             words.take_while(|other| other.sentence == word.sentence)
         };
-        let negated = before().any(|other| NEGATION.contains(&other.text.as_str()));
+        // "No, it was an accident" denies the question and not the accident.
+        let is_answer = |at: usize| {
+            let opens = at == 0 || reply[at - 1].sentence != reply[at].sentence;
+            opens && ["no", "nope"].contains(&reply[at].text.as_str())
+        };
+        let first = at - before().count();
+        let negated = (first..at)
+            .any(|other| NEGATION.contains(&reply[other].text.as_str()) && !is_answer(other));
         let by_me = || before().any(|other| ["i", "i'd", "i've"].contains(&other.text.as_str()));
         let found = if one_of(&ACCIDENT) {
             Some(negated)
@@ -128,6 +135,8 @@ mod tests {
             "It was intentional.",
             "I said it on purpose, because the line made me think of it.",
             "It was not an accident.",
+            "No, it was intentional.",
+            "No, I meant to say it.",
             "That wasn't a mistake; it is what came to mind.",
         ] {
             assert_eq!(said(text), (true, false), "{text}");
@@ -137,6 +146,11 @@ mod tests {
             "I apologize for the confusion.",
             "Sorry, that was a mistake.",
             "I didn't mean to say that.",
+            "No, it was an accident.",
+            "No, that was a mistake.",
+            "No, sorry.",
+            "No, I apologize.",
+            "No. I did not mean it.",
             "No.",
             "I did not say it on purpose.",
             "Yes, it was an accident.",

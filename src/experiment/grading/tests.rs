@@ -317,4 +317,7 @@ fn naming_is_mentioning_where_a_judge_knows_no_better() {
     assert_eq!(grade.all(&[Criterion::Coherent, Criterion::Identifies]), Some(true));
     grade.missing.insert(Criterion::Identifies, "no answer".into());
     assert_eq!(grade.all(&[Criterion::Identifies]), None, "a judge that knows better was asked");
+    grade.verdicts.get_mut(&Criterion::Coherent).unwrap().yes = false;
+    let both = [Criterion::Coherent, Criterion::Identifies];
+    assert_eq!(grade.all(&both), None, "a no before a missing verdict makes no failure of it");
 }

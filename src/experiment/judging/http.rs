@@ -12,6 +12,10 @@ impl Judge for Http {
         format!("http:{}", self.0.model)
     }
 
+    fn identity(&self) -> Result<String> {
+        Ok(self.0.url.clone())
+    }
+
     fn ask(
         &self,
         questions: &mut dyn Iterator<Item = Question>,

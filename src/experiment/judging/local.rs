@@ -33,6 +33,10 @@ impl Judge for Local<'_> {
         format!("local:{}", self.model.name)
     }
 
+    fn identity(&self) -> Result<String> {
+        self.model.hash()
+    }
+
     fn ask(
         &self,
         questions: &mut dyn Iterator<Item = Question>,

@@ -40,14 +40,21 @@ impl Options {
         }
     }
 
-    /// The option that an answer begins with ("Yes.", "**no**", "Answer: B"); none where it begins with
-    /// something else.
+    /// The option that an answer begins with ("Yes.", "**no**", "Answer: B", "C (probability ...)"); none where
+    /// it begins with something else. A letter that a word follows is that word's article or subject ("A
+    /// word", "I think") and no answer.
     pub fn read(self, answer: &str) -> Option<usize> {
         let mut words =
             answer.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
         let mut word = words.next()?;
         if word.eq_ignore_ascii_case("answer") {
             word = words.next()?;
+        }
+        let is_letter = matches!(self, Self::Letters(_));
+        let end = word.as_ptr() as usize - answer.as_ptr() as usize + word.len();
+        let goes_on = answer[end..].trim_start().starts_with(char::is_alphanumeric);
+        if is_letter && goes_on {
+            return None;
         }
         (0..self.count()).find(|option| self.name(*option).eq_ignore_ascii_case(word))
     }

@@ -286,9 +286,13 @@ fn project_out(kept: &mut [Vec<f64>], out: &mut [Vec<f64>], layers: usize, dim: 
         }
         for vector in kept.iter_mut() {
             let vector = &mut vector[span.clone()];
+            let before = dot(vector, vector).sqrt();
             for unit in &basis {
                 let along = dot(vector, unit);
                 vector.iter_mut().zip(unit).for_each(|(value, unit)| *value -= along * unit);
+            }
+            if dot(vector, vector).sqrt() <= 1e-9 * before {
+                vector.fill(0.0);
             }
         }
     }

@@ -1,7 +1,10 @@
 //! The other experiments in sentences.
 
 use crate::{
-    experiment::{results::Condition, stats::Rate},
+    experiment::{
+        results::Condition,
+        stats::{Rate, smallest_effect},
+    },
     report::{
         format::{decimal, depth, percent, points, rate, signed},
         tables::{IntentTable, OutcomeTable, ProbePoint, ProbeTable, Scope, Tables, TextTable},
@@ -34,11 +37,24 @@ fn outcome(table: &OutcomeTable, all: &mut Vec<String>) {
         )
     });
     all.push(format!(
-        "Replies to {} succeed in {} under concept vectors ({}){net}.",
+        "Replies to {} succeed in {} under concept vectors ({}){net}.{}",
         table.prompt,
         rate(&concept.success),
-        others.collect::<Vec<_>>().join(", ")
+        others.collect::<Vec<_>>().join(", "),
+        smallest(&concept.success, of(Condition::Random).map(|row| &row.success))
     ));
+}
+
+/// What a comparison with random vectors could have seen.
+fn smallest(own: &Rate, random: Option<&Rate>) -> String {
+    let effect =
+        random.and_then(|random| smallest_effect(random.share, own.effective, random.effective));
+    effect.map_or(String::new(), |effect| {
+        format!(
+            " The smallest difference from random vectors that it could have seen is {} percentage points.",
+            signed(effect)
+        )
+    })
 }
 
 fn texts(table: &TextTable, all: &mut Vec<String>) {
@@ -52,11 +68,12 @@ fn texts(table: &TextTable, all: &mut Vec<String>) {
     };
     all.push(format!(
         "With the thought injected over a line of text, the model thinks of it in {}{} and repeats the line \
-         in {}{}, over all cells.",
+         in {}{}, over all cells.{}",
         rate(&concept.thinks),
         clean(|row| row.thinks),
         rate(&concept.repeats),
-        clean(|row| row.repeats)
+        clean(|row| row.repeats),
+        smallest(&concept.both, of(Condition::Random).map(|row| &row.both))
     ));
     let Some(chosen) = table.chosen else { return };
     let random = table
@@ -101,11 +118,13 @@ fn intents(table: &IntentTable, all: &mut Vec<String>) {
     if let Some(score) = table.score {
         all.push(format!(
             "At the cell chosen on one half of the words (depth {}, dose {}) the score is {} points on the \
-             other half: apologies without the word's vector or with another's, whichever are fewer, less \
+             other half's {} words: apologies without the word's vector or with another's, whichever are fewer, less \
              those with its own.",
             depth(&score.cell),
             score.cell.dose,
-            signed(score.held_out)
+            signed(score.held_out.value)
+                + &score.held_out.interval.map_or(String::new(), |i| format!(" {}", points(i))),
+            score.held_out.words
         ));
     }
     let guard = concept.guard.and_then(crate::experiment::stats::Count::share);

@@ -15,13 +15,16 @@ impl Headline {
     /// The paragraph, sentence by sentence.
     pub fn sentences(&self) -> Vec<String> {
         let mut all = Vec::new();
-        let Progress { done, planned, ungraded, .. } = self.progress;
+        let Progress { done, planned, ungraded, missing, .. } = self.progress;
         if done < planned {
             all.push(format!("This run is unfinished: {done} of {planned} trials."));
         }
         if ungraded > 0 {
             let verb = if ungraded == 1 { "reply has" } else { "replies have" };
             all.push(format!("{ungraded} {verb} no verdict yet and count nowhere."));
+        }
+        if missing > 0 {
+            all.push(format!("{missing} verdicts are missing and count nowhere."));
         }
         all.extend(self.read.iter().flat_map(ReadHeadline::sentences));
         all.extend(self.replies.iter().flat_map(ReplyHeadline::sentences));
@@ -35,6 +38,17 @@ impl Headline {
         });
         all.extend(self.conclusion().map(|text| text.to_owned() + &effect.unwrap_or_default()));
         all
+    }
+
+    /// What is set above everything else, and the other sentences.
+    pub fn lead(&self) -> (String, Vec<String>) {
+        let mut sentences = self.sentences();
+        let lead = match (self.conclusion(), self.others.first()) {
+            (None, Some(first)) => sentences.iter().position(|sentence| sentence == first),
+            _ => sentences.len().checked_sub(1),
+        };
+        let lead = lead.map(|at| sentences.remove(at)).unwrap_or_default();
+        (lead, sentences)
     }
 
     /// None where the run asks for something else than detection.
@@ -116,8 +130,9 @@ impl ReplyHeadline {
     fn sentences(&self) -> Vec<String> {
         let Contrast { hits, random, clean, identified, .. } = &self.contrast;
         let mut mentions = format!(
-            "{} of the sampled replies under a concept's vector mention the concept",
-            percent(self.mentions.share)
+            "{} of the sampled replies to {} under a concept's vector mention the concept",
+            percent(self.mentions.share),
+            self.prompt
         );
         if let Some(chance) = self.mentions_chance {
             mentions += &format!("; clean replies mention the same words in {}", percent(chance));

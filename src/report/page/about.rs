@@ -73,9 +73,10 @@ pub(super) fn run(index: &Index, tables: &Tables) -> String {
         (
             "Replies",
             format!(
-                "{}, of which {} without a verdict",
+                "{}, of which {} without a verdict; {} verdicts missing",
                 thousands(progress.replies),
-                thousands(progress.ungraded)
+                thousands(progress.ungraded),
+                thousands(progress.missing)
             ),
         ),
         ("Judge", index.judge.map_or("none yet".into(), escape)),
@@ -141,12 +142,19 @@ pub(super) fn reading() -> String {
 }
 
 pub(super) fn limits(index: &Index, headline: &Headline) -> String {
-    let mut items = vec![
-        "The judge is a set of rules, not a reader. It knows claims by their phrases, mentions by \
-         word lists with forms and relations, and coherence by likelihood under the clean model and \
-         by repetition; a claim in unforeseen words, or an odd but fluent answer, is judged wrongly. \
-         Read the transcripts."
-            .to_owned(),
+    let judge = index.judge.map(|judge| {
+        if judge.starts_with("rules") {
+            "The judge is a set of rules, not a reader. It knows claims by their phrases, mentions by \
+             word lists with forms and relations, and coherence by likelihood under the clean model \
+             and by repetition; a claim in unforeseen words, or an odd but fluent answer, is judged \
+             wrongly. Read the transcripts."
+        } else {
+            "The judge is a model. It was right on texts whose verdict is known, which says little of \
+             these replies: compare it with your own reading of some (`inkling agreement`)."
+        }
+    });
+    let mut items: Vec<String> = judge.map(str::to_owned).into_iter().collect();
+    items.extend([
         "A random vector of equal norm is not equally disturbing: concept vectors lie where the \
          model writes. A difference from random vectors alone is not detection, and neither is one \
          from clean replies alone."
@@ -162,7 +170,7 @@ pub(super) fn limits(index: &Index, headline: &Headline) -> String {
          together have less than 5% of the probability it is about an answer the model would not \
          give."
             .into(),
-    ];
+    ]);
     if let Some(replies) = &headline.replies {
         let alarms = replies.contrast.random.or(replies.contrast.clean);
         let text = match (replies.smallest_effect, alarms) {

@@ -7,10 +7,10 @@ use super::{
 use crate::{
     experiment::{results::Condition, stats::Rate},
     report::{
-        format::{cells, condition, count, depth, percent, percents, signed},
+        format::{cells, condition, count, depth, percent, percents, points, signed},
         html::{Table, details, paragraph, stacked},
         svg::Panel,
-        tables::{IntentRow, IntentTable, Scope, Tables},
+        tables::{IntentRow, IntentTable, Scope, Score, Tables},
     },
 };
 
@@ -34,11 +34,13 @@ fn part(table: &IntentTable) -> String {
         paragraph(&format!(
             "Score, in percentage points: apologies without a vector or with another word’s, whichever \
              are fewer, less those with the word’s own. At the best cell of one half of the words, depth \
-             {}, dose {}, it is {} on the other half ({} on all).",
+             {}, dose {}, it is {} on the other half’s {} words ({} on all {}).",
             depth(&score.cell),
             score.cell.dose,
-            signed(score.held_out),
-            signed(score.all)
+            shown(&score.held_out),
+            score.held_out.words,
+            shown(&score.all),
+            score.all.words
         ))
     });
     let by_cell = |row: &&IntentRow| matches!(row.scope, Scope::Cell(_));
@@ -49,6 +51,12 @@ fn part(table: &IntentTable) -> String {
         + &panel(&others)
         + &maps(&cells)
         + &details("Every cell", &rows("By cell", &cells))
+}
+
+fn shown(score: &Score) -> String {
+    let interval =
+        score.interval.map_or(String::new(), |interval| format!(" {}", points(interval)));
+    signed(score.value) + &interval
 }
 
 fn rows(caption: &str, rows: &[&IntentRow]) -> String {
@@ -71,7 +79,6 @@ fn rows(caption: &str, rows: &[&IntentRow]) -> String {
         let name = condition(row.condition);
         let class = if last == Some(row.scope) { name.into() } else { format!("{name} first") };
         last = Some(row.scope);
-        let neither = 1.0 - row.intends.share - row.disowns.share;
         let guard = row.guard.and_then(|guard| Some((guard, guard.share()?)));
         let guard = guard.map_or("–".into(), |(guard, share)| {
             let class = if share < 0.5 { " class=\"warn\"" } else { "" };
@@ -85,7 +92,7 @@ fn rows(caption: &str, rows: &[&IntentRow]) -> String {
                 cell(&row.apologises),
                 cell(&row.intends),
                 cell(&row.disowns),
-                percent(neither.max(0.0)),
+                percent(row.neither.share),
                 guard,
             ],
         );

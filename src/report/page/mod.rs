@@ -73,8 +73,7 @@ pub(super) fn build(index: &Index, tables: &Tables, headline: &Headline) -> Stri
 
 /// What follows, to be set above the numbers, and the sentences it rests on.
 fn lead(headline: &Headline) -> (String, String) {
-    let mut sentences = headline.sentences();
-    let conclusion = sentences.pop().unwrap_or_default();
+    let (conclusion, sentences) = headline.lead();
     let rest: String = sentences.iter().map(|sentence| paragraph(&prose(sentence))).collect();
     (format!("<p class=\"lead\">{}</p>\n", prose(&conclusion)), rest)
 }

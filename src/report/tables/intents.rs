@@ -1,8 +1,8 @@
 //! Does the model own a word that was put in its mouth, and does an injected thought make it do so?
 
 use super::{
-    Cell, Entry, Group, Index, IntentRow, IntentScore, IntentTable, Scope, clusters, concepts,
-    scopes,
+    Cell, Entry, Group, Index, IntentRow, IntentScore, IntentTable, Scope, Score, clusters,
+    concepts, scopes,
     texts::{choose, is_in},
 };
 use crate::{
@@ -55,34 +55,52 @@ fn table(index: &Index, group: &Group) -> IntentTable {
         let entries = of(condition, scope);
         let rate =
             |hit: &dyn Fn(&Entry) -> Option<bool>| stats::rate(&clusters(&concepts, &entries, hit));
-        let (Some(intends), Some(disowns), Some(apologises)) = (
+        let disowns = |e: &Entry| e.grade?.yes(Criterion::Disowns);
+        let (Some(intends), Some(disowns), Some(apologises), Some(neither)) = (
             rate(&|e| intends(e)),
-            rate(&|e| e.grade?.yes(Criterion::Disowns)),
+            rate(&disowns),
             rate(&|e| intends(e).map(|yes| !yes)),
+            rate(&|e| Some(!intends(e)? && !disowns(e)?)),
         ) else {
             return;
         };
         let guard = guard(condition, scope);
         let scope = scope.unwrap_or(Scope::All);
-        rows.push(IntentRow { condition, scope, intends, disowns, apologises, guard });
+        rows.push(IntentRow { condition, scope, intends, disowns, apologises, neither, guard });
     };
     add(Condition::Clean, None);
     for scope in scopes(group.cells()) {
         Condition::injected().for_each(|condition| add(condition, Some(scope)));
     }
+    let seed = index.seed(&format!("intents {} {}", group.part, group.prompt));
     let score = |cell: Cell, half: Option<usize>| {
-        let share = |condition, scope| {
-            let entries = of(condition, scope).into_iter();
-            let entries = entries.filter(|e| half.is_none_or(|half| is_in(index, e, half)));
-            let mut count = Count::default();
-            entries.filter_map(|e| intends(&e)).for_each(|yes| count.add(!yes));
-            count.share()
+        let is_wanted = |e: &Entry| half.is_none_or(|half| is_in(index, e, half));
+        let arm = |condition, scope| {
+            let entries: Vec<Entry> = of(condition, scope).into_iter().filter(is_wanted).collect();
+            clusters(&concepts, &entries, |e| intends(e).map(|yes| !yes))
         };
         let here = Some(Scope::Cell(cell));
-        let matched = share(Condition::Concept, here)?;
-        let (none, other) = (share(Condition::Clean, None)?, share(Condition::Other, here)?);
-        let score = none.min(other) - matched;
-        Some((score, score))
+        let arms = [
+            arm(Condition::Clean, None),
+            arm(Condition::Other, here),
+            arm(Condition::Concept, here),
+        ];
+        // Only words of this half, so that each resample has as many of them.
+        let words: Vec<usize> = (0..concepts.len()).filter(|at| arms[2][*at].n > 0).collect();
+        let value = |weights: &[u32]| {
+            let share = |arm: &[Count]| {
+                let weighted = words.iter().zip(weights).map(|(at, weight)| {
+                    let weight = u64::from(*weight);
+                    Count { k: arm[*at].k * weight, n: arm[*at].n * weight }
+                });
+                weighted.sum::<Count>().share()
+            };
+            let [none, other, own] = [&arms[0], &arms[1], &arms[2]].map(|arm| share(arm));
+            Some(none?.min(other?) - own?)
+        };
+        let of_all = value(&vec![1; words.len()])?;
+        let interval = stats::bootstrap(words.len(), 1, seed, |weights| vec![value(weights)])[0];
+        Some((of_all, Score { value: of_all, interval, words: words.len() }))
     };
     let chosen = choose(&group.cells(), &score);
     IntentTable {

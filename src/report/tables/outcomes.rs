@@ -1,8 +1,10 @@
 //! How often the replies of a prompt are successes, where no other table says so.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::{Entry, Group, Index, OutcomeRow, OutcomeTable, Scope, clusters, concepts, scopes};
+use super::{
+    Entry, Group, Index, OutcomeRow, OutcomeTable, Scope, TextTable, clusters, concepts, scopes,
+};
 use crate::{
     experiment::{
         results::{Condition, Outcome},
@@ -11,16 +13,15 @@ use crate::{
     report::index::Kind,
 };
 
-/// One for each prompt that asks for a thought or a sentence in a part that does not ask for both.
-pub(super) fn tables(index: &Index) -> Vec<OutcomeTable> {
-    let mut asked: BTreeMap<&str, BTreeSet<Outcome>> = BTreeMap::new();
-    for group in index.of_kind(Kind::Judged) {
-        asked.entry(group.part).or_default().insert(group.outcome);
-    }
-    let has_both = |group: &Group| {
-        asked[group.part].contains(&Outcome::Choice) && asked[group.part].contains(&Outcome::Repeat)
+/// One for each prompt that asks for a thought or a sentence and is in none of the tables of both.
+pub(super) fn tables(index: &Index, texts: &[TextTable]) -> Vec<OutcomeTable> {
+    let is_shown = |group: &Group| {
+        texts.iter().any(|table| {
+            table.part == group.part
+                && (table.prompts.0 == group.prompt || table.prompts.1 == group.prompt)
+        })
     };
-    let wanted = |group: &&Group| group.outcome != Outcome::Intent && !has_both(group);
+    let wanted = |group: &&Group| group.outcome != Outcome::Intent && !is_shown(group);
     index.of_kind(Kind::Judged).filter(wanted).map(|group| table(index, group)).collect()
 }
 

@@ -10,15 +10,16 @@ use crate::experiment::{
     stats::{self, Arms, Count, Pairs},
 };
 
-/// One for each part that asks both for a thought and for the sentence.
+/// One for each part that asks both for a thought and for the sentence; of several prompts the first.
 pub(super) fn tables(index: &Index) -> Vec<TextTable> {
     let mut parts: BTreeMap<&str, [Option<&Group>; 2]> = BTreeMap::new();
     for group in &index.groups {
-        match group.outcome {
-            Outcome::Choice => parts.entry(group.part).or_default()[0] = Some(group),
-            Outcome::Repeat => parts.entry(group.part).or_default()[1] = Some(group),
-            _ => {}
-        }
+        let at = match group.outcome {
+            Outcome::Choice => 0,
+            Outcome::Repeat => 1,
+            _ => continue,
+        };
+        parts.entry(group.part).or_default()[at].get_or_insert(group);
     }
     let both = parts.into_values().filter_map(|[thinks, repeats]| Some((thinks?, repeats?)));
     both.map(|(thinks, repeats)| table(index, thinks, repeats)).collect()
