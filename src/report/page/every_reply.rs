@@ -13,7 +13,8 @@ use crate::{
 };
 
 pub(super) fn html(index: &Index) -> String {
-    let groups = [Kind::Sampled, Kind::Judged, Kind::Ramp].map(|kind| index.of_kind(kind));
+    // The ramp has a section of its own.
+    let groups = [Kind::Sampled, Kind::Judged].map(|kind| index.of_kind(kind));
     let rows = groups
         .into_iter()
         .flatten()
