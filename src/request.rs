@@ -236,6 +236,7 @@ pub enum Turn {
 
 /// Rows of a site to be copied out.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Capture {
     /// What is copied.
@@ -250,6 +251,7 @@ pub struct Capture {
 
 /// What can be copied out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum CaptureSite {
     /// The block's input, after the injections there.
@@ -300,6 +302,7 @@ impl CaptureSite {
 
 /// A list of blocks or all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum Layers {
     /// These.
@@ -310,6 +313,7 @@ pub enum Layers {
 
 /// Prompt positions.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum Positions {
     /// These; negative: from the prompt's end.
@@ -326,6 +330,7 @@ impl Default for Positions {
 
 /// Sets of positions with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum NamedPositions {
     /// Every prompt position.

@@ -369,6 +369,22 @@ fn file_layer(header: &Header, site: Site, layer: usize) -> Result<usize> {
     }
 }
 
+/// What a prompt of so many tokens gives of the wanted captures, in a model of so many blocks.
+///
+/// # Errors
+/// A layer or a position that there is not.
+pub fn captures_of(
+    wanted: &[request::Capture],
+    prompt: usize,
+    config: &ModelConfig,
+) -> Result<Vec<Capture>> {
+    let mut all = Vec::new();
+    for (i, wanted) in wanted.iter().enumerate() {
+        all.extend(captures(wanted, prompt, config.into(), &format!("capture[{i}]"))?);
+    }
+    Ok(all)
+}
+
 /// One capture for each of its layers.
 fn captures(
     wanted: &request::Capture,

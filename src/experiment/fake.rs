@@ -181,6 +181,7 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
         },
         tokenizer: None,
         prompts,
+        config: None,
         yes: vec![11, 12],
         no: vec![13],
         parts,
@@ -214,4 +215,9 @@ pub fn numerics() -> Fingerprint {
         isa: "avx512".into(),
         kernels: "1".into(),
     }
+}
+
+/// The folder of a tiny model.
+pub fn golden_model() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/plain")
 }

@@ -11,9 +11,11 @@ use std::{
 };
 
 use fs_err as fs;
+use safetensors::{Dtype, tensor::TensorView};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    engine::Capture,
     error::{Context, Error, Result},
     experiment::{
         protocol::Protocol,
@@ -26,6 +28,7 @@ const MANIFEST: &str = "manifest.json";
 const TRIALS: &str = "trials.jsonl";
 const GRADES: &str = "grades.jsonl";
 const JUDGEMENTS: &str = "judgements.jsonl";
+const CAPTURES: &str = "captures";
 const VECTORS: &str = "vectors.safetensors";
 const LOCK: &str = ".lock";
 
@@ -77,6 +80,28 @@ impl Folder {
     /// last line is dropped from the file.
     pub fn trials(&self, each: impl FnMut(Trial) -> Result<()>) -> Result<Lines> {
         Lines::open(&self.dir.join(TRIALS), each)
+    }
+
+    /// Writes a trial's captures, whole or not at all: `captures/ID.safetensors` with f32 tensors
+    /// `SITE.LAYER` (positions, width).
+    pub fn keep_captures(&self, id: &str, captures: &[(Capture, Vec<f32>)]) -> Result<()> {
+        let folder = self.dir.join(CAPTURES);
+        fs::create_dir_all(&folder)?;
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let data: Vec<Vec<u8>> = captures.iter().map(|(_, values)| bytes(values)).collect();
+        let mut views = Vec::new();
+        for ((capture, values), bytes) in captures.iter().zip(&data) {
+            let layer = capture.layer.map_or(String::new(), |layer| format!(".{layer}"));
+            let name = format!("{}{layer}", capture.site.name());
+            let rows = capture.positions.len();
+            let shape = vec![rows, values.len() / rows.max(1)];
+            let view = TensorView::new(Dtype::F32, shape, bytes)
+                .map_err(|error| Error::new("can't write the captures").at(id).got(error))?;
+            views.push((name, view));
+        }
+        let bytes = safetensors::serialize(views, None)
+            .map_err(|error| Error::new("can't write the captures").at(id).got(error))?;
+        files::write_atomically(&folder.join(format!("{id}.safetensors")), &bytes)
     }
 
     /// Likewise the answers of judge models.

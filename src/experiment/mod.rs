@@ -320,7 +320,8 @@ impl Run<'_> {
             }
         }
         let is_left = |place: usize| shard.is_none_or(|shard| shard.has(place)) && !finished[place];
-        let done = runner::execute(plan, &is_left, self.engine, &mut save, progress)?;
+        let mut keep = |id: &str, captures: &[_]| folder.keep_captures(id, captures);
+        let done = runner::execute(plan, &is_left, self.engine, &mut save, &mut keep, progress)?;
         run += done.trials;
         lines.sync()?;
         let manifest = folder.stored().cloned();

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
-    engine::{Capture, Injection, Job},
+    engine::{Capture, Injection, Job, resolve::captures_of},
     error::{Context, Error, Result},
     experiment::{
         grid::{Cell, Grid},
@@ -186,7 +186,7 @@ impl<'a> Plan<'a> {
                 none if none.is_empty() => vec![0], // so that the first token is reported
                 watch => watch,
             },
-            capture: self.capture(trial),
+            capture: [self.capture(trial), self.wanted_captures(trial)].concat(),
             ..Job::default()
         }
     }
@@ -242,6 +242,14 @@ impl<'a> Plan<'a> {
         }
         let words = &self.prepared.parts[cell.part].words;
         Some(other_word(words, words.iter().position(|word| word == cell.concept)?))
+    }
+
+    /// What the protocol captures of a trial beside what is measured; it stands behind that in its job.
+    pub fn wanted_captures(&self, trial: &Planned) -> Vec<Capture> {
+        let wanted = &self.part(trial).capture;
+        let of = |config| captures_of(wanted, self.tokens(trial).len(), config).ok();
+        // They were resolved before the run began.
+        self.prepared.config.as_ref().and_then(of).unwrap_or_default()
     }
 
     fn capture(&self, trial: &Planned) -> Vec<Capture> {

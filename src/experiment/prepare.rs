@@ -6,13 +6,14 @@ use std::{
 };
 
 use crate::{
+    engine::resolve::captures_of,
     error::{Context, Error, Result},
     experiment::{
         protocol::{Chat, Part, Place, PromptPlan, Protocol, Window},
         results::{ModelRecord, PromptRecord, WordRecord},
         vectors::{ConceptVectors, Inputs},
     },
-    model::{Model, Tokenizer},
+    model::{Model, ModelConfig, Tokenizer},
     request::{Message, Request},
 };
 
@@ -27,6 +28,8 @@ pub struct Prepared {
     pub prompts: BTreeMap<PromptKey, PromptRecord>,
     /// The words of all parts.
     pub words: BTreeMap<String, WordTokens>,
+    /// Sizes and constants of the model; none in tests without one.
+    pub config: Option<ModelConfig>,
     /// The yes variants' tokens.
     pub yes: Vec<u32>,
     /// The no variants' tokens.
@@ -127,11 +130,16 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
                 let word = of(&prepared.words, plan.uses_word());
                 let sentence = of(&prepared.sentences, plan.uses_sentence());
                 let key = (name.clone(), word, sentence);
-                if let Entry::Vacant(entry) = prompts.entry(key) {
-                    let record = render(model, &protocol.chat, entry.key(), plan)
-                        .at(|| format!("prompts.{name}"))?;
-                    entry.insert(record);
-                }
+                let record = match prompts.entry(key) {
+                    Entry::Occupied(entry) => entry.into_mut(),
+                    Entry::Vacant(entry) => {
+                        let record = render(model, &protocol.chat, entry.key(), plan)
+                            .at(|| format!("prompts.{name}"))?;
+                        entry.insert(record)
+                    }
+                };
+                captures_of(&part.capture, record.tokens.len(), &model.config)
+                    .at(|| format!("part {:?}, prompt {name:?}", part.name))?;
             }
         }
     }
@@ -145,6 +153,7 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
         model: record(model)?,
         tokenizer: model.tokenizer.clone(),
         prompts,
+        config: Some(model.config.clone()),
         yes,
         no,
         parts,

@@ -18,7 +18,7 @@ use crate::{
         protocol_file,
         results::{Condition, Criterion, Outcome},
     },
-    request::{Marker, Message, Position, Site, StrengthMode, Thinking},
+    request::{Capture, Marker, Message, Position, Site, StrengthMode, Thinking},
 };
 
 /// The protocols that come with the program: name, text.
@@ -356,6 +356,8 @@ pub struct Part {
     pub conditions: Vec<Condition>,
     /// Trials of each cell, with different seeds.
     pub repeats: u32,
+    /// What is copied out of every trial's prompt, into a file of its own.
+    pub capture: Vec<Capture>,
     /// Words whose vectors show how large a cosine is by chance (parts of kind probe).
     pub band: Vec<String>,
     /// Pairs of prompts to be compared (parts of kind probe).

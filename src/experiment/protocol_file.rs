@@ -15,7 +15,7 @@ use crate::{
         results::{Condition, Criterion, Outcome},
         words,
     },
-    request::{All, Message, Site, StrengthMode},
+    request::{All, Capture, Message, Site, StrengthMode},
 };
 
 /// The doses of a part that names none, in reference units.
@@ -207,6 +207,9 @@ struct PartTable {
     top_p: Option<f64>,
     /// 0: all tokens.
     top_k: Option<u32>,
+    /// What is copied out of every trial's prompt.
+    #[serde(default)]
+    capture: Vec<Capture>,
     /// Words to compare with (probes).
     band: Option<Words>,
     /// Pairs of prompts to compare (probes).
@@ -278,6 +281,11 @@ pub(super) fn parse(text: &str, base: &Path, settings: &[Setting]) -> Result<Pro
         let part = part(table, &prompts, base).at(|| place.clone())?;
         check(parts.iter().all(|other| other.name != part.name), || {
             Error::new("two parts of one name").at(place.clone())
+        })?;
+        check(part.capture.is_empty() || file.budget_seconds.is_none(), || {
+            Error::new("a protocol with a budget captures nothing")
+                .at(place.clone())
+                .hint("trials are measured before the folder is begun: take budget_seconds out")
         })?;
         parts.push(part);
     }
@@ -545,6 +553,7 @@ fn part(table: PartTable, prompts: &BTreeMap<String, PromptPlan>, base: &Path) -
         mode: table.mode,
         conditions,
         repeats,
+        capture: table.capture,
         band,
         contrasts,
     })

@@ -377,3 +377,36 @@ fn vectors_are_made_once_for_what_they_are_made_of() {
     files.iter().for_each(|file| std::fs::write(file, "broken").unwrap());
     assert_eq!(run(&small(), &fake::numerics()), first, "what can't be read is made anew");
 }
+
+#[test]
+fn captures_are_stored_before_their_trials_lines() {
+    let model = crate::model::Model::open(&crate::experiment::fake::golden_model()).unwrap();
+    let mut protocol = small();
+    let capture = r#"[{"site": "resid_post", "layers": [1], "positions": [0, 2]}, {"site": "logits", "positions": "last"}]"#;
+    protocol.parts.iter_mut().for_each(|part| {
+        part.capture = serde_json::from_str(capture).unwrap();
+    });
+    let mut prepared = fake::prepared(&protocol, 4);
+    prepared.config = Some(model.config);
+    let dir = tempfile::tempdir().unwrap();
+    let plug = FakeEngine { fail_after: Some(40), ..FakeEngine::default() };
+    let numerics = fake::numerics();
+    for engine in [&plug, &FakeEngine::default()] {
+        let run = Run { protocol: &protocol, prepared: &prepared, engine, numerics: &numerics };
+        let _ = run.into_folder(dir.path(), Ways::default(), &mut ());
+        for trial in &folder::load(dir.path()).unwrap().trials {
+            let path = dir.path().join(format!("captures/{}.safetensors", trial.id));
+            let bytes = std::fs::read(&path).unwrap();
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(tensors.tensor("resid_post.1").unwrap().shape(), [2, fake::DIM]);
+            assert_eq!(tensors.tensor("logits").unwrap().shape(), [1, 8]);
+        }
+    }
+    assert_eq!(folder::load(dir.path()).unwrap().trials.len(), 61);
+    let read = SMALL.replacen(
+        "doses = [0.5, 1]",
+        "doses = [0.5, 1]\ncapture = [{ site = \"resid_post\", layer = [1] }]",
+        1,
+    );
+    assert!(Protocol::parse(&read, "s.toml", &[]).unwrap_err().to_string().contains("layer"));
+}

@@ -32,11 +32,12 @@ pub fn execute(
     is_wanted: &dyn Fn(usize) -> bool,
     engine: &dyn Jobs,
     save: &mut dyn FnMut(Trial) -> Result<()>,
+    keep: &mut Keep<'_>,
     progress: &mut dyn Progress,
 ) -> Result<Done> {
     let total = (0..plan.grid().len()).filter(|place| is_wanted(*place)).count();
     let stop = Rc::new(Cell::new(progress.stops()));
-    let mut tally = Tally { save, progress, stop, done: 0, total: total as u64, tokens: 0 };
+    let mut tally = Tally { save, keep, progress, stop, done: 0, total: total as u64, tokens: 0 };
     for (part, kind) in plan.kinds().enumerate() {
         let wanted = plan.grid().of_part(part).filter(|place| is_wanted(*place));
         match kind {
@@ -49,6 +50,9 @@ pub fn execute(
     Ok(Done { trials, stopped: trials < total })
 }
 
+/// Takes a trial's id and its captures, each with its values.
+pub type Keep<'a> = dyn FnMut(&str, &[(Capture, Vec<f32>)]) -> Result<()> + 'a;
+
 /// How far [`execute`] came.
 #[derive(Clone, Copy, Debug)]
 pub struct Done {
@@ -60,6 +64,7 @@ pub struct Done {
 
 /// Counts and passes on the finished lines.
 struct Tally<'a> {
+    keep: &'a mut Keep<'a>,
     /// Whether nothing more is to be begun.
     stop: Rc<Cell<bool>>,
     save: &'a mut dyn FnMut(Trial) -> Result<()>,
@@ -70,6 +75,24 @@ struct Tally<'a> {
 }
 
 impl Tally<'_> {
+    /// Stores what the protocol captures of a trial and leaves the rest: before the trial's line, so that
+    /// a trial with a line has its captures.
+    fn keep_captures(
+        &mut self,
+        plan: &Plan,
+        trial: &Planned,
+        finished: &mut Finished,
+    ) -> Result<()> {
+        let wanted = plan.wanted_captures(trial);
+        let own = finished.captures.len().saturating_sub(wanted.len());
+        let data = finished.captures.split_off(own);
+        if data.is_empty() {
+            return Ok(());
+        }
+        let captures: Vec<(Capture, Vec<f32>)> = wanted.into_iter().zip(data).collect();
+        (self.keep)(&trial.id, &captures)
+    }
+
     fn finish(&mut self, trial: Trial) -> Result<()> {
         self.tokens += trial.reply.as_ref().map_or(0, |reply| reply.tokens.len() as u64);
         (self.save)(trial)?;
@@ -148,14 +171,16 @@ fn readouts(
     run_each(plan, cleans.into_iter(), engine, &stop, |place, trial, mut finished| {
         let first = first_token(plan, trial, &finished)?.clone();
         if wanted_cleans.contains(&place) {
+            tally.keep_captures(plan, trial, &mut finished)?;
             let next = next_token(plan, trial, &finished, None)?;
             tally.finish(Trial { next: Some(next), ..line(plan, trial, &finished)? })?;
         }
-        let logits = finished.captures.pop().unwrap_or_default();
+        let logits = finished.captures.into_iter().next().unwrap_or_default();
         partners.insert(place, Clean { first, logits });
         Ok(())
     })?;
-    run_each(plan, injected, engine, &stop, |place, trial, finished| {
+    run_each(plan, injected, engine, &stop, |place, trial, mut finished| {
+        tally.keep_captures(plan, trial, &mut finished)?;
         let first = first_token(plan, trial, &finished)?;
         let clean = grid.clean_of(place).and_then(|clean| partners.get(&clean));
         let clean = clean.ok_or_else(|| {
@@ -216,7 +241,8 @@ fn probes(
     tally: &mut Tally<'_>,
 ) -> Result<()> {
     let stop = Rc::clone(&tally.stop);
-    run_each(plan, wanted, engine, &stop, |_, trial, finished| {
+    run_each(plan, wanted, engine, &stop, |_, trial, mut finished| {
+        tally.keep_captures(plan, trial, &mut finished)?;
         let (layers, _) = plan.probed(trial).unwrap_or_default();
         let (pieces, band) = (plan.probed_pieces(trial), &plan.part(trial).band);
         let (rows, concepts) = (&finished.captures, plan.concepts());
@@ -349,6 +375,7 @@ impl<I: Iterator<Item = usize>> Queue<'_, '_, '_, I> {
             Task::Draw(trial) => {
                 let place = || name_of(self.plan, &trial);
                 let mut finished = finished.at(place)?;
+                self.tally.keep_captures(self.plan, &trial, &mut finished)?;
                 let mut line = line(self.plan, &trial, &finished)?;
                 let sample = finished.outcome.samples.pop().filter(|s| !s.tokens.is_empty());
                 let sample = sample.ok_or_else(|| Error::new("no token was drawn").at(place()))?;
