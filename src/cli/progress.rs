@@ -11,6 +11,8 @@ use crate::experiment::Progress;
 #[derive(Default)]
 pub struct Bar {
     current: Option<(String, ProgressBar)>,
+    /// Begun, and all.
+    cells: (usize, usize),
 }
 
 impl Bar {
@@ -31,6 +33,11 @@ impl Bar {
             }
             if tokens > 0 && seconds > 0.5 {
                 message = format!("{message}, {:.0} tokens/s", tokens as f64 / seconds);
+            }
+            let (begun, cells) = self.cells;
+            if begun > 0 {
+                let comma = if message.is_empty() { "" } else { ", " };
+                message = format!("{message}{comma}{begun} of {cells} cells");
             }
             if done < total && !left.is_zero() {
                 let comma = if message.is_empty() { "" } else { ", " };
@@ -63,6 +70,10 @@ pub fn stop_in_order() {
 }
 
 impl Progress for Bar {
+    fn cells(&mut self, begun: usize, total: usize) {
+        self.cells = (begun, total);
+    }
+
     fn stops(&self) -> bool {
         STOP.load(Ordering::SeqCst)
     }

@@ -190,6 +190,14 @@ impl<'a> Grid<'a> {
         Some(of.from + of.start(trial.repeat, prompt) + of.cleans(prompt) + injected)
     }
 
+    /// How many cells the injected trials stand in.
+    pub fn cells(&self) -> usize {
+        let of = |part: &PartGrid| {
+            part.prompts.len() * part.dimensions.places.len() * part.injections.len()
+        };
+        self.parts.iter().map(of).sum()
+    }
+
     /// The size of every part.
     pub fn outline(&self) -> Vec<PartOutline> {
         let outline = |of: &PartGrid| {
@@ -292,6 +300,7 @@ mod tests {
             grid.outline().iter().map(|part| (part.injected, part.clean)).collect();
         assert_eq!(sizes, [(50 * 5 * 4 * 2, 1), (8 * 4 * 4 * 3 * 2, 24), (8, 2)]);
         assert_eq!(grid.len(), 2001 + 792 + 10);
+        assert_eq!(grid.cells(), 5 * 4 * 2 + 4 * 4 * 2 + 2 * 4);
         assert_eq!(grid.of_part(1), 2001..2793);
         assert_eq!(grid.first_repeat(1), 2001..2001 + 264);
     }

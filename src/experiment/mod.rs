@@ -69,6 +69,11 @@ pub trait Progress {
     /// `stage` is `vectors`, `measuring` or `trials`; `total` 0: not known; `tokens`: drawn so far.
     fn advance(&mut self, stage: &str, done: u64, total: u64, tokens: u64);
 
+    /// Of so many cells (prompt, layer, dose and condition of a part) some have a finished trial.
+    fn cells(&mut self, begun: usize, total: usize) {
+        let _ = (begun, total);
+    }
+
     /// Whether nothing more is to be begun. What is under way is finished and stored.
     fn stops(&self) -> bool {
         false

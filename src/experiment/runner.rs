@@ -15,7 +15,7 @@ use crate::{
         plan::{Plan, Planned},
         probe::probe,
         protocol::Kind,
-        results::{FirstAnswer, NextToken, Readout, Reply, Trial},
+        results::{Condition, FirstAnswer, NextToken, Readout, Reply, Trial},
     },
     request::{CaptureSite, Sampling},
 };
@@ -37,7 +37,19 @@ pub fn execute(
 ) -> Result<Done> {
     let total = (0..plan.grid().len()).filter(|place| is_wanted(*place)).count();
     let stop = Rc::new(Cell::new(progress.stops()));
-    let mut tally = Tally { save, keep, progress, stop, done: 0, total: total as u64, tokens: 0 };
+    let (total_cells, cells) = (plan.grid().cells(), BTreeSet::new());
+    let (total_trials, tokens) = (total as u64, 0);
+    let mut tally = Tally {
+        keep,
+        cells,
+        total_cells,
+        stop,
+        save,
+        progress,
+        done: 0,
+        total: total_trials,
+        tokens,
+    };
     for (part, kind) in plan.kinds().enumerate() {
         let wanted = plan.grid().of_part(part).filter(|place| is_wanted(*place));
         match kind {
@@ -65,6 +77,9 @@ pub struct Done {
 /// Counts and passes on the finished lines.
 struct Tally<'a> {
     keep: &'a mut Keep<'a>,
+    /// Those of the trials finished now: part, prompt, layer, dose, condition.
+    cells: BTreeSet<(String, String, usize, u64, Condition)>,
+    total_cells: usize,
     /// Whether nothing more is to be begun.
     stop: Rc<Cell<bool>>,
     save: &'a mut dyn FnMut(Trial) -> Result<()>,
@@ -95,7 +110,12 @@ impl Tally<'_> {
 
     fn finish(&mut self, trial: Trial) -> Result<()> {
         self.tokens += trial.reply.as_ref().map_or(0, |reply| reply.tokens.len() as u64);
+        if let (Some(layer), Some(dose)) = (trial.layer, trial.dose) {
+            let names = (trial.part.clone(), trial.prompt.clone());
+            self.cells.insert((names.0, names.1, layer, dose.to_bits(), trial.condition));
+        }
         (self.save)(trial)?;
+        self.progress.cells(self.cells.len(), self.total_cells);
         self.done += 1;
         self.progress.advance("trials", self.done, self.total, self.tokens);
         self.stop.set(self.progress.stops());
