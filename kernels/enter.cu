@@ -1,9 +1,9 @@
 // enter: fills the residual rows that enter the forward pass. For i below count, row = first + i:
 //
-//   kind[row] 0   resid[row, :] = embedding[value[row], :]           a token
-//             1   resid[row, :] = cached[value[row], :]              a row of a clean run
-//             2   resid[row, :] = embedding[last[value[row]], :]     the token slot value[row] drew
-//             3   nothing is written                                 a dead row
+//   kind[row] 0   resid[row, :] = scale embedding[value[row], :]         a token
+//             1   resid[row, :] = cached[value[row], :]                  a row of a clean run
+//             2   resid[row, :] = scale embedding[last[value[row]], :]   the token slot value[row] drew
+//             3   nothing is written                                     a dead row
 //
 // Shapes  resid, cached: (.., dim) f32    embedding: (vocab, dim) bf16, in a weight's tiles of 64
 //         features x 64 k    kind, value: by row of resid    last: (slots)
@@ -20,7 +20,7 @@ struct EnterParams {
     const uint32_t* value;
     const uint32_t* last;
     int             first, count, dim, k_tiles, vocab;
-    int             unused;   // fills the struct up to its alignment
+    float           scale;
 };
 static_assert(sizeof(EnterParams) == 72, "mirror of src/ops/enter.rs");
 
@@ -50,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(1024) enter(const __grid_constant__
         const bf16* from = tiles + static_cast<int64_t>(k / 64) * 4096 + inside;
         const uint2 v = *reinterpret_cast<const uint2*>(from);
         *reinterpret_cast<float4*>(to + k) =
-            float4{low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y)};
+            float4{p.scale * low_bf16(v.x), p.scale * high_bf16(v.x), p.scale * low_bf16(v.y),
+                   p.scale * high_bf16(v.y)};
     }
 }
 EXPORT_KERNEL(enter, EnterParams)

@@ -1,13 +1,16 @@
 // residual_norm: the one place where the residual stream is written. For every row, in this order:
 //
-//   branch captured (tap 2 site + 1)    h += branch                 (rows below branch_rows)
+//   branch = branch * c                 (rows below branch_rows)    branch_gain not null:
+//                                       branch / sqrt(mean(branch^2) + eps) * branch_gain * c
+//   branch captured (tap 2 site + 1)    h += branch
 //   h += scale * v                      each operation of the row's slot at this site whose window
 //                                       from <= position < to holds; relative: scale * |h|;
 //                                       receipt = (|h| before, |change|)
 //   h captured (tap 2 site), |h| stored
 //   x = h / sqrt(mean(h^2) + eps) * gain            is_final: also captured in f32 (tap 2 site + 2)
+//   x = h                                           where gain is null
 //
-// Shapes  resid, branch, captured: (.., dim) f32    gain: (dim)    vectors: (vectors, dim) f32
+// Shapes  resid, branch, captured: (.., dim) f32    gains: (dim)    vectors: (vectors, dim) f32
 //         x: bf16 Tiles of x_row_groups * 8 rows    norms: (rows), this site's
 //         slot, position, receipt: (rows)           first: (slots, sites + 1)
 //         ops: (slots, ops_per_slot); those of slot s at site i are first[s, i]..first[s, i + 1]
@@ -18,7 +21,9 @@
 //         has_captures 0: tap_first, entries and captured are not read.
 // Launch  grid = ceil(rows * T / block) blocks of `block` threads, T threads a row: in the kernel's
 //         name, before the float4s of a thread. block = T, or for T = 32 any multiple of it up to
-//         128. The kernel is chosen by dim alone, since the order of a row's sums follows from T:
+//         128. Kernels named residual_norm_around_* have both gains, residual_norm_after_* only
+//         branch_gain, the others only gain. Beside that a kernel is chosen by dim alone, since the
+//         order of a row's sums follows from T:
 //           dim <= 256: 32_2   1024: 32_8   2048: 128_4   4096: 256_4   8192: 512_4   16384: 1024_4
 // Needs   dim % 8 == 0; all arrays of rows and vectors 16-byte aligned, entries and receipts 8.
 #include "device.cuh"
@@ -34,6 +39,7 @@ static_assert(sizeof(HookOp) == 20, "mirror of src/ops/hooks.rs");
 struct ResidualNormParams {
     float*          resid;
     const float*    branch;
+    const float*    branch_gain;
     const float*    gain;
     bf16*           x;
     const uint32_t* slot;
@@ -50,8 +56,10 @@ struct ResidualNormParams {
     int             rows, branch_rows, dim, site, sites, ops_per_slot, x_row_groups;
     int             is_final, has_captures;
     float           eps;
+    float           branch_scale;   // c
+    int             unused;         // fills the struct up to its alignment
 };
-static_assert(sizeof(ResidualNormParams) == 160, "mirror of src/ops/residual_norm.rs");
+static_assert(sizeof(ResidualNormParams) == 176, "mirror of src/ops/residual_norm.rs");
 
 namespace {
 
@@ -59,12 +67,18 @@ namespace {
 struct Scratch {
     double   changes[WARP];
     float    squares[WARP];
+    float    branch_squares[WARP];
     uint32_t found[3];
 };
 
 // One row's share of a thread: float4 v is number thread + v * THREADS of the row.
-template <int THREADS, int VECS>
+// What is normalised: x, the branch, or both.
+enum Norms { BEFORE, AFTER, AROUND };
+
+template <int THREADS, int VECS, Norms NORMS>
 struct Row {
+    static constexpr bool OF_BRANCH = NORMS != BEFORE, OF_X = NORMS != AFTER;
+
     const ResidualNormParams& p;
     Scratch*                  scratch;
     int                       row;
@@ -108,7 +122,7 @@ struct Row {
         return value;
     }
 
-    __device__ float sum_of_squares(const float4 (&h)[VECS]) const {
+    __device__ float sum_of_squares(const float4 (&h)[VECS], float* partial) const {
         float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
         each([&](int v, int) {
             sums.x = fmaf(h[v].x, h[v].x, sums.x);
@@ -116,7 +130,7 @@ struct Row {
             sums.z = fmaf(h[v].z, h[v].z, sums.z);
             sums.w = fmaf(h[v].w, h[v].w, sums.w);
         });
-        return sum((sums.x + sums.y) + (sums.z + sums.w), scratch->squares);
+        return sum((sums.x + sums.y) + (sums.z + sums.w), partial);
     }
 
     // First entry of a tap that is not of a lower row. The whole warp searches: each round leaves
@@ -184,17 +198,33 @@ struct Row {
         change = sum(change, scratch->changes);
         if (threadIdx.x % THREADS == 0)
             reinterpret_cast<float2*>(p.receipts)[receipt] = float2{before, static_cast<float>(sqrt(change))};
-        return sum_of_squares(h);
+        return sum_of_squares(h, scratch->squares);
+    }
+
+    __device__ float inverse_norm(float squares) const {
+        // A row too large for f32 must not pass for one of zeros.
+        const float mean = isfinite(squares) ? squares / static_cast<float>(p.dim) : NAN;
+        return 1.0f / sqrtf(mean + p.eps);
+    }
+
+    // What becomes of the branch before it is added.
+    __device__ void scale(float4 (&branch)[VECS]) const {
+        const float squares = sum_of_squares(branch, scratch->branch_squares);
+        const float factor = p.branch_scale * inverse_norm(squares);
+        each([&](int v, int element) {
+            const float4 gain = *reinterpret_cast<const float4*>(p.branch_gain + element);
+            branch[v] = float4{branch[v].x * factor * gain.x, branch[v].y * factor * gain.y,
+                               branch[v].z * factor * gain.z, branch[v].w * factor * gain.w};
+        });
     }
 
     // x, which takes the place of h.
     __device__ void normalise(float4 (&h)[VECS], const float4 (&gain)[VECS], float squares) const {
-        // A stream too large for f32 must not pass for one of zeros.
-        const float mean = isfinite(squares) ? squares / static_cast<float>(p.dim) : NAN;
-        const float inverse = 1.0f / sqrtf(mean + p.eps);
+        const float inverse = OF_X ? inverse_norm(squares) : 1.0f;
         each([&](int v, int element) {
-            h[v] = float4{h[v].x * inverse * gain[v].x, h[v].y * inverse * gain[v].y,
-                          h[v].z * inverse * gain[v].z, h[v].w * inverse * gain[v].w};
+            if constexpr (OF_X)
+                h[v] = float4{h[v].x * inverse * gain[v].x, h[v].y * inverse * gain[v].y,
+                              h[v].z * inverse * gain[v].z, h[v].w * inverse * gain[v].w};
             bf16* x = p.x + tile_chunk(row, element / 8, p.x_row_groups) + element % 8;
             *reinterpret_cast<uint2*>(x) = uint2{pack_bf16(h[v].x, h[v].y), pack_bf16(h[v].z, h[v].w)};
         });
@@ -206,9 +236,14 @@ struct Row {
         const bool has_branch = row < p.branch_rows;
         float* resid = p.resid + static_cast<int64_t>(row) * p.dim;
         // Under way before anything depends on the row's tables.
-        float4 h[VECS], branch[VECS];
-        load(h, resid);
-        if (has_branch) load(branch, p.branch + static_cast<int64_t>(row) * p.dim);
+        float4 h[VECS], branch[OF_BRANCH ? 1 : VECS];
+        const float* from = p.branch + static_cast<int64_t>(row) * p.dim;
+        if constexpr (OF_BRANCH) {
+            load(h, has_branch ? from : resid);   // in turn: there is no room for both
+        } else {
+            load(h, resid);
+            if (has_branch) load(branch, from);
+        }
         if (slot == NONE) return;
 
         uint32_t op = 0, ops = 0;
@@ -220,16 +255,29 @@ struct Row {
         uint32_t found[3];
         if (p.has_captures) find_captures(found);
         if (has_branch) {
-            if (p.has_captures) capture(2 * p.site + 1, found[1], branch);
-            each([&](int v, int) {
-                h[v] = float4{h[v].x + branch[v].x, h[v].y + branch[v].y, h[v].z + branch[v].z,
-                              h[v].w + branch[v].w};
-            });
+            auto add = [](float4& to, const float4& v) {
+                to = float4{to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w};
+            };
+            if constexpr (OF_BRANCH) {
+                scale(h);
+                if (p.has_captures) capture(2 * p.site + 1, found[1], h);
+                each([&](int v, int element) {
+                    add(h[v], *reinterpret_cast<const float4*>(resid + element));
+                });
+            } else {
+                each([&](int v, int) {
+                    const float factor = p.branch_scale;
+                    branch[v] = float4{branch[v].x * factor, branch[v].y * factor, branch[v].z * factor,
+                                       branch[v].w * factor};
+                });
+                if (p.has_captures) capture(2 * p.site + 1, found[1], branch);
+                each([&](int v, int) { add(h[v], branch[v]); });
+            }
         }
         float4 gain[VECS];   // on its way while the row is summed, in the registers of the branch
-        load(gain, p.gain);
+        if constexpr (OF_X) load(gain, p.gain);
         const bool writes = has_branch || op < ops;
-        float squares = sum_of_squares(h);
+        float squares = sum_of_squares(h, scratch->squares);
         if (op < ops) {
             for (; op < ops; op++) {
                 const HookOp& it = p.ops[static_cast<int64_t>(slot) * p.ops_per_slot + op];
@@ -237,7 +285,8 @@ struct Row {
                 if (it.from <= position && position < it.to)
                     squares = inject(h, it, squares, receipt + static_cast<int>(op));
             }
-            load(gain, p.gain);   // again: kept through the loop, it would not fit into the registers
+            // Again: kept through the loop, it would not fit into the registers.
+            if constexpr (OF_X) load(gain, p.gain);
         }
         if (writes) store(resid, h);
         if (p.has_captures) capture(2 * p.site, found[0], h);
@@ -247,36 +296,84 @@ struct Row {
     }
 };
 
-template <int THREADS, int VECS>
+template <int THREADS, int VECS, Norms NORMS>
 __device__ void residual_norm(const ResidualNormParams& p) {
     __shared__ Scratch scratch;
     const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / THREADS);
     // Whole rows leave, so whole warps, and whole blocks where a row is longer than a warp.
-    if (row < p.rows) Row<THREADS, VECS>{p, &scratch, row}.run();
+    if (row < p.rows) Row<THREADS, VECS, NORMS>{p, &scratch, row}.run();
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(128)
-residual_norm_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2>(p); }
+residual_norm_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_32_2, ResidualNormParams)
 
 extern "C" __global__ void __launch_bounds__(128)
-residual_norm_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8>(p); }
+residual_norm_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_32_8, ResidualNormParams)
 
 extern "C" __global__ void __launch_bounds__(128, 8)
-residual_norm_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4>(p); }
+residual_norm_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_128_4, ResidualNormParams)
 
 extern "C" __global__ void __launch_bounds__(256, 4)
-residual_norm_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4>(p); }
+residual_norm_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_256_4, ResidualNormParams)
 
 extern "C" __global__ void __launch_bounds__(512, 2)
-residual_norm_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4>(p); }
+residual_norm_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_512_4, ResidualNormParams)
 
 extern "C" __global__ void __launch_bounds__(1024)
-residual_norm_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4>(p); }
+residual_norm_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, BEFORE>(p); }
 EXPORT_KERNEL(residual_norm_1024_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128)
+residual_norm_after_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_32_2, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128)
+residual_norm_after_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_32_8, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128, 8)
+residual_norm_after_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_128_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(256, 4)
+residual_norm_after_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_256_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(512, 2)
+residual_norm_after_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_512_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(1024)
+residual_norm_after_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, AFTER>(p); }
+EXPORT_KERNEL(residual_norm_after_1024_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128)
+residual_norm_around_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_32_2, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128)
+residual_norm_around_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_32_8, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(128, 8)
+residual_norm_around_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_128_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(256, 4)
+residual_norm_around_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_256_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(512, 2)
+residual_norm_around_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_512_4, ResidualNormParams)
+
+extern "C" __global__ void __launch_bounds__(1024)
+residual_norm_around_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, AROUND>(p); }
+EXPORT_KERNEL(residual_norm_around_1024_4, ResidualNormParams)

@@ -7,7 +7,15 @@
 // (Su et al. 2021, eq. 34, halves as Hugging Face lays them out.) Rotated q and k replace those in
 // qkv; k and v are written to the row's place in the page of its position at `layer`, in bf16.
 //
-// Shapes  qkv: (rows, (heads + 2 kv_heads) * head_dim)    cos, sin: (positions, half)
+// normalise_whole: before it, where queries and keys are normalised over all heads together,
+//
+//   q, k = a / sqrt(mean(a^2) + eps) * norm                    in place; norm: (width of q or k)
+//
+// Launch  grid = (rows, 2): q, then k; block = 256 threads. Needs widths that are multiples of 4.
+//
+// rope_append:
+// Shapes  qkv: (rows, (heads + 2 kv_heads) * head_dim)    cos, sin: (positions, half); null: q and k
+//         are not rotated
 //         slot, position: (rows)    tables: (slots, layers, blocks)    q_norm, k_norm: (head_dim)
 //         pages: keys [kv_heads][16][head_dim], then values [kv_heads][16][head_dim] each
 // Nothing slot NONE: a dead row, nothing is written.
@@ -75,7 +83,7 @@ rope_append(const __grid_constant__ RopeAppendParams p) {
     const int thread = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
     const int head = thread / lanes, i = 4 * (thread % lanes), half = p.head_dim / 2;
     const int first_k = p.heads, first_v = p.heads + p.kv_heads, all = p.heads + 2 * p.kv_heads;
-    const bool works = head < all && i < half, rotates = works && head < first_v;
+    const bool works = head < all && i < half, is_qk = works && head < first_v;
     float* at = p.qkv + (row * all + head) * p.head_dim + i;   // read only where the thread works
 
     float4 low = {0.0f, 0.0f, 0.0f, 0.0f}, high = low;
@@ -88,7 +96,7 @@ rope_append(const __grid_constant__ RopeAppendParams p) {
         for (int offset = lanes / 2; offset > 0; offset /= 2)
             squares += __shfl_xor_sync(FULL_WARP, squares, offset);
         const float* norm = head < first_k ? p.q_norm : p.k_norm;
-        if (rotates && norm) {
+        if (is_qk && norm) {
             // A head too large for f32 must not pass for one of zeros.
             const float mean = isfinite(squares) ? squares / static_cast<float>(p.head_dim) : NAN;
             const float inverse = 1.0f / sqrtf(mean + p.eps);
@@ -96,13 +104,15 @@ rope_append(const __grid_constant__ RopeAppendParams p) {
             high = scaled4(high, inverse, load4(norm + half + i));
         }
     }
-    if (rotates) {
-        const int64_t angle = static_cast<int64_t>(position) * half + i;
-        const float4 cos = load4(p.cos + angle), sin = load4(p.sin + angle);
-        rotate(low.x, high.x, cos.x, sin.x);
-        rotate(low.y, high.y, cos.y, sin.y);
-        rotate(low.z, high.z, cos.z, sin.z);
-        rotate(low.w, high.w, cos.w, sin.w);
+    if (is_qk) {
+        if (p.cos) {
+            const int64_t angle = static_cast<int64_t>(position) * half + i;
+            const float4 cos = load4(p.cos + angle), sin = load4(p.sin + angle);
+            rotate(low.x, high.x, cos.x, sin.x);
+            rotate(low.y, high.y, cos.y, sin.y);
+            rotate(low.z, high.z, cos.z, sin.z);
+            rotate(low.w, high.w, cos.w, sin.w);
+        }
         store4(at, low);
         store4(at + half, high);
     }
@@ -117,3 +127,31 @@ rope_append(const __grid_constant__ RopeAppendParams p) {
     }
 }
 EXPORT_KERNEL(rope_append, RopeAppendParams)
+
+struct NormaliseWholeParams {
+    float*       qkv;
+    const float* q_norm;
+    const float* k_norm;
+    int          q_width, k_width, width;   // width: of a row of qkv
+    float        eps;
+};
+static_assert(sizeof(NormaliseWholeParams) == 40, "mirror of src/ops/rope_append.rs");
+
+extern "C" __global__ void __launch_bounds__(256)
+normalise_whole(const __grid_constant__ NormaliseWholeParams p) {
+    __shared__ float scratch[WARP];
+    const bool is_k = blockIdx.y == 1;
+    const int width = is_k ? p.k_width : p.q_width;
+    const float* norm = is_k ? p.k_norm : p.q_norm;
+    float* row = p.qkv + static_cast<int64_t>(blockIdx.x) * p.width + (is_k ? p.q_width : 0);
+
+    float squares = 0.0f;
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) squares += squares4(load4(row + i));
+    squares = block_sum(squares, scratch);
+    // Values too large for f32 must not pass for zeros.
+    const float mean = isfinite(squares) ? squares / static_cast<float>(width) : NAN;
+    const float inverse = 1.0f / sqrtf(mean + p.eps);
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x)
+        store4(row + i, scaled4(load4(row + i), inverse, load4(norm + i)));
+}
+EXPORT_KERNEL(normalise_whole, NormaliseWholeParams)

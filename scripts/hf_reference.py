@@ -80,20 +80,23 @@ class Reference:
             folder, dtype=getattr(torch, dtype), attn_implementation="eager"
         ).eval()
         self.tokenizer = None
-        self.blocks = self.model.model.layers
+        text = getattr(self.model.model, "language_model", self.model.model)  # in a multimodal model
+        self.blocks = text.layers
         self.edits = []  # the injections of the request at hand
         self.start = 0  # position of the first row of the call at hand
         self.seen = None  # {name: (rows, width)} of the call at hand, None: not wanted
         for index, block in enumerate(self.blocks):
             self.hook(index, block)
-        self.model.model.norm.register_forward_hook(lambda _, __, out: self.show("final_norm", out))
+        text.norm.register_forward_hook(lambda _, __, out: self.show("final_norm", out))
 
     def hook(self, layer, block):
         """Hooks one block. Edits are made in place, so the stream that skips ahead sees them too."""
-        sandwich = hasattr(block, "pre_feedforward_layernorm")  # families that normalise what they add
-        before_mlp = block.pre_feedforward_layernorm if sandwich else block.post_attention_layernorm
-        attn_out = block.post_attention_layernorm if sandwich else block.self_attn
-        mlp_out = block.post_feedforward_layernorm if sandwich else block.mlp
+        after = hasattr(block, "post_feedforward_layernorm")  # families that normalise what they add
+        around = hasattr(block, "pre_feedforward_layernorm")  # and what they read
+        before_mlp = block.pre_feedforward_layernorm if around else block.mlp if after else block.post_attention_layernorm
+        attn_out = block.post_attention_layernorm if after else block.self_attn
+        mlp_out = block.post_feedforward_layernorm if after else block.mlp
+        scale = getattr(block, "residual_multiplier", 1.0)
 
         def enter(_, args, kwargs):
             stream = args[0] if args else kwargs["hidden_states"]
@@ -102,9 +105,9 @@ class Reference:
                 self.show(f"resid_post.{layer - 1}", stream)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
-        attn_out.register_forward_hook(lambda _, __, out: self.show(f"attn_out.{layer}", first(out)))
+        attn_out.register_forward_hook(lambda _, __, out: self.show(f"attn_out.{layer}", scale * first(out)))
         before_mlp.register_forward_pre_hook(lambda _, args: self.edit("resid_mid", layer, args[0]))
-        mlp_out.register_forward_hook(lambda _, __, out: self.show(f"mlp_out.{layer}", first(out)))
+        mlp_out.register_forward_hook(lambda _, __, out: self.show(f"mlp_out.{layer}", scale * first(out)))
         block.register_forward_hook(lambda _, __, out: self.edit("resid_post", layer, first(out)))
 
     def show(self, name, stream):

@@ -1,6 +1,7 @@
 """Makes the committed fixtures of tests/golden with transformers, on the CPU, in f32.
 
     python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
+    python make_golden.py families [NAME]   likewise one of every family (golden_families.py), with fewer requests
     python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
     python make_golden.py demo HF_FOLDER    the demo model (its folder from gguf_to_hf.py --dtype float32): chats,
                                             captured rows, continuations, and its tokenizer's answers
@@ -27,6 +28,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import golden_families
+from golden_families import LAYERS, OUTLIERS
 from golden_texts import CHATS, PROMPTS, TEXTS
 from hf_reference import BLOCK_SITES, Reference, chat_text, read_requests, write_lines
 
@@ -41,8 +44,6 @@ TINY = {
     "sharded": dict(hidden_size=72, num_attention_heads=4, num_key_value_heads=2, head_dim=20, intermediate_size=118,
                     vocab_size=257, rope_theta=10000.0, eos_token_id=[49, 127]),
 }  # fmt: skip
-LAYERS = 3
-OUTLIERS = (5, 30)  # channels of the stream that are larger than the others, as in trained models
 
 
 def tiny_model(settings, seed):
@@ -153,11 +154,11 @@ def tiny_prompts(vocab):
     return lambda length: trunk[:length] if length > 0 else trunk[:20] + branch[: -length - 20]
 
 
-def tiny_requests(prompt):
+def tiny_requests(prompt, full=TINY_FULL):
     forward, generate = [], []
     for name, length, edits, positions in TINY_REQUESTS:
         request = {"id": name, "tokens": prompt(length), "inject": edits}
-        forward.append(request | {"capture": capture(positions, name in TINY_FULL)})
+        forward.append(request | {"capture": capture(positions, name in full)})
         if name in TINY_GENERATED:
             generate.append(request | {"sampling": GREEDY})
     for name, length, edits in TINY_GENERATE_ONLY:
@@ -172,17 +173,44 @@ def tiny():
         save_model(name, tiny_model(settings, seed), folder)
         (folder / "generation_config.json").unlink()
         save_file(tiny_vectors(settings["hidden_size"]), folder / "vectors.safetensors")
-        forward, generate = tiny_requests(tiny_prompts(settings["vocab_size"]))
-        write_lines(folder / "requests.jsonl", forward)
-        write_lines(folder / "generate.jsonl", generate)
-        reference = Reference(folder)
-        tensors = {}
-        for request in read_requests(folder / "requests.jsonl"):
-            tensors |= reference.answer(request, folder)[0]
-        save_file(tensors, folder / "expected.safetensors")
-        continuations = [reference.answer(r, folder, True)[1] for r in read_requests(folder / "generate.jsonl")]
-        write_lines(folder / "generated.jsonl", continuations)
-        describe(name, tensors, continuations)
+        answer(name, folder, *tiny_requests(tiny_prompts(settings["vocab_size"])))
+
+
+def answer(name, folder, forward, generate):
+    """Writes requests beside a model, and transformers' answers to them."""
+    write_lines(folder / "requests.jsonl", forward)
+    write_lines(folder / "generate.jsonl", generate)
+    reference = Reference(folder)
+    tensors = {}
+    for request in read_requests(folder / "requests.jsonl"):
+        tensors |= reference.answer(request, folder)[0]
+    save_file(tensors, folder / "expected.safetensors")
+    continuations = [reference.answer(r, folder, True)[1] for r in read_requests(folder / "generate.jsonl")]
+    write_lines(folder / "generated.jsonl", continuations)
+    describe(name, tensors, continuations)
+
+
+# Of TINY_REQUESTS; prompts longer than every window.
+FAMILY_REQUESTS = ["one_all", "tile_mid", "tile_open", "same_site", "long_many"]
+FAMILY_GENERATED = ["tile_open", "long_many", "generated_only"]
+
+
+def families(only=None):
+    for seed, name in enumerate(golden_families.FAMILIES):
+        if only not in (None, name):
+            continue
+        folder = GOLDEN / "families" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = golden_families.model(name, 100 + seed).to(torch.bfloat16)
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        text = model.config.get_text_config()
+        torch.manual_seed(seed)
+        save_file(tiny_vectors(text.hidden_size), folder / "vectors.safetensors")
+        forward, generate = tiny_requests(tiny_prompts(text.vocab_size), [n for n in FAMILY_REQUESTS if n != "long_many"])
+        forward = [request for request in forward if request["id"] in FAMILY_REQUESTS]
+        generate = [request for request in generate if request["id"] in FAMILY_GENERATED]
+        answer(name, folder, forward, generate)
 
 
 def describe(name, tensors, continuations):
@@ -282,7 +310,7 @@ def demo_tokens(tokenizer, path):
 
 def main():
     torch.set_num_threads(1)
-    actions = {"tiny": tiny, "sampling": sampling, "demo": demo}
+    actions = {"tiny": tiny, "families": families, "sampling": sampling, "demo": demo}
     if len(sys.argv) < 2 or sys.argv[1] not in actions:
         raise SystemExit(__doc__)
     actions[sys.argv[1]](*sys.argv[2:])

@@ -9,7 +9,7 @@ use crate::{
     device::{Buffer, Cpu, Device, DeviceKind, cpu::Isa},
     engine::{Dtype, Engine, Finished, Job, Options},
     error::Result,
-    model::{ModelConfig, forward::workspace},
+    model::{ModelConfig, Rope, forward::workspace},
     ops::{
         Float,
         activations::Activations,
@@ -151,6 +151,7 @@ fn weights(cpu: &Device, device: &Device) -> Result<Vec<Comparison>> {
             count: vocab,
             sources: &sources,
             embedding: &weight,
+            scale: 1.5,
             cached: &cached,
             last: &last,
             resid: &mut resid,
@@ -239,7 +240,9 @@ fn stream(cpu: &Device, device: &Device, dim: usize) -> Result<Vec<Comparison>> 
             norms: &mut norms,
             norms_at: 0,
             receipts: &mut receipts,
-            gain: &gain,
+            branch_gain: None,
+            branch_scale: 1.0,
+            gain: Some(&gain),
             eps: 1e-5,
             is_final: false,
             x: &mut x,
@@ -292,7 +295,8 @@ fn heads_of(
         let (first, second): (Vec<u32>, Vec<u32>) =
             (0..blocks as u32).map(|block| (2 * block, 2 * block + 1)).unzip();
         cache.set_tables(0, std::slice::from_ref(&first))?;
-        let rope = RopeTable::new(device, positions as usize, head_dim, 10_000.0)?;
+        let frequencies = Rope::plain(head_dim, 10_000.0).frequencies;
+        let rope = RopeTable::new(device, positions as usize, head_dim, &frequencies, 1.0)?;
         let list = RowList {
             slot: vec![0; positions as usize],
             position: (0..positions).collect(),
@@ -307,7 +311,7 @@ fn heads_of(
             qkv: &mut qkv,
             at: &at,
             norms: None,
-            rope: &rope,
+            rope: Some(&rope),
             layer: 0,
             cache: &mut cache,
         };
@@ -372,6 +376,7 @@ fn rows_of(
         plan: &mut plan,
         layer: 0,
         cache,
+        scale: 1.0 / (shape.head_dim as f32).sqrt(),
         soft_cap: None,
         window: None,
         out: &mut out,

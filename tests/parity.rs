@@ -1,5 +1,6 @@
 //! The binary against Hugging Face transformers, in f32: captured rows, logits and greedy
-//! continuations of three tiny models and of the demo model (`scripts/make_golden.py`).
+//! continuations of three tiny models, of one of every family and of the demo model
+//! (`scripts/make_golden.py`).
 
 #[allow(dead_code, reason = "shared by several test binaries")]
 mod common;
@@ -9,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{demo_model, golden, read_lines, read_tensors, worst_row};
+use inkling::model::ARCHITECTURES;
 use serde_json::{Value, json};
 
 /// ‖got − want‖ / ‖want‖ of the worst row of a stream site, a branch or the final norm.
@@ -32,6 +34,36 @@ fn forward_mqa_bf16_tied() {
 #[test]
 fn forward_sharded() {
     check_forward(&golden("sharded"), "sharded");
+}
+
+/// Folders of tiny models, one or more of every family.
+fn families() -> Vec<String> {
+    let folder = golden("families");
+    let entries = fs_err::read_dir(&folder).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| format!("families/{}", entry.unwrap().file_name().to_string_lossy()))
+        .collect();
+    names.sort_unstable();
+    let of = |name: &str| {
+        let config = fs_err::read_to_string(golden(name).join("config.json")).unwrap();
+        serde_json::from_str::<Value>(&config).unwrap()["model_type"].as_str().unwrap().to_owned()
+    };
+    let shown: Vec<String> = names.iter().map(|name| of(name)).collect();
+    // A Mistral inside another model is stored as a Gemma 3 inside one is.
+    let missing = ARCHITECTURES.into_iter().filter(|family| *family != "mistral3");
+    let missing: Vec<&str> = missing.filter(|family| !shown.iter().any(|s| s == family)).collect();
+    assert!(missing.is_empty(), "families without a fixture: {missing:?}");
+    names
+}
+
+#[test]
+fn forward_every_family() {
+    families().iter().for_each(|name| check_forward(&golden(name), name));
+}
+
+#[test]
+fn generate_every_family() {
+    families().iter().for_each(|name| check_generate(&golden(name), name, "generate.jsonl"));
 }
 
 #[test]
@@ -64,7 +96,8 @@ fn generate_demo_model() {
 #[cfg(feature = "host-kernels")]
 #[test]
 fn kernels_are_as_close_as_the_processor() {
-    for name in ["plain", "mqa"] {
+    let families = families();
+    for name in ["plain", "mqa"].into_iter().chain(families.iter().map(String::as_str)) {
         let mean = |device: &str| {
             let folder = golden(name);
             let scratch = tempfile::tempdir().unwrap();

@@ -283,7 +283,9 @@ impl Run<'_> {
                         norms: &mut norms,
                         norms_at: 0,
                         receipts: &mut receipts,
-                        gain: &gain,
+                        branch_gain: None,
+                        branch_scale: 1.0,
+                        gain: Some(&gain),
                         eps: 1e-5,
                         is_final: false,
                         x: &mut x,
@@ -334,14 +336,23 @@ impl Run<'_> {
         let width = (c.heads + 2 * c.kv_heads) * c.head_dim;
         let mut qkv = Buffer::zeroed(device, rows * width)?;
         let (shared, own) = self.plan.positions;
-        let rope = RopeTable::new(device, shared + own, c.head_dim, c.rope_theta)?;
+        let rope = RopeTable::new(device, shared + own, c.head_dim, &c.rope.frequencies, 1.0)?;
         let (at, mut cache) = (Rows::upload(device, &self.rows())?, self.cache(0)?);
         let timing = self.bench.time(|| {
             let (qkv, cache) = (&mut qkv, &mut cache);
             let heads = c.heads;
             rope_append(
                 device,
-                RopeAppend { rows, heads, qkv, at: &at, norms: None, rope: &rope, layer: 0, cache },
+                RopeAppend {
+                    rows,
+                    heads,
+                    qkv,
+                    at: &at,
+                    norms: None,
+                    rope: Some(&rope),
+                    layer: 0,
+                    cache,
+                },
             )
         })?;
         let bytes = rows * (8 * width + 4 * c.kv_heads * c.head_dim);
@@ -379,6 +390,7 @@ impl Run<'_> {
                 plan: &mut plan,
                 layer: 0,
                 cache: &cache,
+                scale: c.attention_scale,
                 soft_cap: None,
                 window: None,
                 out: &mut out,
@@ -401,7 +413,7 @@ impl Run<'_> {
     fn fill(&self, cache: &mut Cache<bf16>) -> Result<()> {
         let (c, device) = (self.config, self.device);
         let (shared, own) = self.plan.positions;
-        let rope = RopeTable::new(device, shared + own, c.head_dim, c.rope_theta)?;
+        let rope = RopeTable::new(device, shared + own, c.head_dim, &c.rope.frequencies, 1.0)?;
         let rows = shared + own;
         let mut qkv = Buffer::zeroed(device, rows * 2 * c.kv_heads * c.head_dim)?;
         for slot in 0..self.plan.batch as u32 {
@@ -415,7 +427,7 @@ impl Run<'_> {
                 qkv,
                 at: &at,
                 norms: None,
-                rope: &rope,
+                rope: Some(&rope),
                 layer: 0,
                 cache,
             };

@@ -9,11 +9,13 @@ use super::{args::ModelArgs, fetch, output::Output};
 use crate::{
     device::{
         Cuda,
-        cpu::Isa,
+        cpu::{Isa, MachineMemory},
         cuda::{gpu_kernels, has_host_kernels},
     },
+    engine::{Need, Options},
     error::Result,
     model::{Model, ModelConfig},
+    ops::matmul::Dtype,
 };
 
 /// Say what this build and this machine have, and what a model needs
@@ -31,7 +33,7 @@ struct Findings {
     version: &'static str,
     system: String,
     cpu: Cpu,
-    memory: Option<Memory>,
+    memory: Option<MachineMemory>,
     devices: Vec<DeviceSupport>,
     demo_model: DemoModel,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,13 +49,6 @@ struct Cpu {
     features: Vec<String>,
     /// What the operations are run with.
     instruction_set: String,
-}
-
-/// In bytes.
-#[derive(Serialize)]
-struct Memory {
-    total: u64,
-    available: u64,
 }
 
 #[derive(Serialize)]
@@ -86,16 +81,22 @@ struct ModelFindings {
     tokenizer: bool,
     chat_template: bool,
     sha256: String,
-    memory: Vec<Need>,
+    memory: Vec<Needed>,
 }
 
-/// In bytes.
+/// What a model takes, in bytes.
 #[derive(Serialize)]
-struct Need {
+struct Needed {
     dtype: &'static str,
     weights: u64,
     kv_per_token: u64,
+    /// (sequences at a time, all that is taken for them).
+    in_all: Vec<(usize, u64)>,
 }
+
+/// Batches whose memory is told, and the length of their sequences.
+const BATCHES: [usize; 4] = [1, 16, 64, 256];
+const POSITIONS: usize = 1024;
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let model = args.model.model.is_some().then(|| args.model.open()).transpose()?;
@@ -104,7 +105,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         version: env!("CARGO_PKG_VERSION"),
         system: format!("{} {}", consts::OS, consts::ARCH),
         cpu: cpu(),
-        memory: memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
+        memory: MachineMemory::read(),
         devices: vec![
             DeviceSupport { name: "cpu".into(), available: true, note: String::new() },
             cuda_support(),
@@ -187,14 +188,6 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
-fn memory(info: &str) -> Option<Memory> {
-    let bytes = |key| {
-        let kilobytes: u64 = field(info, key)?.strip_suffix(" kB")?.parse().ok()?;
-        Some(kilobytes * 1024)
-    };
-    Some(Memory { total: bytes("MemTotal")?, available: bytes("MemAvailable")? })
-}
-
 fn model_findings(model: &Model) -> Result<ModelFindings> {
     let config = &model.config;
     Ok(ModelFindings {
@@ -213,13 +206,19 @@ fn model_findings(model: &Model) -> Result<ModelFindings> {
         tokenizer: model.tokenizer.is_some(),
         chat_template: model.template.is_some(),
         sha256: model.hash()?,
-        memory: vec![need("bf16", 2, config), need("f32", 4, config)],
+        memory: vec![need("bf16", Dtype::Bf16, config), need("f32", Dtype::F32, config)],
     })
 }
 
-fn need(dtype: &'static str, bytes: u64, config: &ModelConfig) -> Need {
-    let kv = 2 * config.layers * config.kv_heads * config.head_dim;
-    Need { dtype, weights: config.parameters() * bytes, kv_per_token: kv as u64 * bytes }
+fn need(name: &'static str, dtype: Dtype, config: &ModelConfig) -> Needed {
+    let of = |max_batch| Need::new(config, &Options { dtype, max_batch, ..Options::default() });
+    let positions = POSITIONS.min(config.context);
+    Needed {
+        dtype: name,
+        weights: of(1).weights,
+        kv_per_token: of(1).kv_per_token,
+        in_all: BATCHES.map(|batch| (batch, of(batch).total(batch, positions))).into(),
+    }
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -280,6 +279,13 @@ fn model_lines(model: &ModelFindings) -> Vec<String> {
             gigabytes(need.weights),
             need.kv_per_token as f64 / 1e3
         ));
+        let batches = need.in_all.iter();
+        let batches = batches.map(|(batch, bytes)| format!("{batch}: {}", gigabytes(*bytes)));
+        lines.push(format!(
+            "                 in all, by sequences of {} tokens that share nothing: {}",
+            POSITIONS.min(model.context),
+            batches.collect::<Vec<_>>().join(", ")
+        ));
     }
     lines
 }
@@ -289,11 +295,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_and_fields_are_read() {
-        let info = "MemTotal:       16000 kB\nMemFree: 1 kB\nMemAvailable:    8000 kB\n";
-        let memory = memory(info).unwrap();
-        assert_eq!((memory.total, memory.available), (16_384_000, 8_192_000));
-        assert!(super::memory("").is_none());
+    fn fields_are_read() {
         assert_eq!(field("model name\t: A CPU\nflags\t: avx2 fma\n", "flags"), Some("avx2 fma"));
         assert_eq!(field("flags", "flags"), None);
     }

@@ -126,24 +126,14 @@ fn header(entries: Vec<(String, [usize; 2])>) -> Result<(Vec<u8>, Vec<Place>)> {
 mod tests {
     use safetensors::SafeTensors;
 
+    use crate::model::Shape;
+
     use super::*;
 
     fn config() -> ModelConfig {
-        ModelConfig {
-            architecture: "llama".into(),
-            layers: 3,
-            dim: 2,
-            heads: 1,
-            kv_heads: 1,
-            head_dim: 2,
-            ffn_dim: 4,
-            vocab: 3,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            context: 64,
-            tied_embeddings: false,
-            stop_tokens: Vec::new(),
-        }
+        let shape =
+            Shape { layers: 3, dim: 2, heads: 1, kv_heads: 1, head_dim: 2, ffn_dim: 4, vocab: 3 };
+        ModelConfig::llama(shape, 64, 1e4)
     }
 
     fn job(captures: &[(CaptureSite, Option<usize>, &[usize])]) -> Job {

@@ -83,6 +83,16 @@ impl Device {
         }
     }
 
+    /// Bytes of its memory that are free; `None` where that is not known.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub(crate) fn free_memory(&self) -> Result<Option<u64>> {
+        let facts = if let Self::Cuda(cuda) = self { cuda.facts()? } else { None };
+        let free = || cpu::MachineMemory::read().map(|memory| memory.available);
+        Ok(facts.map(|facts| facts.memory.0 as u64).or_else(free))
+    }
+
     /// Whether a call returns before its work is done, so that a step can be queued behind another.
     pub fn is_asynchronous(&self) -> bool {
         matches!(self, Self::Cuda(cuda) if cuda.is_gpu())

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     core::{Command, Core, Submission},
-    hooks,
+    hooks, memory,
     setup::{Limits, Options, open},
     types::{Event, Job, Outcome},
 };
@@ -24,7 +24,7 @@ use crate::{
     device::{Device, cpu::Products},
     error::{Error, Result},
     model::{Model, ModelConfig, Tokenizer, weights::Weights},
-    ops::{Float, matmul::Dtype},
+    ops::{Float, attention::PageShape, matmul::Dtype},
 };
 
 /// What the bits of results depend on beside the job.
@@ -142,8 +142,11 @@ impl Engine {
         let threads = options.threads.unwrap_or(cores);
         let config = Arc::new(config.clone());
         let device = open(&config, options, threads)?;
+        let kv_bytes = memory::kv_bytes(&config, options, &device)?;
         let weights = load(&device)?;
-        let limits = Limits::new(&config, options, &device)?;
+        let page = PageShape::new(&device, options.dtype, config.kv_heads, config.head_dim);
+        let page_bytes = (page.elements() * size_of::<T>()) as u64;
+        let limits = Limits::new(&config, options, page_bytes, kv_bytes);
         let core = Core::<T>::new(device, Arc::clone(&config), tokenizer, weights, limits)?;
         let arithmetic = match &core.device {
             Device::Cpu(cpu) if options.dtype == Dtype::Bf16 => cpu.isa().products().to_string(),

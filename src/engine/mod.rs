@@ -9,6 +9,7 @@ mod handle;
 mod hooks;
 mod kv;
 mod logits;
+mod memory;
 mod outputs;
 mod prompts;
 pub mod resolve;
@@ -20,6 +21,7 @@ pub mod vectors;
 
 pub use handle::{Engine, Fingerprint, Finished, Stats};
 pub use hooks::{norm, site_name};
+pub use memory::Need;
 pub use setup::{Limits, Options};
 pub use types::*;
 

@@ -13,7 +13,7 @@ use crate::{
         forward::{Sizes, workspace},
     },
     ops::{
-        attention::{MAX_HEAD_DIM, PAGE, PageShape},
+        attention::{MAX_HEAD_DIM, PAGE},
         matmul::Dtype,
         residual_norm::MAX_KERNEL_DIM,
         sample::MAX_KERNEL_VOCAB,
@@ -31,8 +31,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Sequences at a time.
     pub max_batch: usize,
-    /// Bytes for keys and values; `None`: 2 GiB, or what [`Options::max_batch`] sequences of the
-    /// model's context need where that is less.
+    /// Bytes for keys and values; `None`: 2 GiB or what is free, on a GPU all that is free; never
+    /// more than [`Options::max_batch`] sequences of the model's context need.
     pub kv_bytes: Option<u64>,
     /// Whether jobs share what is clean. Tokens, logits and captures are the same, bit for bit;
     /// only a receipt's reference norm is unknown where no clean run was needed.
@@ -113,29 +113,27 @@ const CPU_ROWS: (usize, usize) = (1024, 128);
 const GPU_ROWS: (usize, usize) = (4096, 1024);
 /// Likewise, for tests.
 const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
-const DEFAULT_KV_BYTES: u64 = 2 << 30;
 const CAPTURE_BYTES: usize = 64 << 20;
 
 impl Limits {
-    pub(super) fn new(config: &ModelConfig, options: &Options, device: &Device) -> Result<Self> {
+    /// With `kv_bytes` for pages of `page_bytes` each.
+    pub(super) fn new(
+        config: &ModelConfig,
+        options: &Options,
+        page_bytes: u64,
+        kv_bytes: u64,
+    ) -> Self {
         let c = config;
-        let element = if options.dtype == Dtype::Bf16 { 2 } else { 4 };
-        let page = PageShape::new(device, options.dtype, c.kv_heads, c.head_dim);
-        let page_bytes = page.elements() * element;
         let blocks = c.context.div_ceil(PAGE);
         // Every sequence's own pages and its prompt's clean ones, at full length.
         let most = (2 * options.max_batch + 1) * c.layers * blocks;
-        let bytes = match options.kv_bytes {
-            Some(bytes) => bytes,
-            None => default_kv_bytes(device)?,
-        };
-        let pages = ((bytes / page_bytes as u64) as usize).min(most);
+        let pages = ((kv_bytes / page_bytes) as usize).min(most);
         let sites = 2 * c.layers + 1;
         // Every site and branch of a row, the final norm among them.
         let taps = 2 * sites + 1;
         let ops = 4 * sites;
         let (rows, head_rows) = step_rows(options);
-        Ok(Self {
+        Self {
             slots: options.max_batch,
             rows,
             positions: c.context,
@@ -152,7 +150,7 @@ impl Limits {
             share: options.share,
             behind: options.behind,
             hooks: options.hooks,
-        })
+        }
     }
 
     /// Where a step's captured rows go: two parts take turns, so that one is copied to the host
@@ -263,14 +261,4 @@ fn step_rows(options: &Options) -> (usize, usize) {
         DeviceKind::HostKernels => HOST_KERNEL_ROWS,
     };
     (rows.max(bucket(options.max_batch)), head_rows)
-}
-
-/// Bytes that a GPU keeps free beside the cache for what a step reads and writes.
-const GPU_RESERVE: usize = 4 << 30;
-
-/// Bytes for keys and values where none are asked for.
-fn default_kv_bytes(device: &Device) -> Result<u64> {
-    let Device::Cuda(cuda) = device else { return Ok(DEFAULT_KV_BYTES) };
-    let free = cuda.facts()?.map(|facts| facts.memory.0.saturating_sub(GPU_RESERVE) as u64);
-    Ok(free.map_or(DEFAULT_KV_BYTES, |free| free / 10 * 9))
 }

@@ -204,7 +204,7 @@ impl<T: Float> Core<T> {
         let mut work = || {
             let inputs = (hooks, &draws.last);
             forward(device, config, weights, inputs, &step.active, cache, state)?;
-            head(device, weights, rows, state)?;
+            head(device, config, weights, rows, state)?;
             sample(device, vocab, &state.logits, draws)
         };
         match device {
@@ -218,7 +218,7 @@ impl<T: Float> Core<T> {
     fn run_head(&mut self, chunk: &HeadChunk, place: &[u32]) -> Result<()> {
         let chosen = places(chunk, place);
         self.state.choose(&chosen)?;
-        head(&self.device, &self.weights, chosen.len(), &mut self.state)?;
+        head(&self.device, &self.config, &self.weights, chosen.len(), &mut self.state)?;
         self.draws.set(&chunk.draws)?;
         sample(&self.device, self.config.vocab, &self.state.logits, &mut self.draws)
     }

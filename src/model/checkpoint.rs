@@ -7,7 +7,12 @@ use std::{
     sync::Mutex,
 };
 
-use super::{config::ModelConfig, format::Format, gguf::Gguf, shards};
+use super::{
+    config::{FACTORS, ModelConfig},
+    format::Format,
+    gguf::Gguf,
+    names, shards,
+};
 use crate::{
     device::MappedFile,
     error::{Error, Result},
@@ -43,18 +48,6 @@ pub struct Tensor<'a> {
     interleaved: Option<usize>,
 }
 
-/// GGUF's and our names of a block's tensors.
-const BLOCK_NAMES: [(&str, &str); 9] = [
-    ("attn_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const OUTPUT: &str = "lm_head.weight";
 
@@ -63,20 +56,23 @@ impl Checkpoint {
     pub(super) fn from_gguf(file: MappedFile, gguf: Gguf, config: &ModelConfig) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (source, record) in gguf.tensors {
+            if FACTORS.contains(&&*source) {
+                continue;
+            }
             // llama.cpp turns neighbouring pairs, Hugging Face halves: the converter interleaved
             // the rows of this architecture's q and k.
-            let turned = source.ends_with(".attn_q.weight") || source.ends_with(".attn_k.weight");
+            let turned = source.contains(".attn_q.") || source.contains(".attn_k.");
             let interleaved = (turned && config.architecture == "llama").then_some(config.head_dim);
             if let Some(head_dim) = interleaved
-                && !(record.shape.len() == 2 && record.shape[0].is_multiple_of(head_dim))
+                && !record.shape[0].is_multiple_of(head_dim)
             {
                 return Err(Error::new("wrong tensor shape")
                     .at(source)
                     .at(file.path().display().to_string())
-                    .expected(format!("two dimensions, a multiple of {head_dim} rows"))
+                    .expected(format!("a multiple of {head_dim} rows"))
                     .got(format!("{:?}", record.shape)));
             }
-            let name = canonical(&source).unwrap_or(source);
+            let name = names::of_gguf(&source, config).unwrap_or(source);
             let stored = Stored {
                 file: 0,
                 bytes: record.bytes,
@@ -100,9 +96,14 @@ impl Checkpoint {
         let mut tensors = BTreeMap::new();
         for (index, (file, records)) in shards::open(folder)?.into_iter().enumerate() {
             for (name, record) in records {
+                let Some(name) = names::of_folder(&name, config) else { continue };
                 let shards::TensorRecord { shape, format, bytes } = record;
                 let stored = Stored { file: index, bytes, format, shape, interleaved: None };
-                tensors.insert(name, stored);
+                if tensors.insert(name.clone(), stored).is_some() {
+                    return Err(Error::new("a tensor stands twice under two names")
+                        .at(name)
+                        .at(folder.display().to_string()));
+                }
             }
             files.push(file);
         }
@@ -133,10 +134,15 @@ impl Checkpoint {
             .hint("if it is not tied, say tie_word_embeddings false in config.json"))
     }
 
-    /// A tensor by its canonical name: `model.embed_tokens.weight`, `model.norm.weight`,
-    /// `lm_head.weight`, and in `model.layers.{i}.`: `input_layernorm.weight`,
-    /// `post_attention_layernorm.weight`, `self_attn.{q,k,v,o}_proj.weight`,
-    /// `mlp.{gate,up,down}_proj.weight`.
+    /// Whether there is a tensor of this canonical name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// A tensor by its canonical name, the one that Hugging Face folders of its family have: of
+    /// Llama `model.embed_tokens.weight`, `model.norm.weight`, `lm_head.weight`, and in
+    /// `model.layers.{i}.`: `input_layernorm.weight`, `post_attention_layernorm.weight`,
+    /// `self_attn.{q,k,v,o}_proj.weight`, `mlp.{gate,up,down}_proj.weight`.
     ///
     /// # Errors
     ///
@@ -220,6 +226,22 @@ impl Tensor<'_> {
         self.cols
     }
 
+    /// Reads a tensor of one row, such as a bias or a gain, in Hugging Face's order.
+    ///
+    /// # Panics
+    ///
+    /// Where `out` is not as long as the tensor.
+    pub fn read_vector(&self, out: &mut [f32]) {
+        assert!(self.rows == 1 && out.len() == self.cols, "a vector of {} numbers", out.len());
+        self.format.dequantise(self.data, out);
+        if let Some(head_dim) = self.interleaved {
+            let stored = out.to_vec();
+            for (at, value) in out.iter_mut().enumerate() {
+                *value = stored[interleaved_row(at, head_dim)];
+            }
+        }
+    }
+
     /// Reads a row, exactly dequantised, in Hugging Face's order of rows.
     ///
     /// # Panics
@@ -241,20 +263,6 @@ fn interleaved_row(row: usize, head_dim: usize) -> usize {
     head * head_dim + if place < half { 2 * place } else { 2 * (place - half) + 1 }
 }
 
-/// Our name of a GGUF tensor; `None` for one that has none.
-fn canonical(source: &str) -> Option<String> {
-    match source {
-        "token_embd.weight" => return Some(EMBEDDING.to_owned()),
-        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
-        "output.weight" => return Some(OUTPUT.to_owned()),
-        _ => {}
-    }
-    let (layer, rest) = source.strip_prefix("blk.")?.split_once('.')?;
-    let ours =
-        BLOCK_NAMES.iter().find(|(theirs, _)| rest.strip_suffix(".weight") == Some(theirs))?;
-    Some(format!("model.layers.{layer}.{}.weight", ours.1))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,21 +278,6 @@ mod tests {
             let mut out = [f32::NAN];
             tensor.read_row(row, &mut out);
             assert_eq!(out, [row as f32]);
-        }
-    }
-
-    #[test]
-    fn gguf_names_have_canonical_ones() {
-        let cases = [
-            ("token_embd.weight", Some("model.embed_tokens.weight")),
-            ("output.weight", Some("lm_head.weight")),
-            ("blk.12.attn_k.weight", Some("model.layers.12.self_attn.k_proj.weight")),
-            ("blk.0.ffn_norm.weight", Some("model.layers.0.post_attention_layernorm.weight")),
-            ("blk.0.attn_q.bias", None),
-            ("blk.0.ffn_gate_exps.weight", None),
-        ];
-        for (theirs, ours) in cases {
-            assert_eq!(canonical(theirs).as_deref(), ours);
         }
     }
 }

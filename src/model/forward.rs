@@ -1,7 +1,7 @@
 //! THE forward pass: one for all models and devices, over a ragged batch of rows.
 
 use super::{
-    ModelConfig,
+    ModelConfig, Rope,
     weights::{Weights, padded_ffn},
 };
 use crate::{
@@ -11,9 +11,10 @@ use crate::{
         Float,
         activations::Activations,
         attention::{Attention, AttentionPlan, CHUNK, Cache, Items, attention, kernel_head_dim},
+        cap_logits::cap_logits,
         enter::{Enter, enter},
         hooks::{CapturePlan, Hooks, site_count, tap_count},
-        matmul::{Activation, gated_matmul, matmul},
+        matmul::{gated_matmul, matmul},
         residual_norm::{Receipt, ResidualNorm, residual_norm},
         rope_append::{RopeAppend, RopeTable, rope_append},
         rows::{RowList, Rows, Source, Sources},
@@ -91,6 +92,8 @@ pub struct State<T> {
     /// One for each operation of each row.
     pub receipts: Buffer<Receipt>,
     rope: RopeTable,
+    /// Of blocks with a window, where their angles are others.
+    local_rope: Option<RopeTable>,
 }
 
 impl<T: Float> State<T> {
@@ -104,6 +107,10 @@ impl<T: Float> State<T> {
         let width = (c.heads + 2 * c.kv_heads) * c.head_dim;
         let state = c.heads * (kernel_head_dim(c.head_dim) + 2);
         let long = sizes.positions > CHUNK;
+        let rope = |rope: &Rope| {
+            RopeTable::new(device, sizes.positions, c.head_dim, &rope.frequencies, rope.scale)
+        };
+        let has_local = c.local_rope != c.rope && c.blocks.iter().any(|b| b.window.is_some());
         Ok(Self {
             sizes,
             at: Rows::new(device, rows)?,
@@ -122,7 +129,8 @@ impl<T: Float> State<T> {
             captured: Buffer::zeroed(device, sizes.captured * c.dim)?,
             norms: Buffer::zeroed(device, site_count(c.layers) * rows)?,
             receipts: Buffer::zeroed(device, sizes.receipts)?,
-            rope: RopeTable::new(device, sizes.positions, c.head_dim, c.rope_theta)?,
+            rope: rope(&c.rope)?,
+            local_rope: has_local.then(|| rope(&c.local_rope)).transpose()?,
         })
     }
 
@@ -173,40 +181,56 @@ pub fn forward<T: Float>(
     state: &mut State<T>,
 ) -> Result<()> {
     let s = state;
-    let heads = config.heads;
+    let c = config;
+    let heads = c.heads;
     let mut entered = 0;
-    for (l, w) in weights.layers.iter().enumerate() {
+    let mut branch_gain = None; // of the block before
+    for (l, (w, block)) in weights.layers.iter().zip(&c.blocks).enumerate() {
         let n = active[l]; // rows that have entered by layer l
         if n == 0 {
             continue;
         }
-        s.enter(device, weights, last, entered..n)?;
-        s.write_stream(device, config, hooks, 2 * l, (n, entered), &w.attn_norm)?;
+        s.enter(device, (c, weights), last, entered..n)?;
+        let norms = (branch_gain, w.attn_norm.as_ref());
+        s.write_stream(device, c, hooks, 2 * l, (n, entered), norms)?;
         matmul(device, n, &s.x, &w.qkv, &mut s.qkv)?;
-        let (qkv, at, rope) = (&mut s.qkv, &s.at, &s.rope);
-        let norms = None;
+        let local = s.local_rope.as_ref().filter(|_| block.window.is_some());
+        let rope = block.rope.then_some(local.unwrap_or(&s.rope));
+        let (qkv, at, norms) = (&mut s.qkv, &s.at, w.query_norms.as_ref());
         rope_append(device, RopeAppend { rows: n, heads, qkv, at, norms, rope, layer: l, cache })?;
-        let (qkv, plan, out) = (&s.qkv, &mut s.plan, &mut s.attn);
-        let (soft_cap, window) = (None, None);
-        let of =
-            Attention { rows: n, heads, qkv, at, plan, layer: l, cache, soft_cap, window, out };
+        let of = Attention {
+            rows: n,
+            heads,
+            qkv: &s.qkv,
+            at: &s.at,
+            plan: &mut s.plan,
+            layer: l,
+            cache,
+            scale: c.attention_scale,
+            soft_cap: c.attention_soft_cap,
+            window: block.window,
+            out: &mut s.attn,
+        };
         attention(device, of)?;
         matmul(device, n, &s.attn, &w.out, &mut s.branch)?;
-        s.write_stream(device, config, hooks, 2 * l + 1, (n, n), &w.mlp_norm)?;
-        gated_matmul(device, n, &s.x, &w.gate_up, Activation::Silu, &mut s.gated)?;
+        let norms = (w.attn_post_norm.as_ref(), w.mlp_norm.as_ref());
+        s.write_stream(device, c, hooks, 2 * l + 1, (n, n), norms)?;
+        gated_matmul(device, n, &s.x, &w.gate_up, c.activation, &mut s.gated)?;
         matmul(device, n, &s.gated, &w.down, &mut s.branch)?;
+        branch_gain = w.mlp_post_norm.as_ref();
         entered = n;
     }
-    let (l, n) = (config.layers, active[config.layers]);
-    s.enter(device, weights, last, entered..n)?;
-    s.write_stream(device, config, hooks, 2 * l, (n, entered), &weights.final_norm)
+    let (l, n) = (c.layers, active[c.layers]);
+    s.enter(device, (c, weights), last, entered..n)?;
+    let norms = (branch_gain, Some(&weights.final_norm));
+    s.write_stream(device, c, hooks, 2 * l, (n, entered), norms)
 }
 
 impl<T: Float> State<T> {
     fn enter(
         &mut self,
         device: &Device,
-        weights: &Weights,
+        (config, weights): (&ModelConfig, &Weights),
         last: &Buffer<u32>,
         rows: std::ops::Range<usize>,
     ) -> Result<()> {
@@ -215,6 +239,7 @@ impl<T: Float> State<T> {
             count: rows.len(),
             sources: &self.sources,
             embedding: &weights.embedding,
+            scale: config.embedding_scale,
             cached: &self.captured,
             last,
             resid: &mut self.resid,
@@ -229,7 +254,7 @@ impl<T: Float> State<T> {
         hooks: &Hooks,
         site: usize,
         (rows, branch_rows): (usize, usize),
-        gain: &Buffer<f32>,
+        (branch_gain, gain): (Option<&Buffer<f32>>, Option<&Buffer<f32>>),
     ) -> Result<()> {
         residual_norm(
             device,
@@ -238,6 +263,8 @@ impl<T: Float> State<T> {
                 branch_rows,
                 resid: &mut self.resid,
                 branch: &self.branch,
+                branch_gain,
+                branch_scale: config.residual_scale,
                 hooks,
                 at: &self.at,
                 site,
@@ -262,10 +289,16 @@ impl<T: Float> State<T> {
 /// The device has failed.
 pub fn head<T: Float>(
     device: &Device,
+    config: &ModelConfig,
     weights: &Weights,
     count: usize,
     state: &mut State<T>,
 ) -> Result<()> {
     select_rows(device, count, &state.chosen, &state.x, &mut state.selected)?;
-    matmul(device, count, &state.selected, weights.head(), &mut state.logits)
+    matmul(device, count, &state.selected, weights.head(), &mut state.logits)?;
+    let (scale, cap) = (config.logit_scale, config.logit_soft_cap);
+    if scale == 1.0 && cap.is_none() {
+        return Ok(());
+    }
+    cap_logits(device, count * config.vocab, scale, cap, &mut state.logits)
 }

@@ -224,6 +224,30 @@ impl Gguf {
         })
     }
 
+    /// A list of truth values.
+    pub fn booleans(&self, key: &str) -> Result<Option<Vec<bool>>> {
+        self.value(key, "a list of truth values", |value| {
+            let flags = value.array()?.iter();
+            flags
+                .map(|flag| if let Value::Bool(flag) = flag { Some(*flag) } else { None })
+                .collect()
+        })
+    }
+
+    /// The numbers of a tensor of this length in the file that `bytes` are; `None` where there is none.
+    pub fn numbers(&self, bytes: &[u8], name: &str, count: usize) -> Result<Option<Vec<f32>>> {
+        let Some(record) = self.tensors.get(name) else { return Ok(None) };
+        if record.shape != [count] {
+            return Err(Error::new("wrong tensor shape")
+                .at(name)
+                .expected(format!("[{count}]"))
+                .got(format!("{:?}", record.shape)));
+        }
+        let mut numbers = vec![0.0; count];
+        record.format.dequantise(&bytes[record.bytes.clone()], &mut numbers);
+        Ok(Some(numbers))
+    }
+
     fn value<'a, T>(
         &'a self,
         key: &str,

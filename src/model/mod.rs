@@ -8,6 +8,7 @@ mod date;
 mod format;
 pub mod forward;
 pub(crate) mod gguf;
+mod names;
 mod prompt;
 mod render;
 mod shapes;
@@ -28,7 +29,10 @@ use sha2::{Digest, Sha256};
 pub use self::{
     chat::ChatTemplate,
     checkpoint::{Checkpoint, Tensor},
-    config::{ARCHITECTURES, ModelConfig},
+    config::{
+        ARCHITECTURES, AttentionBias, Block, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope,
+        Shape,
+    },
     prompt::Prompt,
     tokenizer::{Encoding, Tokenizer},
 };
@@ -89,7 +93,8 @@ impl Model {
         let place = || path.display().to_string();
         let file = MappedFile::open(path)?;
         let gguf = Gguf::parse(file.bytes()).at(place)?;
-        let config = ModelConfig::from_gguf(&gguf).at(place)?;
+        let factors = |name: &str, count: usize| gguf.numbers(file.bytes(), name, count);
+        let config = ModelConfig::from_gguf(&gguf, factors).at(place)?;
         let text = TextSide::from_gguf(&gguf).at(place)?;
         let checkpoint = Checkpoint::from_gguf(file, gguf, &config)?;
         Ok(Self::new(path, config, checkpoint, text, Vec::new()))
@@ -164,14 +169,15 @@ impl Model {
         self.checkpoint.look_at(checkpoint::OUTPUT, &[self.config.vocab, self.config.dim])
     }
 
-    /// The last norm's gain, (dim,).
+    /// The last norm's gain, (dim,), whole.
     ///
     /// # Errors
     ///
     /// It is not there, or has another shape.
     pub fn final_gain(&self) -> Result<Vec<f32>> {
         let mut gain = vec![0.0; self.config.dim];
-        self.checkpoint.look_at("model.norm.weight", &[self.config.dim])?.read_row(0, &mut gain);
+        self.checkpoint.look_at("model.norm.weight", &[self.config.dim])?.read_vector(&mut gain);
+        gain.iter_mut().for_each(|gain| *gain += self.config.gain_offset);
         Ok(gain)
     }
 

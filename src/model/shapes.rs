@@ -1,7 +1,7 @@
 //! Sizes of well-known models, for measurements with random weights. Biases and norms of queries and
 //! keys, which some of them have, are left out: they change no time that can be measured.
 
-use super::ModelConfig;
+use super::{ModelConfig, config::Shape};
 use crate::error::{Error, Result};
 
 /// (name, layers, dim, heads, kv heads, head dim, ffn dim, vocab, tied embeddings).
@@ -27,20 +27,7 @@ impl ModelConfig {
             let names: Vec<&str> = SHAPES.iter().map(|shape| shape.0).collect();
             return Err(Error::new("unknown shape").expected(names.join(", ")).got(name));
         };
-        Ok(Self {
-            architecture: "llama".into(),
-            layers,
-            dim,
-            heads,
-            kv_heads,
-            head_dim,
-            ffn_dim,
-            vocab,
-            norm_eps: 1e-5,
-            rope_theta: 500_000.0,
-            context,
-            tied_embeddings,
-            stop_tokens: Vec::new(),
-        })
+        let shape = Shape { layers, dim, heads, kv_heads, head_dim, ffn_dim, vocab };
+        Ok(Self { tied_embeddings, ..Self::llama(shape, context, 500_000.0) })
     }
 }

@@ -1,10 +1,13 @@
 //! A checkpoint's tensors, packed for the device.
 
-use super::{Checkpoint, ModelConfig};
+use super::{AttentionBias, Block, Checkpoint, ExpertSizes, ModelConfig, Norms, QueryNorm, Tensor};
 use crate::{
     device::{Buffer, Device},
     error::Result,
-    ops::matmul::{Dtype, PANEL, Weight, gate_turn, interleave},
+    ops::{
+        matmul::{Dtype, PANEL, Weight, gate_turn, interleave},
+        rope_append::QueryNorms,
+    },
 };
 
 /// All weights of a model.
@@ -21,23 +24,47 @@ pub struct Weights {
 
 /// The weights of a block.
 pub struct LayerWeights {
-    /// (dim,)
-    pub attn_norm: Buffer<f32>,
+    /// (dim,), of what attention reads, where it is normalised.
+    pub attn_norm: Option<Buffer<f32>>,
     /// ((heads + 2 · `kv_heads`) · `head_dim`, dim)
     pub qkv: Weight,
+    /// Of queries and keys.
+    pub query_norms: Option<QueryNorms>,
     /// (dim, heads · `head_dim`)
     pub out: Weight,
-    /// (dim,)
-    pub mlp_norm: Buffer<f32>,
+    /// (dim,), of what attention adds, where it is normalised.
+    pub attn_post_norm: Option<Buffer<f32>>,
+    /// (dim,), of what the MLP reads.
+    pub mlp_norm: Option<Buffer<f32>>,
     /// (2 · `ffn_dim`, dim), gate and up in turns; `ffn_dim` rounded up to whole panels.
     pub gate_up: Weight,
     /// (dim, `ffn_dim` rounded up)
     pub down: Weight,
+    /// (dim,), of what the MLP adds.
+    pub mlp_post_norm: Option<Buffer<f32>>,
 }
 
 /// `ffn_dim` rounded up to whole panels; the rows and columns beyond it are zero.
 pub fn padded_ffn(config: &ModelConfig) -> usize {
     config.ffn_dim.next_multiple_of(PANEL)
+}
+
+/// Numbers in all packed matrices.
+pub(crate) fn packed_elements(config: &ModelConfig) -> u64 {
+    let c = config;
+    let matrix = |n: usize, k: usize| n.next_multiple_of(PANEL) as u64 * k as u64;
+    let (attn, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let mlp = |ffn: usize| 3 * matrix(ffn.next_multiple_of(PANEL), c.dim);
+    let sparse = |e: ExpertSizes| e.count as u64 * mlp(e.ffn_dim) + matrix(e.count, c.dim);
+    let block = |block: &Block| {
+        let mlp = match c.experts.filter(|_| block.experts) {
+            Some(experts) => sparse(experts),
+            None => mlp(c.ffn_dim),
+        };
+        matrix(attn + 2 * kv, c.dim) + matrix(c.dim, attn) + mlp
+    };
+    let heads = if c.tied_embeddings { 1 } else { 2 };
+    c.blocks.iter().map(block).sum::<u64>() + heads * matrix(c.vocab, c.dim)
 }
 
 impl Weights {
@@ -53,7 +80,7 @@ impl Weights {
         let (vocab, dim) = (config.vocab, config.dim);
         let embedding = load.weight("model.embed_tokens.weight", (vocab, dim))?;
         let layers = (0..config.layers).map(|layer| load.layer(layer)).collect::<Result<_>>()?;
-        let final_norm = load.vector("model.norm.weight", dim)?;
+        let final_norm = Buffer::upload(device, &load.gain("model.norm.weight", dim)?)?;
         let head = match config.tied_embeddings {
             true => None,
             false => Some(load.weight("lm_head.weight", (vocab, dim))?),
@@ -78,12 +105,15 @@ impl Weights {
         let ones = || Buffer::upload(device, &vec![1.0; c.dim]);
         let layer = |_| -> Result<LayerWeights> {
             Ok(LayerWeights {
-                attn_norm: ones()?,
+                attn_norm: Some(ones()?),
                 qkv: weight(attn + 2 * kv, c.dim, false)?,
+                query_norms: None,
                 out: weight(c.dim, attn, false)?,
-                mlp_norm: ones()?,
+                attn_post_norm: None,
+                mlp_norm: Some(ones()?),
                 gate_up: weight(2 * padded_ffn(c), c.dim, true)?,
                 down: weight(c.dim, padded_ffn(c), false)?,
+                mlp_post_norm: None,
             })
         };
         let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
@@ -114,11 +144,55 @@ struct Loader<'a> {
     checkpoint: &'a Checkpoint,
 }
 
-impl Loader<'_> {
-    fn vector(&self, name: &str, len: usize) -> Result<Buffer<f32>> {
+/// Rows of a tensor from `first` on: one matrix of several that are stored as one.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    tensor: Tensor<'a>,
+    first: usize,
+}
+
+impl Part<'_> {
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.tensor.read_row(self.first + row, out);
+    }
+}
+
+/// Names of a block's norms: of what attention and MLP read, and of what they add.
+fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
+    let input = Some("input_layernorm");
+    let (middle, post) = (Some("post_attention_layernorm"), Some("post_feedforward_layernorm"));
+    match norms {
+        Norms::Before => [input, middle, None, None],
+        Norms::After => [None, None, middle, post],
+        Norms::Around => [input, Some("pre_feedforward_layernorm"), middle, post],
+    }
+}
+
+/// Which component of a stored head stands at `place` of a head: those that are turned stand half a
+/// head from each other, also where not all are.
+fn component(config: &ModelConfig, place: usize) -> usize {
+    let (half, turned) = (config.head_dim / 2, config.rotary_dim / 2);
+    let (is_high, at) = (place >= half, place % half);
+    match (is_high, at < turned) {
+        (false, true) => at,
+        (true, true) => turned + at,
+        (false, false) => turned + at,
+        (true, false) => half + at,
+    }
+}
+
+impl<'a> Loader<'a> {
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let mut values = vec![0.0; len];
-        self.checkpoint.tensor(name, &[len])?.read_row(0, &mut values);
-        Buffer::upload(self.device, &values)
+        self.checkpoint.tensor(name, &[len])?.read_vector(&mut values);
+        Ok(values)
+    }
+
+    /// A norm's gain, whole.
+    fn gain(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let mut gain = self.vector(name, len)?;
+        gain.iter_mut().for_each(|gain| *gain += self.config.gain_offset);
+        Ok(gain)
     }
 
     fn weight(&self, name: &str, (n, k): (usize, usize)) -> Result<Weight> {
@@ -128,40 +202,114 @@ impl Loader<'_> {
 
     fn layer(&self, layer: usize) -> Result<LayerWeights> {
         let c = self.config;
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let [attn_norm, mlp_norm, attn_post_norm, mlp_post_norm] =
+            norm_names(c.norms).map(|part| {
+                let gain = part.map(|part| self.gain(&name(&format!("{part}.weight")), c.dim));
+                gain.transpose()?.map(|gain| Buffer::upload(self.device, &gain)).transpose()
+            });
         Ok(LayerWeights {
-            attn_norm: self.vector(&name("input_layernorm"), c.dim)?,
+            attn_norm: attn_norm?,
             qkv: self.qkv(&name)?,
-            out: self.weight(&name("self_attn.o_proj"), (c.dim, c.heads * c.head_dim))?,
-            mlp_norm: self.vector(&name("post_attention_layernorm"), c.dim)?,
+            query_norms: self.query_norms(&name)?,
+            out: self.out(&name)?,
+            attn_post_norm: attn_post_norm?,
+            mlp_norm: mlp_norm?,
             gate_up: self.gate_up(&name)?,
             down: self.down(&name)?,
+            mlp_post_norm: mlp_post_norm?,
         })
+    }
+
+    /// Matrices (rows, dim) by their own names, or stored one below the other under one.
+    fn parts<const N: usize>(
+        &self,
+        whole: &str,
+        parts: [(&str, usize); N],
+        name: &impl Fn(&str) -> String,
+    ) -> Result<[Part<'a>; N]> {
+        let weight = |part: &str| name(&format!("{part}.weight"));
+        let mut found = Vec::with_capacity(N);
+        if self.checkpoint.has(&weight(whole)) {
+            let all = parts.iter().map(|part| part.1).sum();
+            let tensor = self.checkpoint.tensor(&weight(whole), &[all, self.config.dim])?;
+            let mut first = 0;
+            for (_, rows) in parts {
+                found.push(Part { tensor, first });
+                first += rows;
+            }
+        } else {
+            for (part, rows) in parts {
+                let tensor = self.checkpoint.tensor(&weight(part), &[rows, self.config.dim])?;
+                found.push(Part { tensor, first: 0 });
+            }
+        }
+        Ok(found.try_into().unwrap_or_else(|_| unreachable!("one a part")))
     }
 
     fn qkv(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
         let c = self.config;
         let (q_rows, kv_rows) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let tensor = |part, rows| self.checkpoint.tensor(&name(part), &[rows, c.dim]);
-        let q = tensor("self_attn.q_proj", q_rows)?;
-        let k = tensor("self_attn.k_proj", kv_rows)?;
-        let v = tensor("self_attn.v_proj", kv_rows)?;
+        let parts = [
+            ("self_attn.q_proj", q_rows),
+            ("self_attn.k_proj", kv_rows),
+            ("self_attn.v_proj", kv_rows),
+        ];
+        let [q, k, v] = self.parts("self_attn.qkv_proj", parts, name)?;
+        let stored = |row: usize| row / c.head_dim * c.head_dim + component(c, row % c.head_dim);
         let shape = (q_rows + 2 * kv_rows, c.dim);
-        Weight::pack(self.device, self.dtype, shape, |row, out| {
+        let weight = Weight::pack(self.device, self.dtype, shape, |row, out| {
             if row < q_rows {
-                q.read_row(row, out);
+                q.read_row(stored(row), out);
             } else if row < q_rows + kv_rows {
-                k.read_row(row - q_rows, out);
+                k.read_row(stored(row - q_rows), out);
             } else {
                 v.read_row(row - q_rows - kv_rows, out);
             }
-        })
+        })?;
+        if c.attention_bias == AttentionBias::None {
+            return Ok(weight);
+        }
+        let mut bias = Vec::with_capacity(shape.0);
+        for (index, (part, rows)) in parts.into_iter().enumerate() {
+            let values = self.vector(&name(&format!("{part}.bias")), rows)?;
+            let turned = |row| if index < 2 { values[stored(row)] } else { values[row] };
+            bias.extend((0..rows).map(turned));
+        }
+        weight.with_bias(self.device, &bias)
+    }
+
+    fn query_norms(&self, name: &impl Fn(&str) -> String) -> Result<Option<QueryNorms>> {
+        let c = self.config;
+        let widths = match c.query_norm {
+            QueryNorm::None => return Ok(None),
+            QueryNorm::Heads => [c.head_dim; 2],
+            QueryNorm::Whole => [c.heads * c.head_dim, c.kv_heads * c.head_dim],
+        };
+        let gain = |part: &str, width| {
+            let gain = self.gain(&name(&format!("self_attn.{part}.weight")), width)?;
+            let stored = |at: usize| at / c.head_dim * c.head_dim + component(c, at % c.head_dim);
+            let gain: Vec<f32> = (0..width).map(|at| gain[stored(at)]).collect();
+            Buffer::upload(self.device, &gain)
+        };
+        let [q, k] = [gain("q_norm", widths[0])?, gain("k_norm", widths[1])?];
+        Ok(Some(QueryNorms { q, k, eps: c.norm_eps, whole: c.query_norm == QueryNorm::Whole }))
+    }
+
+    fn out(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
+        let c = self.config;
+        let weight =
+            self.weight(&name("self_attn.o_proj.weight"), (c.dim, c.heads * c.head_dim))?;
+        if c.attention_bias != AttentionBias::All {
+            return Ok(weight);
+        }
+        weight.with_bias(self.device, &self.vector(&name("self_attn.o_proj.bias"), c.dim)?)
     }
 
     fn gate_up(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
         let c = self.config;
-        let gate = self.checkpoint.tensor(&name("mlp.gate_proj"), &[c.ffn_dim, c.dim])?;
-        let up = self.checkpoint.tensor(&name("mlp.up_proj"), &[c.ffn_dim, c.dim])?;
+        let parts = [("mlp.gate_proj", c.ffn_dim), ("mlp.up_proj", c.ffn_dim)];
+        let [gate, up] = self.parts("mlp.gate_up_proj", parts, name)?;
         let (shape, turn) = ((2 * padded_ffn(c), c.dim), gate_turn(self.device));
         Weight::pack(self.device, self.dtype, shape, |row, out| {
             let (is_up, row) = interleave(turn, row);
@@ -175,12 +323,27 @@ impl Loader<'_> {
 
     fn down(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
         let c = self.config;
-        let tensor = self.checkpoint.tensor(&name("mlp.down_proj"), &[c.dim, c.ffn_dim])?;
+        let tensor = self.checkpoint.tensor(&name("mlp.down_proj.weight"), &[c.dim, c.ffn_dim])?;
         let shape = (c.dim, padded_ffn(c));
         Weight::pack(self.device, self.dtype, shape, |row, out| {
             let (values, padding) = out.split_at_mut(c.ffn_dim);
             tensor.read_row(row, values);
             padding.fill(0.0);
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turned_components_stand_half_a_head_apart() {
+        let config = ModelConfig { rotary_dim: 4, ..ModelConfig::of_shape("tiny", 64).unwrap() };
+        let config = ModelConfig { head_dim: 8, ..config };
+        let places: Vec<usize> = (0..8).map(|place| component(&config, place)).collect();
+        assert_eq!(places, [0, 1, 4, 5, 2, 3, 6, 7]);
+        let all = ModelConfig { rotary_dim: 8, ..config };
+        assert!((0..8).all(|place| component(&all, place) == place));
     }
 }

@@ -153,6 +153,8 @@ pub struct Attention<'a, T> {
     pub layer: usize,
     /// Keys and values.
     pub cache: &'a Cache<T>,
+    /// What products of queries and keys are multiplied by, usually 1 / √`head_dim`.
+    pub scale: f32,
     /// s = cap · tanh(s / cap) of every score (Gemma 2).
     pub soft_cap: Option<f32>,
     /// Only this many positions are seen, the row's own among them.
@@ -251,7 +253,7 @@ fn launch<T: Float>(cuda: &Cuda, p: Attention<'_, T>) -> Result<()> {
             blocks: shape.blocks as i32,
             out_row_groups: out.row_groups() as i32,
             window: p.window.map_or(0, |window| window as i32),
-            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+            scale: p.scale,
             soft_cap: p.soft_cap.unwrap_or(0.0),
         };
     let [narrow_items, wide_items] = p.plan.active(p.rows);

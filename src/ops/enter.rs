@@ -25,6 +25,8 @@ pub struct Enter<'a> {
     pub sources: &'a Sources,
     /// (vocab, dim).
     pub embedding: &'a Weight,
+    /// What embeddings are multiplied by; rows of clean runs are taken as they are.
+    pub scale: f32,
     /// (.., dim), rows of clean runs.
     pub cached: &'a Buffer<f32>,
     /// (slots,), the token that was last drawn for each.
@@ -58,6 +60,9 @@ fn on_cpu(cpu: &Cpu, p: Enter<'_>) {
             let out = unsafe { resid.range(row * dim, dim) };
             let embed = |token: u32, out: &mut [f32]| {
                 p.embedding.row((token as usize).min(p.embedding.n() - 1), out);
+                if p.scale != 1.0 {
+                    out.iter_mut().for_each(|value| *value *= p.scale);
+                }
             };
             match p.sources.get(row) {
                 Source::Token(token) => embed(token, out),
@@ -86,7 +91,7 @@ struct EnterParams {
     dim: i32,
     k_tiles: i32,
     vocab: i32,
-    padding: i32,
+    scale: f32,
 }
 const _: () = assert!(size_of::<EnterParams>() == 72, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/enter.cu.
@@ -105,7 +110,7 @@ fn launch(cuda: &Cuda, p: Enter<'_>) -> Result<()> {
         dim: p.embedding.k() as i32,
         k_tiles: p.embedding.k().div_ceil(ATOM) as i32,
         vocab: p.embedding.n() as i32,
-        padding: 0,
+        scale: p.scale,
     };
     // SAFETY: the rows were checked; a source names a row of `cached` or a slot that its planner
     // knows to exist, and the kernel keeps tokens inside the vocabulary.

@@ -4,6 +4,7 @@
 
 pub mod activations;
 pub mod attention;
+pub mod cap_logits;
 pub mod copy_pages;
 pub mod enter;
 pub mod hooks;

@@ -1,9 +1,11 @@
 //! The one place where the residual stream is written. For every row, in this order:
 //!
 //! ```text
-//! branch captured                     h += branch        (rows that have a branch)
+//! branch = c · branch                 (rows that have a branch; with a norm of it:
+//!                                      branch / sqrt(mean(branch²) + eps) · its gain · c)
+//! branch captured                     h += branch
 //! h += scale · v, for each operation of the row's sequence at this site whose window holds it
-//! h captured; ‖h‖ stored              x = h / sqrt(mean(h²) + eps) · gain
+//! h captured; ‖h‖ stored              x = h / sqrt(mean(h²) + eps) · gain      (no gain: x = h)
 //! ```
 
 use super::{
@@ -36,6 +38,10 @@ pub struct ResidualNorm<'a, T> {
     pub resid: &'a mut Buffer<f32>,
     /// (≥ `branch_rows`, dim).
     pub branch: &'a Buffer<f32>,
+    /// (dim,), of the branch's own norm, where it has one.
+    pub branch_gain: Option<&'a Buffer<f32>>,
+    /// What the branch is multiplied by at last: c.
+    pub branch_scale: f32,
     /// What acts on sequences.
     pub hooks: &'a Hooks,
     /// Which rows these are.
@@ -52,8 +58,8 @@ pub struct ResidualNorm<'a, T> {
     pub norms_at: usize,
     /// One for each operation of each row that has any.
     pub receipts: &'a mut Buffer<Receipt>,
-    /// (dim,).
-    pub gain: &'a Buffer<f32>,
+    /// (dim,); absent: x is the stream itself.
+    pub gain: Option<&'a Buffer<f32>>,
     /// Added to the mean square.
     pub eps: f32,
     /// Whether x is the final norm, which can be captured too.
@@ -67,10 +73,14 @@ pub struct ResidualNorm<'a, T> {
 /// # Errors
 /// The device has failed.
 pub fn residual_norm<T: Float>(device: &Device, p: ResidualNorm<'_, T>) -> Result<()> {
-    let (rows, dim) = (p.rows, p.gain.len());
+    let (rows, dim) = (p.rows, p.x.dim());
     assert!(p.branch_rows <= rows, "branch rows");
+    let gains = [p.gain, p.branch_gain];
+    assert!(gains.into_iter().flatten().all(|gain| gain.len() == dim), "gains");
+    let has_norm = p.gain.is_some() || p.branch_gain.is_some() || p.branch_rows == 0;
+    assert!(has_norm, "a norm of the stream or of what is added to it");
     assert!(p.resid.len() >= rows * dim, "resid");
-    assert!(p.x.rows() >= rows && p.x.dim() == dim, "x");
+    assert!(p.x.rows() >= rows, "x");
     assert!(p.branch.len() >= p.branch_rows * dim, "branch");
     assert!(p.at.len() >= rows && p.norms.len() >= p.norms_at + rows, "rows, norms");
     match device {
@@ -81,7 +91,7 @@ pub fn residual_norm<T: Float>(device: &Device, p: ResidualNorm<'_, T>) -> Resul
 }
 
 fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
-    let (rows, dim) = (p.rows, p.gain.len());
+    let (rows, dim) = (p.rows, p.x.dim());
     let (slots, positions) = (p.at.slot.host(), p.at.position.host());
     let first_receipts = p.at.receipt.host();
     let resid = Shared::new(p.resid.host_mut());
@@ -106,8 +116,15 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
         let (h, x, norm) =
             unsafe { (resid.range(row * dim, dim), x.range(row * dim, dim), norms.range(row, 1)) };
         if let Some(branch) = branch.get(row * dim..(row + 1) * dim) {
-            capture(branches, row, branch);
-            cpu.isa().run(Add { h, scale: 1.0, v: branch });
+            let gain = p.branch_gain.map(Buffer::host);
+            let factor =
+                p.branch_scale * gain.map_or(1.0, |_| cpu.isa().run(Inverse(branch, p.eps)));
+            for to in destinations(branches, row) {
+                // SAFETY: as for `capture`.
+                let out = unsafe { captured.range(to * dim, dim) };
+                cpu.isa().run(Scaled { v: branch, factor, gain, out });
+            }
+            cpu.isa().run(Add { h, factor, v: branch, gain });
         }
         if first_receipts[row] >= 0 {
             let (ordinal, ops) = p.hooks.at(slots[row] as usize, p.site);
@@ -122,33 +139,77 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
             }
         }
         capture(streams, row, h);
-        norm[0] = cpu.isa().run(Norm { h, gain: p.gain.host(), eps: p.eps, x });
+        let gain = p.gain.map(Buffer::host);
+        norm[0] = cpu.isa().run(Norm { h, gain, eps: p.eps, x });
         if !normed.is_empty() {
             for to in destinations(normed, row) {
                 // SAFETY: as for `capture`.
                 let out = unsafe { captured.range(to * dim, dim) };
-                cpu.isa().run(Norm { h, gain: p.gain.host(), eps: p.eps, x: out });
+                cpu.isa().run(Norm { h, gain, eps: p.eps, x: out });
             }
         }
     };
     cpu.parallel_chunks(rows, 8, |range| range.for_each(work));
 }
 
-/// h += scale · v.
+/// h += factor · v, times a gain where there is one.
 struct Add<'a> {
     h: &'a mut [f32],
-    scale: f32,
+    factor: f32,
     v: &'a [f32],
+    gain: Option<&'a [f32]>,
 }
 
 impl Kernel for Add<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        for (h, &v) in self.h.iter_mut().zip(self.v) {
-            *h = self.scale.mul_add(v, *h);
+        let rows = self.h.iter_mut().zip(self.v);
+        let Some(gain) = self.gain else {
+            for (h, &v) in rows {
+                *h += v * self.factor;
+            }
+            return;
+        };
+        for ((h, &v), &gain) in rows.zip(gain) {
+            *h += v * self.factor * gain;
         }
     }
+}
+
+/// What [`Add`] adds.
+struct Scaled<'a> {
+    v: &'a [f32],
+    factor: f32,
+    gain: Option<&'a [f32]>,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Scaled<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        self.out.fill(0.0);
+        Add { h: self.out, factor: self.factor, v: self.v, gain: self.gain }.run();
+    }
+}
+
+/// 1 / sqrt(mean(v²) + eps).
+struct Inverse<'a>(&'a [f32], f32);
+
+impl Kernel for Inverse<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run(self) -> f32 {
+        inverse_norm(sum_of_squares(self.0), self.0.len(), self.1)
+    }
+}
+
+#[inline(always)]
+fn inverse_norm(squares: f32, len: usize, eps: f32) -> f32 {
+    // A row too large for f32 must not pass for one of zeros.
+    let mean = if squares.is_finite() { squares / len as f32 } else { f32::NAN };
+    1.0 / (mean + eps).sqrt()
 }
 
 /// One operation on one row.
@@ -176,10 +237,10 @@ impl Kernel for Inject<'_> {
     }
 }
 
-/// Root-mean-square norm (Zhang and Sennrich 2019, eq. 4); gives ‖h‖.
+/// Root-mean-square norm (Zhang and Sennrich 2019, eq. 4), or without a gain h itself; gives ‖h‖.
 struct Norm<'a, T> {
     h: &'a [f32],
-    gain: &'a [f32],
+    gain: Option<&'a [f32]>,
     eps: f32,
     x: &'a mut [T],
 }
@@ -189,11 +250,16 @@ impl<T: Float> Kernel for Norm<'_, T> {
     #[inline(always)]
     fn run(self) -> f32 {
         let squares = sum_of_squares(self.h);
-        // A stream too large for f32 must not pass for one of zeros.
-        let mean = if squares.is_finite() { squares / self.h.len() as f32 } else { f32::NAN };
-        let inverse = 1.0 / (mean + self.eps).sqrt();
-        for ((x, &h), &gain) in self.x.iter_mut().zip(self.h).zip(self.gain) {
-            *x = T::from_f32(h * inverse * gain);
+        let rows = self.x.iter_mut().zip(self.h);
+        if let Some(gain) = self.gain {
+            let inverse = inverse_norm(squares, self.h.len(), self.eps);
+            for ((x, &h), &gain) in rows.zip(gain) {
+                *x = T::from_f32(h * inverse * gain);
+            }
+        } else {
+            for (x, &h) in rows {
+                *x = T::from_f32(h);
+            }
         }
         squares.sqrt()
     }
@@ -205,6 +271,7 @@ impl<T: Float> Kernel for Norm<'_, T> {
 struct ResidualNormParams {
     resid: u64,
     branch: u64,
+    branch_gain: u64,
     gain: u64,
     x: u64,
     slot: u64,
@@ -228,30 +295,44 @@ struct ResidualNormParams {
     is_final: i32,
     has_captures: i32,
     eps: f32,
+    branch_scale: f32,
+    padding: i32,
 }
-const _: () = assert!(size_of::<ResidualNormParams>() == 160, "the kernel asserts the same");
+const _: () = assert!(size_of::<ResidualNormParams>() == 176, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/residual_norm.cu.
 unsafe impl Params for ResidualNormParams {}
 
-/// (widest stream, kernel, threads of a row): chosen by the width alone, as the order of sums is.
-const KERNELS: [(usize, &str, u32); 6] = [
-    (256, "residual_norm_32_2", 32),
-    (1024, "residual_norm_32_8", 32),
-    (2048, "residual_norm_128_4", 128),
-    (4096, "residual_norm_256_4", 256),
-    (8192, "residual_norm_512_4", 512),
-    (MAX_KERNEL_DIM, "residual_norm_1024_4", 1024),
+macro_rules! names {
+    ($size:literal) => {
+        [
+            concat!("residual_norm_", $size),
+            concat!("residual_norm_around_", $size),
+            concat!("residual_norm_after_", $size),
+        ]
+    };
+}
+
+/// (widest stream, kernels, threads of a row): by the width alone, as the order of sums is. The
+/// kernels normalise x, x and the branch, or only the branch.
+const KERNELS: [(usize, [&str; 3], u32); 6] = [
+    (256, names!("32_2"), 32),
+    (1024, names!("32_8"), 32),
+    (2048, names!("128_4"), 128),
+    (4096, names!("256_4"), 256),
+    (8192, names!("512_4"), 512),
+    (MAX_KERNEL_DIM, names!("1024_4"), 1024),
 ];
 /// The widest stream that the kernels take.
 pub const MAX_KERNEL_DIM: usize = 16_384;
 
 fn launch<T: Float>(cuda: &Cuda, p: ResidualNorm<'_, T>) -> Result<()> {
     assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels write bf16");
-    let dim = p.gain.len();
+    let dim = p.x.dim();
     let params = ResidualNormParams {
         resid: p.resid.address_mut(),
         branch: p.branch.address(),
-        gain: p.gain.address(),
+        branch_gain: p.branch_gain.map_or(0, Buffer::address),
+        gain: p.gain.map_or(0, Buffer::address),
         x: p.x.address_mut(),
         slot: p.at.slot.address(),
         position: p.at.position.address(),
@@ -274,11 +355,18 @@ fn launch<T: Float>(cuda: &Cuda, p: ResidualNorm<'_, T>) -> Result<()> {
         is_final: i32::from(p.is_final),
         has_captures: i32::from(p.captures.any),
         eps: p.eps,
+        branch_scale: p.branch_scale,
+        padding: 0,
     };
-    let &(_, kernel, row_threads) =
+    let &(_, [before, around, after], row_threads) =
         KERNELS.iter().find(|kernel| kernel.0 >= dim).expect("a kernel for every width");
     let block = row_threads.max(128);
     let rows_per_block = (block / row_threads) as usize;
+    let kernel = match (p.gain, p.branch_gain) {
+        (None, _) => after,
+        (Some(_), Some(_)) => around,
+        (Some(_), None) => before,
+    };
     // SAFETY: every length was checked; the planner keeps slots, operations, receipts and
     // destinations inside their tables, which were sized for it.
     unsafe { cuda.launch(kernel, Launch::new(p.rows.div_ceil(rows_per_block), block), &params) }

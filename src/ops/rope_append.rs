@@ -25,22 +25,28 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Frequency i is theta^(-2i / `head_dim`), angle = position · frequency, all rounded to f32 as
-    /// transformers does.
+    /// Of angle = position · frequency, rounded to f32 as transformers does, times `scale`. The
+    /// pairs of a head of `head_dim` beyond those that have a frequency are not turned.
     ///
     /// # Errors
     /// There is not enough memory.
-    pub fn new(device: &Device, positions: usize, head_dim: usize, theta: f32) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        positions: usize,
+        head_dim: usize,
+        frequencies: &[f32],
+        scale: f32,
+    ) -> Result<Self> {
         let half = head_dim / 2;
-        let frequency = |i: usize| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
-        };
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let angles = (0..positions)
-            .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)));
-        let (cos, sin): (Vec<f32>, Vec<f32>) =
-            angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip();
+        assert!(frequencies.len() <= half, "frequencies");
+        let (mut cos, mut sin) = (vec![1.0; positions * half], vec![0.0; positions * half]);
+        let rows = cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half));
+        for (position, (cos, sin)) in rows.enumerate() {
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
+                let angle = f64::from(position as f32 * frequency);
+                (*cos, *sin) = (angle.cos() as f32 * scale, angle.sin() as f32 * scale);
+            }
+        }
         Ok(Self { half, cos: Buffer::upload(device, &cos)?, sin: Buffer::upload(device, &sin)? })
     }
 
@@ -75,14 +81,17 @@ impl Kernel for Rotate<'_> {
     }
 }
 
-/// Root-mean-square norms of every query and every key, before they are turned (Qwen 3, Gemma 3).
-pub struct HeadNorms {
-    /// (`head_dim`,)
+/// Root-mean-square norms of queries and keys, before they are turned.
+pub struct QueryNorms {
+    /// (`head_dim`,) for every head by itself (Qwen 3, Gemma 3), (heads · `head_dim`,) for all
+    /// together (OLMo 2).
     pub q: Buffer<f32>,
-    /// (`head_dim`,)
+    /// Likewise.
     pub k: Buffer<f32>,
     /// Added to the mean square.
     pub eps: f32,
+    /// Whether all heads are normalised together.
+    pub whole: bool,
 }
 
 /// Operands of [`rope_append`].
@@ -96,9 +105,9 @@ pub struct RopeAppend<'a, T> {
     /// Which rows these are.
     pub at: &'a Rows,
     /// Norms of queries and keys.
-    pub norms: Option<&'a HeadNorms>,
-    /// The angles.
-    pub rope: &'a RopeTable,
+    pub norms: Option<&'a QueryNorms>,
+    /// The angles; absent: nothing is turned.
+    pub rope: Option<&'a RopeTable>,
     /// The block whose keys and values they are.
     pub layer: usize,
     /// Where they go.
@@ -113,9 +122,13 @@ pub struct RopeAppend<'a, T> {
 pub fn rope_append<T: Float>(device: &Device, p: RopeAppend<'_, T>) -> Result<()> {
     let shape = p.cache.shape;
     let width = (p.heads + 2 * shape.kv_heads) * shape.head_dim;
-    assert!(p.qkv.len() >= p.rows * width && 2 * p.rope.half == shape.head_dim, "qkv, rope");
+    assert!(p.qkv.len() >= p.rows * width, "qkv");
+    assert!(p.rope.is_none_or(|rope| 2 * rope.half == shape.head_dim), "rope");
     assert!(p.at.len() >= p.rows && p.layer < shape.layers, "rows, layer");
-    let fits = |norms: &HeadNorms| norms.q.len().min(norms.k.len()) == shape.head_dim;
+    let heads = |norms: &QueryNorms| if norms.whole { [p.heads, shape.kv_heads] } else { [1; 2] };
+    let fits = |norms: &QueryNorms| {
+        [norms.q.len(), norms.k.len()] == heads(norms).map(|heads| heads * shape.head_dim)
+    };
     assert!(p.norms.is_none_or(fits), "norms");
     match device {
         Device::Cpu(cpu) => on_cpu(cpu, p),
@@ -145,14 +158,15 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
             let (k, v) = kv.split_at_mut(kv_heads * head_dim);
             if let Some(norms) = norms {
                 for (heads, gain) in [(&mut *q, &norms.q), (&mut *k, &norms.k)] {
-                    for head in heads.chunks_exact_mut(head_dim) {
-                        cpu.isa().run(Normalise { head, gain: gain.host(), eps: norms.eps });
+                    for values in heads.chunks_exact_mut(gain.len()) {
+                        cpu.isa().run(Normalise { values, gain: gain.host(), eps: norms.eps });
                     }
                 }
             }
-            let (cos, sin) = rope.angles(position);
-            cpu.isa().run(Rotate { heads: &mut *q, cos, sin });
-            cpu.isa().run(Rotate { heads: &mut *k, cos, sin });
+            if let Some((cos, sin)) = rope.map(|rope| rope.angles(position)) {
+                cpu.isa().run(Rotate { heads: &mut *q, cos, sin });
+                cpu.isa().run(Rotate { heads: &mut *k, cos, sin });
+            }
             let page = tables.page(slot as usize, layer, position / super::attention::PAGE);
             let lane = position % super::attention::PAGE;
             let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
@@ -167,7 +181,7 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: RopeAppend<'_, T>) {
 }
 
 struct Normalise<'a> {
-    head: &'a mut [f32],
+    values: &'a mut [f32],
     gain: &'a [f32],
     eps: f32,
 }
@@ -176,11 +190,11 @@ impl Kernel for Normalise<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        let squares = sum_of_squares(self.head);
-        // A head too large for f32 must not pass for one of zeros.
-        let mean = if squares.is_finite() { squares / self.head.len() as f32 } else { f32::NAN };
+        let squares = sum_of_squares(self.values);
+        // Values too large for f32 must not pass for zeros.
+        let mean = if squares.is_finite() { squares / self.values.len() as f32 } else { f32::NAN };
         let inverse = 1.0 / (mean + self.eps).sqrt();
-        for (v, gain) in self.head.iter_mut().zip(self.gain) {
+        for (v, gain) in self.values.iter_mut().zip(self.gain) {
             *v = *v * inverse * gain;
         }
     }
@@ -212,19 +226,23 @@ const _: () = assert!(size_of::<RopeAppendParams>() == 104, "the kernel asserts 
 // SAFETY: field for field the struct in kernels/rope_append.cu.
 unsafe impl Params for RopeAppendParams {}
 
-fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
+fn launch<T: Float>(cuda: &Cuda, mut p: RopeAppend<'_, T>) -> Result<()> {
     assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels write bf16");
     let shape = p.cache.shape;
+    if let Some(norms) = p.norms.filter(|norms| norms.whole) {
+        normalise_whole(cuda, &mut p, norms)?;
+    }
+    let norms = p.norms.filter(|norms| !norms.whole);
     let params = RopeAppendParams {
         qkv: p.qkv.address_mut(),
-        cos: p.rope.cos.address(),
-        sin: p.rope.sin.address(),
+        cos: p.rope.map_or(0, |rope| rope.cos.address()),
+        sin: p.rope.map_or(0, |rope| rope.sin.address()),
         slot: p.at.slot.address(),
         position: p.at.position.address(),
         tables: p.cache.tables_address(),
         pages: p.cache.address_mut(),
-        q_norm: p.norms.map_or(0, |norms| norms.q.address()),
-        k_norm: p.norms.map_or(0, |norms| norms.k.address()),
+        q_norm: norms.map_or(0, |norms| norms.q.address()),
+        k_norm: norms.map_or(0, |norms| norms.k.address()),
         rows: p.rows as i32,
         heads: p.heads as i32,
         kv_heads: shape.kv_heads as i32,
@@ -232,7 +250,7 @@ fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
         layer: p.layer as i32,
         layers: shape.layers as i32,
         blocks: shape.blocks as i32,
-        eps: p.norms.map_or(0.0, |norms| norms.eps),
+        eps: norms.map_or(0.0, |norms| norms.eps),
     };
     let lanes = (shape.head_dim / 8).next_power_of_two();
     let heads = p.heads + 2 * shape.kv_heads;
@@ -241,4 +259,42 @@ fn launch<T: Float>(cuda: &Cuda, p: RopeAppend<'_, T>) -> Result<()> {
     // SAFETY: the lengths were checked; the planner keeps slots and positions inside the tables
     // and the angles, and `Cache::set_tables` keeps pages inside the cache.
     unsafe { cuda.launch("rope_append", launch, &params) }
+}
+
+/// Mirror of `NormaliseWholeParams`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NormaliseWholeParams {
+    qkv: u64,
+    q_norm: u64,
+    k_norm: u64,
+    q_width: i32,
+    k_width: i32,
+    width: i32,
+    eps: f32,
+}
+const _: () = assert!(size_of::<NormaliseWholeParams>() == 40, "the kernel asserts the same");
+// SAFETY: field for field the struct in kernels/rope_append.cu.
+unsafe impl Params for NormaliseWholeParams {}
+
+/// Norms over all heads, which the blocks of `rope_append` do not see together.
+fn normalise_whole<T: Float>(
+    cuda: &Cuda,
+    p: &mut RopeAppend<'_, T>,
+    norms: &QueryNorms,
+) -> Result<()> {
+    let shape = p.cache.shape;
+    let (q_width, k_width) = (p.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let params = NormaliseWholeParams {
+        qkv: p.qkv.address_mut(),
+        q_norm: norms.q.address(),
+        k_norm: norms.k.address(),
+        q_width: q_width as i32,
+        k_width: k_width as i32,
+        width: (q_width + 2 * k_width) as i32,
+        eps: norms.eps,
+    };
+    let launch = Launch { grid: [p.rows as u32, 2, 1], block: 256, shared: 0 };
+    // SAFETY: the lengths of qkv and of the norms were checked.
+    unsafe { cuda.launch("normalise_whole", launch, &params) }
 }

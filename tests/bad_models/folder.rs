@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use inkling::{
     error::Result,
-    model::{Model, ModelConfig},
+    model::{Model, ModelConfig, Shape},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -30,8 +30,7 @@ impl Folder {
             "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "max_position_embeddings": 32,
             "tie_word_embeddings": true
         });
-        let parsed = ModelConfig {
-            architecture: "llama".into(),
+        let shape = Shape {
             layers: 1,
             dim: DIM as usize,
             heads: 2,
@@ -39,12 +38,8 @@ impl Folder {
             head_dim: 4,
             ffn_dim: FFN as usize,
             vocab: VOCAB as usize,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            context: 32,
-            tied_embeddings: true,
-            stop_tokens: Vec::new(),
         };
+        let parsed = ModelConfig::llama(shape, 32, 1e4);
         let mut tensors = Vec::new();
         let push = |name: String, shape: Vec<usize>| {
             tensors.push(plain(&name, &shape));

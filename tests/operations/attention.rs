@@ -3,12 +3,13 @@
 use half::bf16;
 use inkling::{
     device::{Buffer, Device},
+    model::Rope,
     ops::{
         attention::{
             Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, attention,
         },
         copy_pages::copy_pages,
-        rope_append::{HeadNorms, RopeAppend, RopeTable, rope_append},
+        rope_append::{QueryNorms, RopeAppend, RopeTable, rope_append},
         rows::{RowList, Rows},
     },
 };
@@ -62,15 +63,22 @@ fn append_normed<T: Stored>(
     heads: usize,
     qkv: &mut Buffer<f32>,
     list: &RowList,
-    norms: Option<&HeadNorms>,
+    norms: Option<&QueryNorms>,
     rope: &RopeTable,
     cache: &mut Cache<T>,
 ) {
     let at = Rows::upload(device, list).unwrap();
     let rows = list.slot.len();
     let at = &at;
+    let rope = Some(rope);
     let operands = RopeAppend { rows, heads, qkv, at, norms, rope, layer: LAYER, cache };
     rope_append(device, operands).unwrap();
+}
+
+/// The angles of plain rope.
+fn table(device: &Device, head_dim: usize) -> RopeTable {
+    let frequencies = Rope::plain(head_dim, THETA).frequencies;
+    RopeTable::new(device, BLOCKS * PAGE, head_dim, &frequencies, 1.0).unwrap()
 }
 
 /// One shape of heads with the rows of a sequence.
@@ -105,6 +113,12 @@ impl Case {
 
     fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// What scores are multiplied by: not always one over the root of the width.
+    fn scale(&self) -> f32 {
+        let usual = 1.0 / (self.head_dim as f32).sqrt();
+        if self.soft_cap.is_some() { 0.75 * usual } else { usual }
     }
 
     fn out_width(&self) -> usize {
@@ -145,7 +159,7 @@ impl Case {
     /// Rotated qkv of all positions, then the output of the last row of each length, while nothing
     /// but NaN is in the cache behind it, then the same rows in one batch over the full cache.
     fn run<T: Stored>(&self, device: &Device) -> Vec<Vec<f32>> {
-        let rope = RopeTable::new(device, BLOCKS * PAGE, self.head_dim, THETA).unwrap();
+        let rope = table(device, self.head_dim);
         let mut cache = self.cache::<T>(device, &rope);
         let (width, out_width) = (self.width(), self.out_width());
         let (mut rotated, mut alone) = (Vec::new(), Vec::new());
@@ -202,6 +216,7 @@ impl Case {
             plan: &mut plan,
             layer: LAYER,
             cache,
+            scale: self.scale(),
             soft_cap: self.soft_cap,
             window: self.window,
             out: &mut out,
@@ -267,10 +282,10 @@ impl Case {
         values: &[Vec<f64>],
     ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
-        let cap = self.soft_cap.map(f64::from);
-        let want = attend(query, keys, values, (heads, kv_heads), cap);
+        let (scale, cap) = (f64::from(self.scale()), self.soft_cap.map(f64::from));
+        let want = attend(query, keys, values, (heads, kv_heads), scale, cap);
         let value_sizes: Vec<Vec<f64>> = values.iter().map(|row| sizes(row)).collect();
-        let size = attend(query, keys, &value_sizes, (heads, kv_heads), cap);
+        let size = attend(query, keys, &value_sizes, (heads, kv_heads), scale, cap);
         let mut error = Vec::with_capacity(want.len());
         for (head, (q, size)) in
             query.chunks_exact(head_dim).zip(size.chunks_exact(head_dim)).enumerate()
@@ -281,7 +296,7 @@ impl Case {
             };
             let largest = keys.iter().map(score_size).fold(0.0, f64::max);
             // A tensor core may drop what falls below the largest term of a step.
-            let score_error = (2 * head_dim + 8) as f64 * U * largest / (head_dim as f64).sqrt();
+            let score_error = (2 * head_dim + 8) as f64 * U * largest * scale;
             // A capped score is off by a few ulp of the cap.
             let score_error = score_error + cap.map_or(0.0, |cap| 16.0 * U * cap);
             let tiles = keys.len().div_ceil(64);
@@ -334,16 +349,22 @@ fn attention_is_softmax_of_scores_times_values() {
 #[test]
 fn queries_and_keys_are_normalised_before_they_are_turned() {
     const EPS: f32 = 1e-5;
-    for (kv_heads, group, head_dim) in [(2, 3, 16), (2, 2, 24), (1, 5, 80), (1, 1, 256)] {
+    let shapes = [(2, 3, 16), (2, 2, 24), (1, 5, 80), (1, 1, 256), (3, 4, 8)];
+    for ((kv_heads, group, head_dim), whole) in
+        shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)])
+    {
         let case = Case::new(kv_heads, group, head_dim);
         let (width, count, half) = (case.width(), 20, head_dim / 2);
         let mut numbers = Numbers::new(head_dim as u64);
-        let gains = [numbers.with_outliers(head_dim, 9.0), numbers.with_outliers(head_dim, 9.0)];
+        // All heads of a row are normalised together, or each by itself with the same gains.
+        let widths =
+            if whole { [case.heads * head_dim, kv_heads * head_dim] } else { [head_dim; 2] };
+        let gains = widths.map(|width| numbers.with_outliers(width, 9.0));
         let outputs = on_every_device::<bf16>(0, |device| {
-            let rope = RopeTable::new(device, BLOCKS * PAGE, head_dim, THETA).unwrap();
+            let rope = table(device, head_dim);
             let mut cache = case.cache::<bf16>(device, &rope);
             let [q, k] = [0, 1].map(|i| upload::<f32>(device, &gains[i], 0));
-            let norms = HeadNorms { q, k, eps: EPS };
+            let norms = QueryNorms { q, k, eps: EPS, whole };
             let mut qkv = upload::<f32>(device, &case.qkv[..count * width], 0);
             let list = rows(SLOT, 0..count);
             append_normed(device, case.heads, &mut qkv, &list, Some(&norms), &rope, &mut cache);
@@ -354,15 +375,20 @@ fn queries_and_keys_are_normalised_before_they_are_turned() {
             let all = outputs[0].chunks_exact(width).zip(case.qkv.chunks_exact(width));
             for (position, (got, row)) in all.enumerate() {
                 assert_eq!(first_difference(&got[turned..], &row[turned..]), None, "{device}: v");
-                for (head, values) in row[..turned].chunks_exact(head_dim).enumerate() {
-                    let gain = widen(&gains[usize::from(head >= case.heads)]);
-                    let normed = rms_norm(&widen(values), &gain, f64::from(EPS));
-                    let mut want = normed.clone();
+                let (q, k) = row[..turned].split_at(case.heads * head_dim);
+                let normed = [q, k].into_iter().zip(&gains).flat_map(|(values, gain)| {
+                    let normed =
+                        |values: &[f32]| rms_norm(&widen(values), &widen(gain), f64::from(EPS));
+                    values.chunks_exact(gain.len()).flat_map(normed)
+                });
+                let normed: Vec<f64> = normed.collect();
+                for (head, normed) in normed.chunks_exact(head_dim).enumerate() {
+                    let mut want = normed.to_vec();
                     rope(&mut want, head_dim, position, THETA);
                     for (i, &want) in want.iter().enumerate() {
                         let size = normed[i % half].abs() + normed[i % half + half].abs();
                         // The norm's chain of squares, then the turn; angles are below 20.
-                        let tolerance = (head_dim + 16 + 4 + 4 * 20) as f64 * U * size;
+                        let tolerance = (widths[0] + 16 + 4 + 4 * 20) as f64 * U * size;
                         let got = got[head * head_dim + i];
                         close(
                             &format_args!("{device} {position} {head} {i}"),
@@ -400,7 +426,7 @@ fn check_mixing<T: Stored>() {
     let case = Case::new(2, 3, 16);
     let width = case.width();
     on_every_device::<T>(0, |device| {
-        let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
+        let rope = table(device, case.head_dim);
         let mut cache = case.cache::<T>(device, &rope);
         // Slot 1 has other pages than slot 2 from the second block on.
         set_table(&mut cache, 1, &[page(0), page(69), page(70)]);
@@ -436,7 +462,7 @@ fn rows_do_not_depend_on_how_they_are_divided() {
         let case = Case::new(kv_heads, group, 16);
         let width = case.width();
         on_every_device::<bf16>(0, |device| {
-            let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
+            let rope = table(device, case.head_dim);
             let mut cache = case.cache::<bf16>(device, &rope);
             let mut qkv = upload::<f32>(device, &case.qkv, 0);
             append(device, case.heads, &mut qkv, &rows(SLOT, 0..POSITIONS), &rope, &mut cache);
@@ -490,7 +516,7 @@ fn what_a_row_does_not_see_is_nothing_to_it() {
         let case = Case::new(1, group, head_dim);
         let (width, last) = (case.width(), 75);
         on_every_family::<bf16>(0, |device| {
-            let rope = RopeTable::new(device, BLOCKS * PAGE, head_dim, THETA).unwrap();
+            let rope = table(device, head_dim);
             let run = |infinite: std::ops::Range<usize>| {
                 let mut cache = case.cache::<bf16>(device, &rope);
                 let mut rows_of = case.qkv[..last * width].to_vec();
@@ -526,7 +552,7 @@ fn check_copy<T: Stored>() {
     let case = Case::new(2, 3, 24);
     let width = case.width();
     on_every_device::<T>(0, |device| {
-        let rope = RopeTable::new(device, BLOCKS * PAGE, case.head_dim, THETA).unwrap();
+        let rope = table(device, case.head_dim);
         let mut cache = case.cache::<T>(device, &rope);
         let mut qkv = upload::<f32>(device, &case.qkv[..40 * width], 0);
         append(device, case.heads, &mut qkv, &rows(SLOT, 0..40), &rope, &mut cache);

@@ -1,4 +1,4 @@
-//! `summarize`.
+//! `summarize` and `cap_logits`.
 
 use std::cell::RefCell;
 
@@ -6,12 +6,15 @@ use half::bf16;
 
 use inkling::{
     device::Buffer,
-    ops::summarize::{Id, Summaries, Summary, Wanted, summarize},
+    ops::{
+        cap_logits::cap_logits,
+        summarize::{Id, Summaries, Summary, Wanted, summarize},
+    },
 };
 
 use crate::{
     reference::ops::softmax,
-    tools::{Numbers, U, close, on_every_device, upload, widen},
+    tools::{Numbers, U, close, on_every_device, read, upload, widen},
 };
 
 /// ln Σ eˣ.
@@ -111,6 +114,31 @@ fn summarize_is_softmax_in_words() {
         assert!(!summaries.is_empty() && summaries.len().is_multiple_of(rows.len() + 1));
         for (row, summary) in &summaries {
             check(vocab, &rows[*row], &ids, summary);
+        }
+    }
+}
+
+/// cap · tanh(scale · l / cap), the signs of zeros and the largest logits included.
+#[test]
+fn logits_are_scaled_and_capped() {
+    let mut logits = Numbers::new(5).with_outliers(5000, 1000.0);
+    logits.extend([0.0, -0.0, 1e-20, -3e4, f32::MAX, f32::MIN]);
+    let count = logits.len() - 1; // the last one is left alone
+    for (scale, cap) in [(1.0f32, Some(30.0f32)), (0.125, None), (0.5, Some(3.0))] {
+        let outputs = on_every_device::<bf16>(0, |device| {
+            let mut buffer = upload::<f32>(device, &logits, 0);
+            cap_logits(device, count, scale, cap, &mut buffer).unwrap();
+            vec![read(&buffer)]
+        });
+        for (device, outputs) in outputs {
+            assert_eq!(outputs[0][count], f32::MIN, "{device}");
+            for (&got, &logit) in outputs[0][..count].iter().zip(&logits) {
+                let l = f64::from(logit) * f64::from(scale);
+                let want = cap.map_or(l, |cap| f64::from(cap) * (l / f64::from(cap)).tanh());
+                // tanh by 1 - e: off by an ulp of 1 where it is small; rounded a few times.
+                let tolerance = cap.map_or(U * l.abs(), |cap| 6.0 * U * f64::from(cap));
+                close(&format_args!("{device} {logit} {scale} {cap:?}"), got, want, tolerance);
+            }
         }
     }
 }

@@ -26,6 +26,9 @@ fn enter_copies_embeddings_and_cached_rows() {
     check_enter::<bf16>(72);
 }
 
+/// Of embeddings.
+const SCALE: f32 = 1.7;
+
 fn check_enter<T: Stored>(dim: usize) {
     let (vocab, first) = (75, 2);
     let mut numbers = Numbers::new(1);
@@ -55,7 +58,8 @@ fn check_enter<T: Stored>(dim: usize) {
         let last = Buffer::upload(device, &last).unwrap();
         let (count, embedding, resid_mut) = (sources.len(), &weight, &mut resid);
         let (sources, cached, last) = (&all, &cached, &last);
-        let operands = Enter { first, count, sources, embedding, cached, last, resid: resid_mut };
+        let (scale, resid) = (SCALE, resid_mut);
+        let operands = Enter { first, count, sources, embedding, scale, cached, last, resid };
         enter(device, operands).unwrap();
         vec![read(&resid)]
     };
@@ -69,7 +73,9 @@ fn check_enter<T: Stored>(dim: usize) {
         for (row, source) in resid[first..rows].iter().zip(&sources) {
             let embed = |id: u32| -> Vec<f64> {
                 let id = (id as usize).min(vocab - 1);
-                embedding[id * dim..][..dim].iter().map(|&v| T::nearest(v)).collect()
+                let stored = embedding[id * dim..][..dim].iter().map(|&v| T::nearest(v));
+                // The product of two f32s is exact in f64, and rounded once.
+                stored.map(|v| f64::from((v * f64::from(SCALE)) as f32)).collect()
             };
             let want: Vec<f64> = match *source {
                 Source::Token(id) => embed(id),
@@ -165,6 +171,18 @@ struct Case {
     /// (3, dim)
     vectors: Vec<f32>,
     gain: Vec<f32>,
+    norms: Norms,
+    /// Of the branch's norm.
+    branch_gain: Vec<f32>,
+    branch_scale: f32,
+}
+
+/// What is normalised beside nothing else: x, what is added, or both.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Norms {
+    Before,
+    After,
+    Around,
 }
 
 /// A row by its definition, and how far f32 may be from it.
@@ -187,7 +205,27 @@ impl Case {
             branch: numbers.with_outliers(ROWS * dim, 1000.0),
             vectors: numbers.with_outliers(3 * dim, 1000.0),
             gain: numbers.with_outliers(dim, 1000.0),
+            norms: Norms::Before,
+            branch_gain: numbers.with_outliers(dim, 1000.0),
+            branch_scale: 1.0,
         }
+    }
+
+    fn with(self, norms: Norms, branch_scale: f32) -> Self {
+        Self { norms, branch_scale, ..self }
+    }
+
+    /// What is added to a row by its branch, and how far f32 may be from it, relatively.
+    fn added(&self, row: usize) -> (Vec<f64>, f64) {
+        let mut branch = widen(&self.branch[row * self.dim..][..self.dim]);
+        let mut relative = if self.branch_scale == 1.0 { 0.0 } else { U };
+        if self.norms != Norms::Before {
+            branch = rms_norm(&branch, &widen(&self.branch_gain), f64::from(EPS));
+            // A sum of `dim` squares, a root, a quotient, and three products.
+            relative = (self.dim + 8) as f64 * U;
+        }
+        branch.iter_mut().for_each(|v| *v *= f64::from(self.branch_scale));
+        (branch, relative)
     }
 
     fn is_final(&self) -> bool {
@@ -213,6 +251,7 @@ impl Case {
         branch.extend(vec![1.0; dim]);
         let branch = upload::<f32>(device, &branch, 0);
         let gain = upload::<f32>(device, &self.gain, 0);
+        let branch_gain = upload::<f32>(device, &self.branch_gain, 0);
         let stream = [&self.resid[..], &vec![UNTOUCHED; dim]].concat();
         let mut resid = upload::<f32>(device, &stream, 0);
         let mut captured: Buffer<f32> = nans(device, CAPTURED * dim);
@@ -234,7 +273,9 @@ impl Case {
             norms: &mut norms,
             norms_at: 3,
             receipts: &mut receipts,
-            gain: &gain,
+            branch_gain: (self.norms != Norms::Before).then_some(&branch_gain),
+            branch_scale: self.branch_scale,
+            gain: (self.norms != Norms::After).then_some(&gain),
             eps: EPS,
             is_final: self.is_final(),
             x: &mut x,
@@ -264,9 +305,9 @@ impl Case {
         };
         let mut errors = grow(&vec![0.0; self.dim], 0.0);
         if row < self.branch_rows {
-            let branch = part(&self.branch, row);
+            let (branch, relative) = self.added(row);
             add(&mut h, &branch);
-            errors = grow(&branch, 0.0);
+            errors = grow(&branch, relative);
         }
         let mut receipts = Vec::new();
         for (ordinal, (site, op)) in ops(SLOT[row]).into_iter().enumerate() {
@@ -305,7 +346,8 @@ impl Case {
     fn check_outputs<T: Stored>(&self, device: &str, outputs: &[Vec<f32>]) {
         let dim = self.dim;
         let [resid, x, captured, norms, receipts] = outputs else { panic!("five outputs") };
-        let case = format!("{device} dim {dim} site {} branches {}", self.site, self.branch_rows);
+        let (site, around, branches) = (self.site, self.norms, self.branch_rows);
+        let case = format!("{device} dim {dim} site {site} branches {branches} {around:?}");
         let captured: Vec<&[f32]> = captured.chunks_exact(dim).collect();
         let mut seen = vec![false; RECEIPTS];
         for (row, &got) in norms[..ROWS].iter().enumerate() {
@@ -338,6 +380,12 @@ impl Case {
 
     /// x = h / √(mean h² + eps) · gain.
     fn check_norm(&self, what: &str, want: &Want, x: &[f32], roundoff: f64) {
+        if self.norms == Norms::After {
+            for ((&x, &h), error) in x.iter().zip(&want.h).zip(&want.error) {
+                close(&what, x, h, 1.01 * error + roundoff * (h.abs() + error));
+            }
+            return;
+        }
         let (dim, length) = (self.dim as f64, norm(&want.h));
         let inverse = 1.0 / (length * length / dim + f64::from(EPS)).sqrt();
         let relative = norm(&want.error) / length + (dim + 8.0) * U + roundoff;
@@ -357,8 +405,11 @@ impl Case {
             assert_eq!(first_difference(captured[to], stream), None, "{case}: stream row {row}");
         }
         for (to, row) in [(4, 1), (5, 2)] {
-            let branch = &self.branch[row * dim..][..dim];
-            assert_eq!(first_difference(captured[to], branch), None, "{case}: branch row {row}");
+            let (want, relative) = self.added(row);
+            for (&got, want) in captured[to].iter().zip(want) {
+                let what = format!("{case}: branch row {row}");
+                close(&what, got, want, 1.01 * relative * want.abs());
+            }
         }
         for (to, row) in [(6, 3), (7, 6)] {
             if self.is_final() {
@@ -381,6 +432,22 @@ fn residual_norm_adds_injects_copies_and_normalises() {
             let case = Case::new(dim, site, branch_rows);
             case.check::<f32>();
             case.check::<bf16>();
+        }
+    }
+}
+
+/// Norms of what is added, beside or instead of x's, and a scale.
+#[test]
+fn residual_norm_normalises_and_scales_branches() {
+    for dim in [16, 80, 100, 264, 1032, 2056, 4104, 8200] {
+        for (site, branch_rows) in [(3, ROWS), (3, 5), (4, 3)] {
+            for (norms, scale) in
+                [(Norms::Around, 1.0), (Norms::After, 0.22), (Norms::Before, 0.22)]
+            {
+                let case = Case::new(dim, site, branch_rows).with(norms, scale);
+                case.check::<f32>();
+                case.check::<bf16>();
+            }
         }
     }
 }

@@ -115,7 +115,9 @@ impl Transformer {
         let mix = |(position, q): (usize, &Vec<f64>)| {
             let visible = ..=position;
             let (heads, kv_heads) = (config.heads, config.kv_heads);
-            let mixed = attention(q, &keys[visible], &values[visible], (heads, kv_heads), None);
+            let scale = 1.0 / (config.head_dim as f64).sqrt();
+            let seen = (&keys[visible], &values[visible]);
+            let mixed = attention(q, seen.0, seen.1, (heads, kv_heads), scale, None);
             matmul(&mixed, &block.o)
         };
         queries.iter().enumerate().map(mix).collect()

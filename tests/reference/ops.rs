@@ -118,13 +118,14 @@ pub fn softmax(scores: &[f64]) -> Vec<f64> {
 }
 
 /// One row's queries (heads · `head_dim`) over the keys and values it sees, each
-/// (`kv_heads` · `head_dim`): softmax(q·k / √`head_dim`) · v, a score s being cap · tanh(s / cap) where
+/// (`kv_heads` · `head_dim`): softmax(scale · q·k) · v, a score s being cap · tanh(s / cap) where
 /// there is a cap; heads share a key head in groups.
 pub fn attention(
     query: &[f64],
     keys: &[Vec<f64>],
     values: &[Vec<f64>],
     (heads, kv_heads): (usize, usize),
+    scale: f64,
     soft_cap: Option<f64>,
 ) -> Vec<f64> {
     let head_dim = query.len() / heads;
@@ -133,8 +134,7 @@ pub fn attention(
     for (head, q) in query.chunks_exact(head_dim).enumerate() {
         let own = head / (heads / kv_heads) * head_dim..;
         let part = |row: &'_ [f64]| row[own.clone()][..head_dim].to_vec();
-        let scale = (head_dim as f64).sqrt();
-        let scores: Vec<f64> = keys.iter().map(|k| capped(dot(q, &part(k)) / scale)).collect();
+        let scores: Vec<f64> = keys.iter().map(|k| capped(dot(q, &part(k)) * scale)).collect();
         let mut mixed = vec![0.0; head_dim];
         for (weight, value) in softmax(&scores).iter().zip(values) {
             let weighted: Vec<f64> = part(value).iter().map(|v| weight * v).collect();

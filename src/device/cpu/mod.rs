@@ -1,6 +1,7 @@
 //! The processor as a device: memory, threads and instruction sets.
 
 mod isa;
+mod machine;
 mod memory;
 pub(crate) mod pairs;
 mod pool;
@@ -12,6 +13,7 @@ use pool::Pool;
 
 pub(crate) use isa::Kernel;
 pub use isa::{Isa, Products};
+pub use machine::MachineMemory;
 pub(crate) use memory::{Aligned, Arena, Grown, Memory};
 pub(crate) use shared::Shared;
 

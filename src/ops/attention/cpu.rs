@@ -70,6 +70,7 @@ pub(super) fn attention<T: Float>(cpu: &Cpu, p: Attention<'_, T>) {
             cache: p.cache,
             queries: &p.qkv.host()[first_row * width + head * head_dim..],
             width,
+            scale: p.scale,
             soft_cap: p.soft_cap,
         };
         SCRATCH.with_borrow_mut(|(scratch, of_pairs)| {
@@ -129,6 +130,7 @@ pub(super) struct Block<'a, T> {
     /// From the first row's first head on, rows `width` apart.
     queries: &'a [f32],
     width: usize,
+    scale: f32,
     soft_cap: Option<f32>,
 }
 
@@ -415,8 +417,7 @@ impl<T: Float> Block<'_, T> {
     /// Scaled and capped scores of the positions that are seen, -infinity for the others.
     #[inline(always)]
     fn mask(&self, scores: &mut [f32; TILE], seen: Range<usize>) {
-        let scale = 1.0 / (self.head_dim() as f32).sqrt();
-        scores.iter_mut().for_each(|score| *score *= scale);
+        scores.iter_mut().for_each(|score| *score *= self.scale);
         if self.soft_cap.is_some() {
             scores.iter_mut().for_each(|score| *score = self.capped(*score));
         }
