@@ -194,7 +194,12 @@ impl ModelConfig {
     }
 }
 
-fn check_architecture(key: &str, name: &str) -> Result<()> {
+/// Whether an architecture's name, found at `key`, is one of [`ARCHITECTURES`].
+///
+/// # Errors
+///
+/// It is not.
+pub fn check_architecture(key: &str, name: &str) -> Result<()> {
     if ARCHITECTURES.contains(&name) {
         return Ok(());
     }
