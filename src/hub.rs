@@ -109,9 +109,8 @@ impl Hub {
                 (parts, path)
             }
             Choice::Folder { side, weights } => {
-                for remote in describe(&download, &side)? {
-                    download.file(&remote)?;
-                }
+                let side = describe(&download, &side)?;
+                download.all(&side)?;
                 Model::folder_config(&snapshot)?;
                 let weights = match weights {
                     Some(file) => vec![file],
@@ -125,9 +124,7 @@ impl Hub {
             let bytes = missing.iter().map(|remote| remote.size).sum();
             download.watch.weights(missing.len(), bytes);
         }
-        for remote in missing {
-            download.file(&remote)?;
-        }
+        download.all(&missing)?;
         folder.set_commit(&name.revision, commit)?;
         Ok(path)
     }

@@ -33,7 +33,7 @@ impl Bar {
     pub fn show_in(&mut self, unit: Unit, what: &str, done: u64, total: u64, tokens: u64) {
         if !matches!(&self.current, Some((kind, _)) if kind == what) {
             self.clear();
-            self.current = Some((what.to_owned(), new_bar(unit, what, total)));
+            self.current = Some((what.to_owned(), new_bar(unit, what, done, total)));
         }
         if let Some((_, bar)) = &self.current {
             bar.set_position(done);
@@ -43,7 +43,6 @@ impl Bar {
             if done > 0 && seconds > 0.5 {
                 message = match unit {
                     Unit::Pieces => format!("{:.1} a second", done as f64 / seconds),
-                    // What was there before the bar doesn't count.
                     Unit::Bytes => format!("{}/s", DecimalBytes(bar.per_sec() as u64)),
                 };
             }
@@ -105,7 +104,7 @@ impl Drop for Bar {
     }
 }
 
-fn new_bar(unit: Unit, what: &str, total: u64) -> ProgressBar {
+fn new_bar(unit: Unit, what: &str, done: u64, total: u64) -> ProgressBar {
     let bar = if total == 0 { ProgressBar::no_length() } else { ProgressBar::new(total) };
     let counts = match unit {
         Unit::Bytes => "{bar:30} {decimal_bytes}/{decimal_total_bytes}",
@@ -115,5 +114,8 @@ fn new_bar(unit: Unit, what: &str, total: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(&format!("{{prefix}} {counts} {{msg}}"));
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_prefix(what.to_owned());
+    // What was there before tells nothing of the speed.
+    bar.set_position(done);
+    bar.reset_eta();
     bar
 }

@@ -2,15 +2,20 @@
 //! `snapshots/COMMIT` with links to them, and `refs` that say which commit a branch or tag is.
 
 use std::{
+    fs::TryLockError,
     io,
     path::{Path, PathBuf},
     process,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use fs_err as fs;
 
 use super::name::is_commit;
 use crate::error::Result;
+
+/// Temporary files that this process has made.
+static MADE: AtomicU64 = AtomicU64::new(0);
 
 /// A repository's folder.
 #[derive(Debug)]
@@ -80,13 +85,15 @@ impl Folder {
         fs::create_dir_all(self.root.join("blobs"))?;
         let path = self.locks.join(format!("{etag}.lock"));
         let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
-        if file.file().try_lock().is_err() {
-            waits();
-            match file.file().lock() {
-                // A file system without locks, as clusters have: the check of the content remains.
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-                outcome => outcome?,
+        match file.file().try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                waits();
+                file.file().lock()?;
             }
+            // A file system without locks, as clusters have: the check of the content remains.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(error)) => return Err(error.into()),
         }
         Ok(Lock(file))
     }
@@ -97,8 +104,9 @@ fn appear(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<()>
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
+    let (own, made) = (process::id(), MADE.fetch_add(1, Ordering::Relaxed));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}", process::id()));
+    let temporary = path.with_file_name(format!(".{name}.{own}.{made}"));
     // Of a killed process that had this one's number.
     let _ = fs::remove_file(&temporary);
     make(&temporary)?;

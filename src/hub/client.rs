@@ -75,7 +75,7 @@ impl Failure {
     pub fn into_error(self) -> Error {
         match self {
             Self::Final(error) => error,
-            Self::Passing { reason, .. } => Error::new("the hub can't be reached")
+            Self::Passing { reason, .. } => Error::new("the hub gives no answer, or breaks it off")
                 .got(reason)
                 .hint("try again; what has been fetched is kept, and HF_HUB_OFFLINE=1 uses that alone"),
         }
@@ -237,7 +237,7 @@ impl Client {
             (404, "RevisionNotFound") => Error::new("no such revision of the repository"),
             (404, "EntryNotFound") => Error::new("no such file in the repository"),
             (404, _) => Error::new("no such repository on the hub")
-                .hint("check its name; a path that is meant must exist, or begin with ./"),
+                .hint("check its name (a path must exist, or begin with ./)"),
             (401 | 403, "GatedRepo") | (403, _) => {
                 Error::new("the hub refuses this repository without its licence accepted")
                     .hint(format!("accept the licence at {page} and set HF_TOKEN"))

@@ -20,7 +20,7 @@ use super::{
     name::Name,
 };
 use crate::{
-    error::{Error, Result},
+    error::{Context, Error, Result},
     files::hex,
 };
 
@@ -36,13 +36,17 @@ pub(super) struct Download<'a> {
 }
 
 impl Download<'_> {
-    /// Puts a file into the snapshot.
+    /// Puts files into the snapshot.
     ///
     /// # Errors
     ///
     /// The hub does not send it whole, or it can't be stored. What was stored is kept for the next
     /// time, unless it is wrong.
-    pub fn file(&mut self, remote: &Remote) -> Result<()> {
+    pub fn all(&mut self, files: &[Remote]) -> Result<()> {
+        files.iter().try_for_each(|remote| self.file(remote).at(|| remote.name.clone()))
+    }
+
+    fn file(&mut self, remote: &Remote) -> Result<()> {
         let waits = || self.watch.note(&format!("another process fetches {}", remote.name));
         let lock = self.folder.lock(&remote.etag, waits)?;
         if !self.folder.blob(&remote.etag).is_file() {
@@ -132,7 +136,6 @@ impl Download<'_> {
         fs::remove_file(path)?;
         let sum = if remote.etag.len() == 64 { "SHA-256" } else { "git SHA-1" };
         Err(Error::new(format!("the downloaded file has the wrong {sum}"))
-            .at(remote.name.clone())
             .expected(&remote.etag)
             .got(got)
             .hint("it was removed: try again"))
@@ -164,7 +167,6 @@ fn goes_on(response: &Response<Body>, from: u64) -> bool {
 fn full(error: io::Error, remote: &Remote) -> Error {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::new("the disk is full")
-            .at(remote.name.clone())
             .expected(format!("room for {} bytes", remote.size))
             .got(error)
             .hint("make room, or set HF_HUB_CACHE; what has been fetched is kept"),

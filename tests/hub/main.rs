@@ -17,8 +17,7 @@ use inkling::{
     model::Model,
 };
 use serde_json::Value;
-use server::{COMMIT, Reply, Seen, Server, git, hex};
-use sha2::{Digest, Sha256};
+use server::{COMMIT, Reply, Seen, Server, etag};
 use tempfile::TempDir;
 
 const WEIGHTS: &str = "model.safetensors";
@@ -85,9 +84,7 @@ impl Machine {
     }
 
     fn blob(&self, files: &Files, file: &str) -> PathBuf {
-        let bytes = &files[file];
-        let large = file.ends_with(".safetensors") || file.ends_with(".gguf");
-        let etag = if large { hex(&Sha256::digest(bytes)) } else { git(bytes) };
+        let etag = etag(file, &files[file]);
         self.folder().join("blobs").join(etag)
     }
 
@@ -344,7 +341,7 @@ fn busy_servers_are_asked_again() {
     machine.opens(&server, "org/tiny", "org/tiny@01234567");
 
     let server = Server::start(Files::new(), |_| Reply::Status(503, ""));
-    Machine::new().refuses(&server, "org/tiny", &["can't be reached", "503", "org/tiny"]);
+    Machine::new().refuses(&server, "org/tiny", &["no answer", "503", "org/tiny"]);
     assert_eq!(server.seen().len(), 4);
 }
 
@@ -360,16 +357,16 @@ fn without_a_network_the_cache_answers() {
     };
     let told = opened(&away(&machine), "org/tiny@01234567");
     assert!(told.contains("can't be reached") && told.contains("cache"), "{told}");
-    refused(&away(&Machine::new()), &["can't be reached", "127.0.0.1:1", "HF_HUB_OFFLINE"]);
+    refused(&away(&Machine::new()), &["no answer", "127.0.0.1:1", "HF_HUB_OFFLINE"]);
 }
 
 #[test]
 fn the_token_is_for_the_hub_alone() {
     let (files, machine) = (repository("plain"), Machine::new());
     let other = Server::start(files.clone(), serve);
-    let target = format!("{}/blobs/{COMMIT}/{WEIGHTS}?signature=x", other.url());
+    let target = format!("{}/blobs/{COMMIT}/{WEIGHTS}", other.url());
     let redirect = move |seen: &Seen| match seen.path.ends_with(WEIGHTS) {
-        true => Reply::Redirect(target.trim_end_matches("?signature=x").to_owned()),
+        true => Reply::Redirect(target.clone()),
         false => Reply::Serve,
     };
     let server = Server::start(files, redirect);
@@ -412,6 +409,28 @@ fn models_that_cannot_be_run_cost_no_weights() {
     let server = Server::start(files, serve);
     Machine::new().refuses(&server, "org/tiny", &["unsupported architecture", "mamba", "org/tiny"]);
     assert!(server.seen().iter().all(|seen| !seen.path.ends_with(WEIGHTS)));
+
+    // The hub reads GGUF files itself.
+    let listing = |_: &Seen| {
+        let file = r#"{"rfilename": "x.gguf"}"#;
+        let gguf = r#"{"architecture": "mamba", "total": 1}"#;
+        Reply::Json(format!(r#"{{"sha": "{COMMIT}", "siblings": [{file}], "gguf": {gguf}}}"#))
+    };
+    let server = Server::start(Files::new(), listing);
+    Machine::new().refuses(&server, "org/tiny", &["unsupported architecture", "mamba"]);
+    assert_eq!(server.seen().len(), 1);
+}
+
+#[test]
+fn answers_that_are_no_hubs_are_refused() {
+    let refuses = |body: &'static str, want: &[&str]| {
+        let server = Server::start(Files::new(), move |_| Reply::Json(body.to_owned()));
+        Machine::new().refuses(&server, "org/tiny", want);
+    };
+    refuses("<html>", &["not a hub's list", "/api/models/org/tiny"]);
+    refuses(r#"{"sha": "../..", "siblings": []}"#, &["not a commit", "../.."]);
+    let circle = Server::start(Files::new(), |seen| Reply::Redirect(seen.path.clone()));
+    Machine::new().refuses(&circle, "org/tiny", &["circles"]);
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -13,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use inkling::files::hex;
 use serde_json::json;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -34,6 +36,8 @@ pub enum Reply {
     Corrupt,
     /// All of the file, whatever range is asked for.
     Whole,
+    /// This text.
+    Json(String),
     /// To this address.
     Redirect(String),
 }
@@ -141,7 +145,7 @@ fn serve(
         match reply {
             Reply::Drop(n) => {
                 stream.write_all(&body[..n.min(body.len())])?;
-                return stream.shutdown(std::net::Shutdown::Both);
+                return stream.shutdown(Shutdown::Both);
             }
             Reply::Stall(n) => {
                 stream.write_all(&body[..n.min(body.len())])?;
@@ -173,24 +177,32 @@ fn receive(reader: &mut impl BufRead) -> io::Result<Option<Seen>> {
 fn answer(request: &Seen, files: &Files, reply: &Reply) -> (String, Vec<u8>) {
     let empty = |line: &str| (format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n"), Vec::new());
     if let Reply::Status(status, headers) = reply {
-        return empty(&format!("{status} X\r\n{}", headers).trim_end().to_owned());
+        return empty(format!("{status} X\r\n{headers}").trim_end());
+    }
+    let ok = |body: String| {
+        (format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()), body.into_bytes())
+    };
+    if let Reply::Json(body) = reply {
+        return ok(body.clone());
     }
     if request.path.starts_with("/api/models/") {
+        if let Reply::Redirect(target) = reply {
+            return empty(&format!("307 X\r\nLocation: {target}"));
+        }
         let siblings: Vec<_> = files.keys().map(|file| json!({"rfilename": file})).collect();
-        let body = json!({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).to_string();
-        let length = body.len();
-        return (format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"), body.into());
+        return ok(json!({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).to_string());
     }
     let file = request.path.split_once(&format!("/{COMMIT}/")).map(|(_, file)| file);
     let Some((file, bytes)) = file.and_then(|file| files.get_key_value(file)) else {
         return empty("404 X\r\nX-Error-Code: EntryNotFound");
     };
     let mut fields = format!("X-Repo-Commit: {COMMIT}\r\n");
-    if file.ends_with(".safetensors") || file.ends_with(".gguf") {
-        let sum = hex(&Sha256::digest(bytes));
-        let _ = write!(fields, "X-Linked-Etag: \"{sum}\"\r\nX-Linked-Size: {}\r\n", bytes.len());
+    let etag = etag(file, bytes);
+    if is_large(file) {
+        let size = bytes.len();
+        let _ = write!(fields, "X-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {size}\r\n");
     } else {
-        let _ = write!(fields, "ETag: \"{}\"\r\n", git(bytes));
+        let _ = write!(fields, "ETag: \"{etag}\"\r\n");
     }
     if let Reply::Redirect(target) = reply {
         return empty(&format!("302 X\r\n{fields}Location: {target}"));
@@ -211,11 +223,15 @@ fn answer(request: &Seen, files: &Files, reply: &Reply) -> (String, Vec<u8>) {
     (format!("HTTP/1.1 {line}\r\n{fields}Content-Length: {}\r\n\r\n", body.len()), body)
 }
 
-/// Git's name of a file's content.
-pub fn git(bytes: &[u8]) -> String {
+/// The hub's name of a file's content: its SHA-256, or git's SHA-1 of a small file.
+pub fn etag(file: &str, bytes: &[u8]) -> String {
+    if is_large(file) {
+        return hex(&Sha256::digest(bytes));
+    }
     hex(&Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize())
 }
 
-pub fn hex(bytes: &[u8]) -> String {
-    inkling::files::hex(bytes)
+fn is_large(file: &str) -> bool {
+    let ending = Path::new(file).extension();
+    ending.is_some_and(|ending| ending == "safetensors" || ending == "gguf")
 }
