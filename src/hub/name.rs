@@ -53,7 +53,7 @@ impl Name {
         })
     }
 
-    /// The repository's part of an address, with the revision beside it.
+    /// The revision as it stands in an address.
     pub(super) fn escaped_revision(&self) -> String {
         self.revision.replace('/', "%2F")
     }
