@@ -2,8 +2,8 @@
 //!
 //! The crate in layers, each of which may name only those below it:
 //! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`bench`] and [`check`] beside
-//! `experiment`, and [`error`], [`files`] and
-//! [`request`] as leaves that every layer may name.
+//! `experiment`, [`hub`] beside `engine`, and [`error`], [`files`] and [`request`] as leaves that every
+//! layer may name.
 pub mod bench;
 pub mod check;
 pub mod cli;
@@ -12,6 +12,7 @@ pub mod engine;
 pub mod error;
 pub mod experiment;
 pub mod files;
+pub mod hub;
 pub mod model;
 pub mod ops;
 pub mod report;

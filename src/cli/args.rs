@@ -4,7 +4,7 @@ use std::{path::PathBuf, thread};
 
 use clap::Args;
 
-use super::{fetch, output::note};
+use super::{fetch, hub, output::note};
 use crate::{
     device::{Cpu, Cuda, Device, DeviceKind, cpu::Isa, cuda::MatrixPath},
     engine::{Engine, Options},
@@ -21,8 +21,9 @@ const CPU_WORKSPACE: usize = (2048 + 8) * 8192;
 /// Which model.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// GGUF file, or folder with a Hugging Face model
-    #[arg(long, value_name = "PATH")]
+    /// GGUF file, folder with a Hugging Face model, or a model of the hub, ORG/NAME[@REVISION][:FILE.gguf],
+    /// which is fetched
+    #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
 }
 
@@ -32,10 +33,10 @@ impl ModelArgs {
         let path = self.model.as_ref().ok_or_else(|| {
             Error::new("no model")
                 .at("--model")
-                .expected("a GGUF file, or a folder with a Hugging Face model")
+                .expected("a GGUF file, a folder with a Hugging Face model, or ORG/NAME of the hub")
                 .hint("`inkling doctor` says where the demo model is")
         })?;
-        Model::open(path)
+        Model::open(&hub::model_path(path)?)
     }
 
     /// Opens the model; without `--model` the demo model, fetched where it is not there yet.

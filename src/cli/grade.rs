@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::{
     args::{EngineArgs, ModelArgs},
+    hub,
     output::{Output, note},
     progress::{Bar, stop_in_order},
 };
@@ -180,7 +181,11 @@ impl Args {
         Ok(match kind {
             Kind::Rules => JudgePlan::Rules,
             Kind::Local => JudgePlan::Local {
-                model: self.model.model.clone().ok_or_else(|| missing("--model", "its path"))?,
+                model: self
+                    .model
+                    .model
+                    .clone()
+                    .ok_or_else(|| missing("--model", "its path or name"))?,
                 questions,
             },
             Kind::Http => JudgePlan::Http {
@@ -205,7 +210,7 @@ fn judge(args: &Args, plan: &JudgePlan) -> Result<Counts> {
     match plan {
         JudgePlan::Rules => grade(&args.dir),
         JudgePlan::Local { model, questions } => {
-            let model = Model::open(model)?;
+            let model = Model::open(&hub::model_path(model)?)?;
             let engine = args.engine.start(&model)?;
             judged(args, &Local { model: &model, engine: &engine }, questions.as_deref())
         }

@@ -12,6 +12,7 @@ mod fetch;
 mod forward;
 mod generate;
 mod grade;
+mod hub;
 mod lens;
 mod output;
 mod progress;

@@ -2,10 +2,17 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 use super::{INTERRUPTED, output::note};
 use crate::experiment::Progress;
+
+/// What a bar counts.
+#[derive(Clone, Copy)]
+pub enum Unit {
+    Pieces,
+    Bytes,
+}
 
 /// One bar at a time: a new kind of work gets a new bar.
 #[derive(Default)]
@@ -19,9 +26,14 @@ impl Bar {
     /// `done` of `total` pieces of `what` are done (0: how many is not known), and `tokens` were
     /// drawn for them.
     pub fn show(&mut self, what: &str, done: u64, total: u64, tokens: u64) {
+        self.show_in(Unit::Pieces, what, done, total, tokens);
+    }
+
+    /// Likewise, counted in another unit.
+    pub fn show_in(&mut self, unit: Unit, what: &str, done: u64, total: u64, tokens: u64) {
         if !matches!(&self.current, Some((kind, _)) if kind == what) {
             self.clear();
-            self.current = Some((what.to_owned(), new_bar(what, total)));
+            self.current = Some((what.to_owned(), new_bar(unit, what, done, total)));
         }
         if let Some((_, bar)) = &self.current {
             bar.set_position(done);
@@ -29,7 +41,10 @@ impl Bar {
             let left = bar.eta();
             let mut message = String::new();
             if done > 0 && seconds > 0.5 {
-                message = format!("{:.1} a second", done as f64 / seconds);
+                message = match unit {
+                    Unit::Pieces => format!("{:.1} a second", done as f64 / seconds),
+                    Unit::Bytes => format!("{}/s", DecimalBytes(bar.per_sec() as u64)),
+                };
             }
             if tokens > 0 && seconds > 0.5 {
                 message = format!("{message}, {:.0} tokens/s", tokens as f64 / seconds);
@@ -89,11 +104,18 @@ impl Drop for Bar {
     }
 }
 
-fn new_bar(what: &str, total: u64) -> ProgressBar {
+fn new_bar(unit: Unit, what: &str, done: u64, total: u64) -> ProgressBar {
     let bar = if total == 0 { ProgressBar::no_length() } else { ProgressBar::new(total) };
-    let counts = if total == 0 { "{pos}" } else { "{bar:30} {pos}/{len}" };
+    let counts = match unit {
+        Unit::Bytes => "{bar:30} {decimal_bytes}/{decimal_total_bytes}",
+        Unit::Pieces if total == 0 => "{pos}",
+        Unit::Pieces => "{bar:30} {pos}/{len}",
+    };
     let style = ProgressStyle::with_template(&format!("{{prefix}} {counts} {{msg}}"));
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_prefix(what.to_owned());
+    // What was there before tells nothing of the speed.
+    bar.set_position(done);
+    bar.reset_eta();
     bar
 }

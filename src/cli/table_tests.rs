@@ -11,6 +11,7 @@ fn run(trials: Vec<Trial>, grades: Vec<Grade>) -> Run {
         protocol: serde_json::Value::Null,
         model: ModelRecord {
             name: String::new(),
+            commit: None,
             hash: String::new(),
             architecture: String::new(),
             layers: 1,

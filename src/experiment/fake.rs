@@ -173,6 +173,7 @@ pub fn prepared(protocol: &Protocol, layers: usize) -> Prepared {
     Prepared {
         model: ModelRecord {
             name: "fake".into(),
+            commit: None,
             hash: "fa4e".into(),
             architecture: "llama".into(),
             layers,

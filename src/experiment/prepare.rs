@@ -166,6 +166,7 @@ pub fn prepare(model: &Model, protocol: &Protocol) -> Result<Prepared> {
 fn record(model: &Model) -> Result<ModelRecord> {
     Ok(ModelRecord {
         name: model.name.clone(),
+        commit: model.commit.clone(),
         hash: model.hash()?,
         architecture: model.config.architecture.clone(),
         layers: model.config.layers,

@@ -130,7 +130,7 @@ pub enum JudgePlan {
     Rules,
     /// A model in this engine.
     Local {
-        /// GGUF file or Hugging Face folder.
+        /// GGUF file, Hugging Face folder, or a name of the hub.
         model: PathBuf,
         /// A file of questions in place of the built-in ones.
         #[serde(default)]

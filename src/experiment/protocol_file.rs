@@ -15,6 +15,7 @@ use crate::{
         results::{Condition, Criterion, Outcome},
         words,
     },
+    hub::Name,
     request::{All, Capture, Message, Site, StrengthMode},
 };
 
@@ -316,7 +317,11 @@ fn judges(given: Option<Vec<JudgePlan>>, base: &Path) -> Result<Vec<JudgePlan>> 
         match judge {
             JudgePlan::Rules => {}
             JudgePlan::Local { model, questions } => {
-                *model = base.join(&*model);
+                let path = base.join(&*model);
+                let of_hub = model.to_str().is_some_and(|text| Name::parse(text).is_some());
+                if path.exists() || !of_hub {
+                    *model = path;
+                }
                 *questions = questions.take().map(|file| base.join(file));
             }
             JudgePlan::Http { url, name, questions, .. } => {

@@ -187,6 +187,15 @@ fn judges_and_tables_are_named() {
     assert_eq!(protocol.tables, [Table::Replies, Table::Explore]);
     let JudgePlan::Http { key_env, questions, .. } = &protocol.judges[1] else { panic!("http") };
     assert_eq!((key_env.as_deref(), questions), (Some("KEY"), &None));
+    for model in ["org/name@v1", "judge.gguf"] {
+        let field =
+            format!("name = \"small\"\njudges = [{{ kind = \"local\", model = \"{model}\" }}]");
+        let text = SMALL.replacen("name = \"small\"", &field, 1);
+        let protocol = Protocol::parse(&text, "folder/small.toml", &[]).unwrap();
+        let JudgePlan::Local { model: found, .. } = &protocol.judges[0] else { panic!("local") };
+        let want = if model.contains('@') { model.into() } else { Path::new("folder").join(model) };
+        assert_eq!(*found, want, "files stand beside the protocol, the hub does not");
+    }
     for (field, want) in [
         ("judges = [{ kind = \"oracle\" }]", "oracle"),
         ("judges = [{ kind = \"http\", url = \"u\" }]", "name"),

@@ -368,8 +368,11 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelRecord {
-    /// File or folder name, without its path.
+    /// File or folder name, without its path; of the hub `ORG/NAME@COMMIT`, the commit shortened.
     pub name: String,
+    /// The whole commit of a model of the hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     /// SHA-256 over the weights' file(s) and configuration.
     pub hash: String,
     /// e.g. `llama`.

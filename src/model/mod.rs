@@ -5,14 +5,16 @@ mod chat;
 mod checkpoint;
 mod config;
 mod date;
+pub mod files;
 mod format;
 pub mod forward;
 pub(crate) mod gguf;
 mod names;
+mod origin;
 mod prompt;
 mod render;
 mod shapes;
-mod shards;
+pub(crate) mod shards;
 mod text;
 mod tokenizer;
 pub mod weights;
@@ -31,12 +33,12 @@ pub use self::{
     checkpoint::{Checkpoint, Tensor},
     config::{
         ARCHITECTURES, AttentionBias, Block, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope,
-        Shape,
+        Shape, check_gguf_architecture,
     },
     prompt::Prompt,
     tokenizer::{Encoding, Tokenizer},
 };
-use self::{gguf::Gguf, text::TextSide};
+use self::{gguf::Gguf, origin::Origin, text::TextSide};
 use crate::{
     device::MappedFile,
     error::{Context, Error, Result},
@@ -46,8 +48,10 @@ use crate::{
 /// A model's metadata; its weights stay in the memory-mapped files.
 #[derive(Debug)]
 pub struct Model {
-    /// Name of its file or folder.
+    /// Name of its file or folder; of the hub's cache `ORG/NAME@COMMIT`, the commit shortened.
     pub name: String,
+    /// The commit of its repository, if it lies in the hub's cache.
+    pub commit: Option<String>,
     /// Sizes and constants.
     pub config: ModelConfig,
     /// Absent where the model has none that can be used: it then takes prompts of token ids only.
@@ -63,9 +67,6 @@ pub struct Model {
     hash: OnceLock<String>,
 }
 
-/// Configuration files of a Hugging Face folder.
-const CONFIG_FILES: [&str; 2] = ["config.json", "generation_config.json"];
-
 impl Model {
     /// Opens a GGUF file, or a folder with a Hugging Face model or with exactly one GGUF file.
     ///
@@ -76,7 +77,7 @@ impl Model {
         if !path.is_dir() {
             return Self::open_gguf(path);
         }
-        if path.join("config.json").is_file() {
+        if path.join(files::CONFIG).is_file() {
             return Self::open_folder(path);
         }
         let files = gguf_files(path)?;
@@ -101,17 +102,26 @@ impl Model {
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
-        let config_path = path.join("config.json");
-        let config = read_json(&config_path)?;
-        let generation = path.join("generation_config.json");
-        let generation = generation.is_file().then(|| read_json(&generation)).transpose()?;
-        let config = ModelConfig::from_json(&config, generation.as_ref())
-            .at(|| config_path.display().to_string())?;
+        let config = Self::folder_config(path)?;
         let checkpoint = Checkpoint::from_folder(path, &config)?;
         let text = TextSide::from_folder(path)?;
-        let side_files = CONFIG_FILES.iter().chain(&text::FILES).map(|name| path.join(name));
+        let side_files = files::side().map(|name| path.join(name));
         let side_files = side_files.filter(|path| path.is_file()).collect();
         Ok(Self::new(path, config, checkpoint, text, side_files))
+    }
+
+    /// Reads the configuration of a Hugging Face folder, whose weights need not be there yet.
+    ///
+    /// # Errors
+    ///
+    /// It is missing, damaged, or says something that this crate does not compute.
+    pub fn folder_config(path: &Path) -> Result<ModelConfig> {
+        let config_path = path.join(files::CONFIG);
+        let config = read_json(&config_path)?;
+        let generation = path.join(files::GENERATION);
+        let generation = generation.is_file().then(|| read_json(&generation)).transpose()?;
+        ModelConfig::from_json(&config, generation.as_ref())
+            .at(|| config_path.display().to_string())
     }
 
     fn new(
@@ -121,8 +131,10 @@ impl Model {
         text: TextSide,
         side_files: Vec<PathBuf>,
     ) -> Self {
+        let Origin { name, commit } = Origin::of(path);
         Self {
-            name: name_of(path),
+            name,
+            commit,
             config,
             no_tokenizer: text.tokenizer.as_ref().err().cloned(),
             no_template: text.template.as_ref().err().cloned(),
@@ -231,9 +243,4 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text)
         .map_err(|error| Error::new(format!("not JSON: {error}")))
         .at(|| path.display().to_string())
-}
-
-fn name_of(path: &Path) -> String {
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }

@@ -9,14 +9,15 @@ use fs_err as fs;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::format::Format;
+use super::{
+    files::{INDEX, SINGLE},
+    format::Format,
+};
 use crate::{
     device::MappedFile,
     error::{Context, Error, Result},
 };
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 /// The format's own limit on the header.
 const MAX_HEADER: u64 = 100_000_000;
 const DAMAGED: &str = "the file is truncated or its header is damaged: fetch it again";
@@ -45,16 +46,8 @@ pub fn open(folder: &Path) -> Result<Vec<(MappedFile, BTreeMap<String, TensorRec
             .hint("only safetensors and GGUF weights are read"));
     }
     let map = read_index(&index)?;
-    let mut names: Vec<&String> = map.values().collect();
-    names.sort_unstable();
-    names.dedup();
     let mut files = Vec::new();
-    for name in names {
-        if Path::new(name).file_name().is_none_or(|file| file != name.as_str()) {
-            return Err(Error::new("a shard is not a plain file name")
-                .at(index.display().to_string())
-                .got(name));
-        }
+    for name in names(&map).at(|| index.display().to_string())? {
         let (file, tensors) = open_file(&folder.join(name))?;
         for tensor in tensors.keys() {
             if map.get(tensor) != Some(name) {
@@ -74,6 +67,28 @@ pub fn open(folder: &Path) -> Result<Vec<(MappedFile, BTreeMap<String, TensorRec
         files.push((file, tensors));
     }
     Ok(files)
+}
+
+/// The shards that an index names, in order.
+///
+/// # Errors
+///
+/// It is no index, or names what is no plain file name.
+pub fn named(index: &Path) -> Result<Vec<String>> {
+    let map = read_index(index)?;
+    let names = names(&map).at(|| index.display().to_string())?;
+    Ok(names.into_iter().cloned().collect())
+}
+
+fn names(map: &BTreeMap<String, String>) -> Result<Vec<&String>> {
+    let mut names: Vec<&String> = map.values().collect();
+    names.sort_unstable();
+    names.dedup();
+    let plain = |name: &str| Path::new(name).file_name().is_some_and(|file| file == name);
+    match names.iter().find(|name| !plain(name)) {
+        Some(name) => Err(Error::new("a shard is not a plain file name").got(name)),
+        None => Ok(names),
+    }
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {

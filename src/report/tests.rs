@@ -56,6 +56,7 @@ fn manifest(trials: u64) -> Manifest {
         protocol: json!({"name": "injected-thoughts", "note": "<em>"}),
         model: ModelRecord {
             name: "tiny & <small>".into(),
+            commit: None,
             hash: "feedbeef".into(),
             architecture: "llama".into(),
             layers: 30,

@@ -55,6 +55,15 @@ pub(in crate::model) const FACTORS: [&str; 3] =
     ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 const DEFAULT_GEMMA3_LOCAL_THETA: f64 = 10_000.0;
 
+/// Whether GGUF files of this architecture, named at `key`, can be opened.
+///
+/// # Errors
+///
+/// They cannot.
+pub fn check_gguf_architecture(key: &str, name: &str) -> Result<()> {
+    if KNOWN.contains(&name) { Ok(()) } else { Err(unsupported(key, &KNOWN, name)) }
+}
+
 impl ModelConfig {
     /// Reads a GGUF file's metadata. `factors` reads one of [`FACTORS`], of this many numbers.
     ///
@@ -66,9 +75,7 @@ impl ModelConfig {
         factors: impl Fn(&str, usize) -> Result<Option<Vec<f32>>>,
     ) -> Result<Self> {
         let architecture = gguf.text("general.architecture")?.unwrap_or_default();
-        if !KNOWN.contains(&architecture) {
-            return Err(unsupported("general.architecture", &KNOWN, architecture));
-        }
+        check_gguf_architecture("general.architecture", architecture)?;
         let mut stop_tokens = Vec::new();
         for key in STOP_KEYS {
             stop_tokens.extend(gguf.unsigned(key)?.map(|id| (key, id)));

@@ -10,7 +10,7 @@ mod tests;
 use std::fmt::Display;
 
 pub(super) use self::gguf::FACTORS;
-pub use self::rope::Rope;
+pub use self::{gguf::check_gguf_architecture, rope::Rope};
 use crate::{
     error::{Error, Result},
     ops::{attention::MAX_HEAD_DIM, matmul::Activation},
