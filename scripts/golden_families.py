@@ -26,16 +26,16 @@ FAMILIES = {
     "llama_yarn": ("Llama", dict(head_dim=32, rope_parameters=THETA | {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128})),
     "mistral": ("Mistral", dict(head_dim=16, num_key_value_heads=1, sliding_window=37)),
-    "qwen2": ("Qwen2", dict(hidden_size=56, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True,
-                            use_sliding_window=True, sliding_window=70, max_window_layers=1)),
+    "qwen2": ("Qwen2", dict(hidden_size=56, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen2_window": ("Qwen2", dict(use_sliding_window=True, sliding_window=70, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=24, tie_word_embeddings=True)),
-    "gemma2": ("Gemma2", dict(head_dim=16, tie_word_embeddings=True, sliding_window=40, query_pre_attn_scalar=20,
+    "gemma2": ("Gemma2", dict(head_dim=16, tie_word_embeddings=True, sliding_window=40, query_pre_attn_scalar=16,
                               attn_logit_softcapping=4.0, final_logit_softcapping=9.0)),
     "gemma3": ("Gemma3", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=33,
                               query_pre_attn_scalar=20, layer_types=[LOCAL, LOCAL, FULL], rope_parameters={
                                   FULL: {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0}, LOCAL: THETA})),
     "gemma3_nested": ("Gemma3", dict(head_dim=16, tie_word_embeddings=True, sliding_window=20,
-                                     layer_types=[LOCAL, FULL, LOCAL], query_pre_attn_scalar=16, rope_parameters={
+                                     layer_types=[LOCAL] * LAYERS, query_pre_attn_scalar=16, rope_parameters={
                                          FULL: THETA | {"rope_theta": 1e5}, LOCAL: THETA})),
     "phi3": ("Phi3", dict(sliding_window=45, num_key_value_heads=6)),
     "phi3_longrope": ("Phi3", dict(num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=4096,
@@ -52,7 +52,9 @@ FAMILIES = {
     "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2, tie_word_embeddings=True)),
     "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
     "qwen3_moe": ("Qwen3Moe", dict(head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40,
-                                   norm_topk_prob=True, mlp_only_layers=[1])),
+                                   norm_topk_prob=True)),
+    "qwen3_moe_mixed": ("Qwen3Moe", dict(head_dim=8, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=24,
+                                         mlp_only_layers=[1])),
 }  # fmt: skip
 
 

@@ -66,6 +66,22 @@ fn generate_every_family() {
     families().iter().for_each(|name| check_generate(&golden(name), name, "generate.jsonl"));
 }
 
+/// Files that llama.cpp made of the families' folders (`scripts/golden_gguf.py`).
+#[test]
+fn forward_every_gguf_architecture() {
+    let mut files: Vec<_> = fs_err::read_dir(golden("gguf"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+        .collect();
+    files.sort_unstable();
+    assert!(files.len() > 10, "{files:?}");
+    for path in files {
+        let name = path.file_stem().unwrap().to_string_lossy();
+        check_forward(&path, &format!("families/{name}"));
+    }
+}
+
 #[test]
 fn forward_demo_model() {
     check_forward(&demo_model(), "smollm2");

@@ -66,7 +66,7 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment
-            .add_template_owned(NAME, source.to_owned())
+            .add_template_owned(NAME, without_generation(source))
             .map_err(|error| Error::new(format!("the chat template cannot be parsed: {error}")))?;
         Ok(Self { environment, source: source.to_owned(), special })
     }
@@ -183,6 +183,28 @@ impl ChatTemplate {
         }
         turns
     }
+}
+
+/// A template with transformers' own `generation` blocks, which mark what the assistant wrote and
+/// print what is inside, as conditions that hold: blanks around the tags are then treated alike.
+fn without_generation(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let end = tag.find("%}").unwrap_or(tag.len());
+        let inner = &tag[2..end.max(2)];
+        let name = inner.trim_matches(['-', '+']).trim();
+        match name {
+            "generation" => out.push_str(&tag[..end].replace(name, "if true")),
+            "endgeneration" => out.push_str(&tag[..end].replace(name, "endif")),
+            _ => out.push_str(&tag[..end]),
+        }
+        rest = &tag[end..];
+    }
+    out.push_str(rest);
+    out
 }
 
 type Refusal = std::result::Result<Value, minijinja::Error>;
@@ -348,6 +370,15 @@ pub(super) mod tests {
         let date = Some(Date::parse("2025-01-31").unwrap());
         let settings = Settings { date, ..Settings::default() };
         assert_eq!(template.render(&messages, &settings).unwrap().text, "31 Jan 2025");
+    }
+
+    #[test]
+    fn generation_blocks_print_what_is_inside() {
+        let source = "{%- generation -%}\n a{{ 1 }}\n{%- endgeneration %}\n{% if x %}b{% endif %}c";
+        let want = "{%- if true -%}\n a{{ 1 }}\n{%- endif %}\n{% if x %}b{% endif %}c";
+        assert_eq!(without_generation(source), want);
+        let untouched = "{% set generation = 1 %}{{ '{%' }}é";
+        assert_eq!(without_generation(untouched), untouched);
     }
 
     #[test]

@@ -521,10 +521,7 @@ impl<'a> Json<'a> {
     }
 
     fn yarn(&self, inner: &Json<'_>, original: usize) -> Result<Yarn> {
-        let factor = match inner.float("factor")? {
-            Some(factor) => factor,
-            None => self.needed("max_position_embeddings")? as f64 / original as f64,
-        };
+        let factor = self.factor(inner, original)?;
         let magnitudes = (inner.float("mscale")?, inner.float("mscale_all_dim")?);
         let scale = match (inner.float("attention_factor")?, magnitudes) {
             (Some(scale), _) => scale,
@@ -547,6 +544,17 @@ impl<'a> Json<'a> {
         })
     }
 
+    /// By how much more positions than `original` there can be.
+    fn factor(&self, inner: &Json<'_>, original: usize) -> Result<f64> {
+        match inner.float("factor")? {
+            Some(factor) => Ok(factor),
+            None => match self.needed("max_position_embeddings")? {
+                most if most == original => Err(missing("factor")),
+                most => Ok(most as f64 / original as f64),
+            },
+        }
+    }
+
     fn longrope(&self, inner: &Json<'_>, original: usize, width: usize) -> Result<Scaling> {
         let factors = |key: &str| {
             let expected = format!("{} numbers, one a pair", width / 2);
@@ -557,10 +565,7 @@ impl<'a> Json<'a> {
             Ok(list)
         };
         factors("long_factor")?;
-        let factor = match inner.float("factor")? {
-            Some(factor) => factor,
-            None => self.needed("max_position_embeddings")? as f64 / original as f64,
-        };
+        let factor = self.factor(inner, original)?;
         let usual = longrope_scale(factor, original as f64);
         let factors = factors("short_factor")?.into_iter().map(|factor| factor as f32).collect();
         Ok(Scaling::Each { factors, scale: inner.float("attention_factor")?.unwrap_or(usual) })
