@@ -6,6 +6,7 @@ pub mod activations;
 pub mod attention;
 pub mod copy_pages;
 pub mod enter;
+pub mod experts;
 pub mod hooks;
 pub(crate) mod math;
 pub mod matmul;
