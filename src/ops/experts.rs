@@ -16,7 +16,9 @@ mod kernels;
 use super::{
     Float,
     activations::Activations,
-    matmul::{Activation, Groups, Layout, Weight, WeightSet, gated_matmul_each, matmul, matmul_each},
+    matmul::{
+        Activation, Groups, Layout, Weight, WeightSet, gated_matmul_each, matmul, matmul_each,
+    },
     select_rows::select_rows,
 };
 use crate::{

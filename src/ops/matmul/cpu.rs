@@ -30,13 +30,7 @@ fn tile_rows(isa: Isa) -> usize {
 }
 
 /// x and out: rows of k and of n, no fewer than `rows`.
-pub(super) fn matmul<T: Float>(
-    cpu: &Cpu,
-    rows: usize,
-    x: &[T],
-    weight: &Weight,
-    out: &mut [f32],
-) {
+pub(super) fn matmul<T: Float>(cpu: &Cpu, rows: usize, x: &[T], weight: &Weight, out: &mut [f32]) {
     let n = weight.n;
     let bias = weight.bias.as_ref().map(Buffer::host);
     let shared = Shared::new(&mut out[..rows * n]);
