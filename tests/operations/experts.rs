@@ -267,7 +267,7 @@ impl Case {
 }
 
 /// Around the tiles of tokens; widths that are no multiple of a tile or a panel.
-const SHAPES: [((usize, usize, usize), (usize, usize)); 14] = [
+const SHAPES: [((usize, usize, usize), (usize, usize)); 16] = [
     ((1, 72, 40), (5, 2)),
     ((7, 72, 40), (5, 2)),
     ((65, 72, 40), (5, 2)),
@@ -276,6 +276,9 @@ const SHAPES: [((usize, usize, usize), (usize, usize)); 14] = [
     ((9, 72, 40), (1, 1)),
     ((33, 64, 48), (4, 4)),
     ((200, 72, 24), (2, 2)),
+    // Tiles of 128 and of 256 tokens.
+    ((100, 72, 136), (2, 2)),
+    ((300, 72, 136), (2, 2)),
     // Most experts have no rows; no more than a warp's lanes, and one more.
     ((1, 72, 24), (128, 8)),
     ((5, 136, 24), (128, 8)),

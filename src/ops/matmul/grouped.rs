@@ -207,3 +207,45 @@ pub(in crate::ops) fn gated_matmul_each<T: Float>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::MatrixPath;
+
+    /// However the rows are spread over the weights.
+    #[test]
+    fn a_layout_has_room_for_every_spread() {
+        for path in [MatrixPath::Wgmma, MatrixPath::Mma] {
+            let Ok(cuda) = Cuda::host(path) else { return };
+            let device = Device::Cuda(cuda);
+            for (rows, used, count) in
+                [(1, 1, 1), (1, 8, 128), (9, 2, 5), (64, 8, 128), (777, 3, 7)]
+            {
+                let layout = Layout::new(&device, (rows, used), count, (1536, 2048));
+                let pairs = rows * used;
+                // Each weight takes `most` rows, as long as every later one gets one; the last all.
+                let blocks_of = |most: usize| {
+                    let (mut left, mut blocks) = (pairs, 0);
+                    for later in (0..count).rev() {
+                        let most = if later == 0 { pairs } else { most };
+                        let take = most.min(left.saturating_sub(later).max(1)).min(left);
+                        (left, blocks) = (left - take, blocks + take.div_ceil(layout.tokens));
+                    }
+                    assert_eq!(left, 0);
+                    blocks
+                };
+                for most in [1, layout.tokens, layout.tokens + 1, 2 * layout.tokens + 1, pairs] {
+                    let taken = blocks_of(most) * layout.tokens;
+                    assert!(
+                        taken <= layout.rows,
+                        "{rows} {used} {count}: {taken} > {}",
+                        layout.rows
+                    );
+                }
+                let (room, blocks) = Layout::most(&device, (rows, used), count, (1536, 2048));
+                assert!(room >= layout.rows && blocks >= layout.rows / layout.tokens);
+            }
+        }
+    }
+}
