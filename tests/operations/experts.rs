@@ -266,34 +266,34 @@ impl Case {
     }
 }
 
-/// Around the tiles of tokens; widths that are no multiple of a tile or a panel.
-const SHAPES: [((usize, usize, usize), (usize, usize)); 16] = [
-    ((1, 72, 40), (5, 2)),
-    ((7, 72, 40), (5, 2)),
-    ((65, 72, 40), (5, 2)),
-    ((200, 72, 40), (5, 2)),
+/// Rows, dim, ffn, experts, used. Around the tiles of tokens; widths that are no multiple of a tile or a panel.
+const SHAPES: [[usize; 5]; 16] = [
+    [1, 72, 40, 5, 2],
+    [7, 72, 40, 5, 2],
+    [65, 72, 40, 5, 2],
+    [200, 72, 40, 5, 2],
     // One expert; all of them.
-    ((9, 72, 40), (1, 1)),
-    ((33, 64, 48), (4, 4)),
-    ((200, 72, 24), (2, 2)),
+    [9, 72, 40, 1, 1],
+    [33, 64, 48, 4, 4],
+    [200, 72, 24, 2, 2],
     // Tiles of 128 and of 256 tokens.
-    ((100, 72, 136), (2, 2)),
-    ((300, 72, 136), (2, 2)),
+    [100, 72, 136, 2, 2],
+    [300, 72, 136, 2, 2],
     // Most experts have no rows; no more than a warp's lanes, and one more.
-    ((1, 72, 24), (128, 8)),
-    ((5, 136, 24), (128, 8)),
-    ((40, 72, 24), (32, 3)),
-    ((6, 72, 24), (33, 32)),
+    [1, 72, 24, 128, 8],
+    [5, 136, 24, 128, 8],
+    [40, 72, 24, 32, 3],
+    [6, 72, 24, 33, 32],
     // Several stages of k, and tiles of features.
-    ((20, 648, 200), (6, 3)),
-    ((64, 200, 136), (3, 1)),
-    ((130, 136, 72), (3, 2)),
+    [20, 648, 200, 6, 3],
+    [64, 200, 136, 3, 1],
+    [130, 136, 72, 3, 2],
 ];
 
 #[test]
 fn a_mixture_is_the_weighted_sum_of_its_experts() {
-    for (sizes, of) in SHAPES {
-        let mut case = Case::new(sizes, of, None);
+    for [rows, dim, ffn, count, used] in SHAPES {
+        let mut case = Case::new((rows, dim, ffn), (count, used), None);
         case.check::<bf16>();
         case.check::<f32>();
         case.normalise = !case.normalise;
