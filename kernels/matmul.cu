@@ -6,6 +6,10 @@
 //              features, and so on. act: silu(g) = g / (1 + exp(-g)), or gelu's tanh approximation
 //              g / 2 * (1 + tanh(z)) = g / (1 + exp(-2 z)), z = sqrt(2 / pi) (g + 0.044715 g^3).
 //
+// Groups  `blocks` says how many blocks of T tokens there are, and which of `weights` each is multiplied
+//         by; n, k and the layout are the same for all. `rows`, a multiple of T, is then what x and out
+//         have room for, and every row of a block is one: what nobody put there is multiplied too.
+//
 // Types   weight, x: bf16 in swizzled tiles (device.cuh); sums, bias: f32.
 //         x is read in whole groups of 8 rows up to the group of the last row; what the rows beyond
 //         `rows` hold (NaN too) has no influence, and such rows of out are never written.
@@ -16,7 +20,7 @@
 // Launch  kernels named *_wgmma_T need sm_90a, *_mma_T run anywhere; T = tokens of a tile. A block
 //         takes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; any grid is correct, the best is
 //         min(tiles, blocks resident at once), tiles = ceil(rows / T) * ceil(n / features).
-//         Alignment 128 bytes of weight and x, 16 of out; n >= 1; k_tiles >= 1.
+//         Alignment 128 bytes of weights and x, 16 of out; n >= 1; k_tiles >= 1.
 //
 //         kernel     features  threads  dynamic shared memory  blocks per multiprocessor
 //         wgmma_8          64      160                 111296  2

@@ -13,6 +13,8 @@ struct MatmulParams {
     const bf16*  x;            // Tiles (>= rows, k_tiles * 64)
     const float* bias;         // (n), in the order of the weight's rows; null: none
     void*        out;          // plain: f32 (rows, n); gated: bf16 Tiles (>= rows, n / 2)
+    const bf16* const* weights;   // tiles of several weights, of which each block of tokens has its own
+    const uint32_t* blocks;    // blocks of tokens there are, then which of `weights` each has; null: all have `weight`
     int32_t      rows;         // tokens, > 0, <= 8 * row_groups
     int32_t      n;            // weight rows, without padding; gated: a multiple of 16
     int32_t      k_tiles;      // > 0
@@ -20,7 +22,7 @@ struct MatmulParams {
     int32_t      out_row_groups;   // of out; gated only
     int32_t      activation;   // ACTIVATION_*; gated only
 };
-static_assert(sizeof(MatmulParams) == 56, "mirrored by the launcher");
+static_assert(sizeof(MatmulParams) == 72, "mirrored by the launcher");
 
 constexpr int ACTIVATION_SILU = 0, ACTIVATION_GELU_TANH = 1;
 constexpr int TILE_K = 64;                 // k of a stage and of a weight tile
@@ -40,7 +42,8 @@ struct TileOrder {
     int token_blocks, feature_blocks;
 
     __device__ explicit TileOrder(const MatmulParams& p)
-        : token_blocks((p.rows + TOKENS - 1) / TOKENS), feature_blocks((p.n + FEATURES - 1) / FEATURES) {}
+        : token_blocks(p.blocks ? static_cast<int>(p.blocks[0]) : (p.rows + TOKENS - 1) / TOKENS),
+          feature_blocks((p.n + FEATURES - 1) / FEATURES) {}
 
     __device__ int count() const { return token_blocks * feature_blocks; }
 
@@ -51,6 +54,12 @@ struct TileOrder {
         return {rest / height * FEATURES, (first + rest % height) * TOKENS};
     }
 };
+
+// The tiles of the weight that a block of tokens has.
+template <int TOKENS>
+__device__ inline const bf16* weight_of(const MatmulParams& p, int token) {
+    return p.blocks ? p.weights[p.blocks[1 + token / TOKENS]] : p.weight;
+}
 
 // How many groups of 8 rows of x a tile's tokens touch: the others may not exist.
 template <int TOKENS>

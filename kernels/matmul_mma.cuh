@@ -24,14 +24,15 @@ __device__ inline const unsigned char* swizzled(const unsigned char* tile, int r
 
 // Starts the copies of one stage; what does not exist is zero-filled, not read.
 template <class Shape>
-__device__ void mma_load(const MatmulParams& p, TileStart tile, int k, unsigned char* stage) {
+__device__ void mma_load(const MatmulParams& p, const bf16* weight, TileStart tile, int k,
+                         unsigned char* stage) {
     const int weight_tiles = (p.n + TILE_ROWS - 1) / TILE_ROWS, first = tile.row / TILE_ROWS;
     constexpr int PIECES = TILE_ELEMENTS / 8;
 #pragma unroll
     for (int i = threadIdx.x; i < Shape::FEATURES * 8; i += Shape::THREADS) {
         const bool exists = first + i / PIECES < weight_tiles;
         const int64_t from = static_cast<int64_t>(first + (exists ? i / PIECES : 0)) * p.k_tiles + k;
-        cp_async_16(stage + i * 16, p.weight + from * TILE_ELEMENTS + i % PIECES * 8, exists);
+        cp_async_16(stage + i * 16, weight + from * TILE_ELEMENTS + i % PIECES * 8, exists);
     }
     const int pieces = groups_of_x<Shape::TOKENS>(p, tile.token) * 64;
     const bf16* x = p.x + (static_cast<int64_t>(k) * p.row_groups + tile.token / 8) * ATOM_ELEMENTS;
@@ -76,17 +77,18 @@ __device__ void mma_matmul(const MatmulParams& p) {
     auto stage = [&](int k) { return smem + k % Shape::STAGES * Shape::STAGE_BYTES; };
     for (int index = blockIdx.x; index < order.count(); index += gridDim.x) {
         const TileStart tile = order.at(index);
+        const bf16* weight = weight_of<Shape::TOKENS>(p, tile.token);
         float acc[Shape::SLICES][Shape::WARP_TOKENS / 2] = {};
         // A group is committed for every stage, empty ones too, so that the waits count evenly.
         for (int k = 0; k < Shape::STAGES - 1; k++) {
-            if (k < p.k_tiles) mma_load<Shape>(p, tile, k, stage(k));
+            if (k < p.k_tiles) mma_load<Shape>(p, weight, tile, k, stage(k));
             cp_async_commit();
         }
         for (int k = 0; k < p.k_tiles; k++) {
             cp_async_wait<Shape::STAGES - 2>();   // this thread's part of stage k has arrived
             __syncthreads();                      // everybody's; and nobody reads stage k - 1 any more
             const int next = k + Shape::STAGES - 1;
-            if (next < p.k_tiles) mma_load<Shape>(p, tile, next, stage(next));
+            if (next < p.k_tiles) mma_load<Shape>(p, weight, tile, next, stage(next));
             cp_async_commit();
             mma_stage<Shape>(stage(k), team * TILE_ROWS + first_slice * 16, first_token, acc);
         }

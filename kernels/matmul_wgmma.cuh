@@ -62,7 +62,7 @@ __device__ void wgmma_produce(const MatmulParams& p, const WgmmaRing<Shape>& rin
         const TileStart tile = order.at(index);
         const int first = tile.row / TILE_ROWS, teams = min(Shape::TEAMS, weight_tiles - first);
         const unsigned x_bytes = groups_of_x<Shape::TOKENS>(p, tile.token) * ATOM_ELEMENTS * 2;
-        const bf16* weight = p.weight + first * tile_row;
+        const bf16* weight = weight_of<Shape::TOKENS>(p, tile.token) + first * tile_row;
         const bf16* x = p.x + static_cast<int64_t>(tile.token / 8) * ATOM_ELEMENTS;
         for (int k = 0; k < p.k_tiles; k++) {
             // The opposite parity: in the first round it is that of the phase "before" a fresh

@@ -1,5 +1,5 @@
 // select_rows: out[i, :] = x[rows[i], :] for i below count, so that the output head runs only where
-// it is needed.
+// it is needed, and each expert of a mixture only on its rows.
 //
 // Shapes  x, out: bf16 Tiles of `chunks` 16-byte chunks a row, zero padding included (k_tiles * 8)
 //         rows: (count)

@@ -39,6 +39,7 @@ class Fault:
 
 ATTENTION = ("operations", "attention::")
 MATMUL = ("operations", "matmul::")
+EXPERTS = ("operations", "experts::")
 STREAM = ("operations", "stream::")
 LOGITS = ("operations", "logits::")
 PTX = ("operations", "ptx::")
@@ -137,6 +138,35 @@ FAULTS = [Fault(*fault, *tests) for tests, faults in [
         ("matmul_wgmma.cuh", "the second team has the first one's weights",
          "bulk_copy(ring.weight(at.stage) + team * TILE_ELEMENTS, weight + team * tile_row,",
          "bulk_copy(ring.weight(at.stage) + team * TILE_ELEMENTS, weight,"),
+    ]),
+    (EXPERTS, [
+        ("experts.cu", "an expert is chosen twice",
+         "if (rank < last && rank > best)", "if (rank <= last && rank > best)"),
+        ("experts.cu", "the sum of one logit a lane",
+         "        for (int id = lane; id < p.experts; id += WARP) total +=",
+         "        for (int id = lane; id < min(p.experts, WARP); id += WARP) total +="),
+        ("experts.cu", "the chosen's weights are not normalised",
+         "warp_sum(p.normalise ? weight : total);", "warp_sum(p.normalise ? weight * weight : total);"),
+        ("experts.cu", "pairs are counted before the counts are zero",
+         "counts[id] = 0;\n    __syncthreads();\n", "counts[id] = 0;\n"),
+        ("experts.cu", "counts are read before they are complete",
+         "    __syncthreads();\n\n    const Extent blocks", "    const Extent blocks"),
+        ("experts.cu", "an expert's last block is not counted",
+         "const int blocks = (counts[id] + p.tokens - 1) / p.tokens;", "const int blocks = counts[id] / p.tokens;"),
+        ("experts.cu", "a warp's pairs go where the first one's do",
+         "for (int w = 0; w < warp; w++) at +=", "for (int w = 0; w < warp / WARP; w++) at +="),
+        ("experts.cu", "pairs of a warp go to one place",
+         "at + __popc(ballot & ((1u << lane) - 1));", "at;"),
+        ("experts.cu", "only an expert's first block gets its weight",
+         "p.blocks[1 + blocks.first + i] = expert;", "p.blocks[1 + blocks.first] = expert;"),
+        ("experts.cu", "the first expert's weight for all",
+         "const float weight = weights[j];", "const float weight = weights[0];"),
+        ("matmul_epilogue.cuh", "a block has its neighbour's weight",
+         "p.weights[p.blocks[1 + token / TOKENS]]", "p.weights[p.blocks[token / TOKENS > 0 ? token / TOKENS : 1]]"),
+        ("matmul_mma.cuh", "all blocks have the first one's weight",
+         "weight_of<Shape::TOKENS>(p, tile.token);", "weight_of<Shape::TOKENS>(p, 0);"),
+        ("matmul_wgmma.cuh", "all blocks have the first one's weight",
+         "weight_of<Shape::TOKENS>(p, tile.token)", "weight_of<Shape::TOKENS>(p, 0)"),
     ]),
     (STREAM, [
         ("enter.cu", "the swizzle is forgotten",
@@ -340,12 +370,17 @@ def symptom(output: str, code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
+def has_own_build(fault: Fault) -> bool:
+    # A mixture's tests run the kernels of matmul and select_rows too.
+    return fault.file in SHARED or (fault.binary, fault.tests) == EXPERTS
+
+
 def batches(faults: list[Fault]) -> list[list[Fault]]:
     """Those that share a build: at most one for each set of tests."""
-    alone = [[fault] for fault in faults if fault.file in SHARED]
+    alone = [[fault] for fault in faults if has_own_build(fault)]
     queues: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
-        if fault.file not in SHARED:
+        if not has_own_build(fault):
             queues.setdefault((fault.binary, fault.tests), []).append(fault)
     shared = [[fault for fault in some if fault] for some in zip_longest(*queues.values())]
     return shared + alone

@@ -1,6 +1,8 @@
 //! Compares a device with the processor's own code, which the tests hold to definitions in f64:
 //! every operation, a small model with injections, and whether a row depends on its batch.
 
+mod mixture;
+
 use half::bf16;
 use serde::Serialize;
 
@@ -113,6 +115,7 @@ pub fn check(kind: DeviceKind, device: &Device, quick: bool) -> Result<Vec<Compa
     let rows: &[usize] = if quick { &[1, 40] } else { &[1, 8, 9, 33, 65, 130, 300] };
     for &rows in rows {
         all.extend(matmuls(&cpu, device, rows)?);
+        all.push(mixture::mixture(&cpu, device, rows)?);
     }
     let dims: &[usize] = if quick { &[128] } else { &[128, 576, 2048, 4096, 8192] };
     for &dim in dims {

@@ -34,7 +34,7 @@ fn kernels() -> Vec<Source> {
 
 /// The operations and what tests launch, in one text.
 fn operations() -> String {
-    let folders = ["src/ops", "src/ops/attention", "src/ops/matmul"];
+    let folders = ["src/ops", "src/ops/attention", "src/ops/experts", "src/ops/matmul"];
     let files = folders.into_iter().flat_map(|folder| sources(folder, &["rs"]));
     files.map(|source| source.text).collect()
 }

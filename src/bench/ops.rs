@@ -15,8 +15,9 @@ use crate::{
             Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, TILE,
             attention, kernel_head_dim,
         },
+        experts::{Experts, Routed, experts},
         hooks::{CapturePlan, HookOp, Hooks, tap_count},
-        matmul::{Activation, Dtype, Weight, gated_matmul, matmul},
+        matmul::{Activation, Dtype, PANEL, Weight, WeightSet, gated_matmul, matmul},
         residual_norm::{ResidualNorm, residual_norm},
         rope_append::{RopeAppend, RopeTable, rope_append},
         rows::{NONE, RowList, Rows},
@@ -123,6 +124,7 @@ pub fn ops(
     run.matmuls()?;
     let flops = run.results.iter().map(|result| result.flops / result.seconds);
     let matmul_flops_per_s = flops.fold(0.0, f64::max);
+    run.experts()?;
     run.residual_norm()?;
     run.rope()?;
     run.attention(false)?;
@@ -231,6 +233,46 @@ impl Run<'_> {
                 let result = self.add(op, name, rows, timing, work);
                 (result.n, result.k) = (Some(n), Some(k));
             }
+        }
+        Ok(())
+    }
+
+    /// A mixture of 16 experts of an eighth of the MLP's width each, of which a row has 4. Of the
+    /// weights only those count that some row has.
+    fn experts(&mut self) -> Result<()> {
+        const COUNT: usize = 16;
+        const USED: usize = 4;
+        let (device, dim) = (self.device, self.config.dim);
+        let ffn = (self.config.ffn_dim / 8).next_multiple_of(PANEL);
+        let set = |n: usize, k: usize, gated: bool| {
+            let weights = (0..COUNT).map(|_| self.weight(n, k, gated)).collect::<Result<_>>()?;
+            WeightSet::new(device, weights)
+        };
+        let of = Experts {
+            router: self.weight(COUNT, dim, false)?,
+            gate_up: set(2 * ffn, dim, true)?,
+            down: set(dim, ffn, false)?,
+            used: USED,
+            normalise: true,
+            activation: Activation::Silu,
+        };
+        let most = *self.plan.matmul_rows.iter().max().expect("rows");
+        // Multiples of the golden ratio, so that rows have different experts.
+        let number = |at: usize| (at as f64 * 0.618_033_988_749_895).fract() as f32 - 0.5;
+        let x: Vec<bf16> = (0..most * dim).map(|at| bf16::from_f32(number(at))).collect();
+        let x = Activations::upload(device, dim, &x)?;
+        let mut routed = Routed::new(device, most, of.sizes())?;
+        let mut out = Buffer::zeroed(device, most * dim)?;
+        for rows in self.plan.matmul_rows.clone() {
+            let timing =
+                self.bench.time(|| experts(device, rows, &x, &of, &mut routed, &mut out))?;
+            let mut chosen = vec![0; rows * USED];
+            routed.chosen().read(0, &mut chosen)?;
+            let read = (0..COUNT as u32).filter(|id| chosen.contains(id)).count();
+            let bytes = 6 * read * ffn * dim + 6 * rows * dim;
+            let shape = format!("{USED} of {COUNT}, {read} read");
+            let flops = 2 * rows * dim * (COUNT + 3 * USED * ffn);
+            self.add("experts", shape, rows, timing, (bytes, flops));
         }
         Ok(())
     }

@@ -339,6 +339,8 @@ unsafe impl Element for u8 {}
 // SAFETY: likewise.
 unsafe impl Element for u32 {}
 // SAFETY: likewise.
+unsafe impl Element for u64 {}
+// SAFETY: likewise.
 unsafe impl Element for i32 {}
 // SAFETY: likewise.
 unsafe impl Element for [u32; 2] {}

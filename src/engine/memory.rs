@@ -88,7 +88,11 @@ fn work(config: &ModelConfig, limits: &Limits, element: u64) -> u64 {
     let sizes = limits.sizes(c.layers);
     let (heads, dim) = (n(c.heads * c.head_dim), n(c.dim));
     let qkv = heads + 2 * n(c.kv_heads * c.head_dim);
-    let row = 4 * (2 * dim + qkv) + element * (dim + heads + n(weights::padded_ffn(c)));
+    // Of a mixture: the copies of a row, what they become, and their products.
+    let copies = weights::experts_sizes(c).map_or(0, |of| {
+        n(of.used) * ((element + 4) * dim + element * n(of.ffn)) + 4 * n(of.experts)
+    });
+    let row = 4 * (2 * dim + qkv) + element * (dim + heads + n(weights::padded_ffn(c))) + copies;
     let head_row = element * dim + 4 * n(c.vocab);
     let norms = 4 * n(site_count(c.layers)) * n(sizes.rows);
     let outputs = 2 * (norms + 4 * n(limits.capture_rows) * dim + 8 * n(limits.receipts));

@@ -2,7 +2,7 @@
 
 use super::{
     ModelConfig, Rope,
-    weights::{Weights, padded_ffn},
+    weights::{Mlp, Weights, experts_sizes, padded_ffn},
 };
 use crate::{
     device::{Buffer, Device},
@@ -13,6 +13,7 @@ use crate::{
         attention::{Attention, AttentionPlan, CHUNK, Cache, Items, attention, kernel_head_dim},
         cap_logits::cap_logits,
         enter::{Enter, enter},
+        experts::{Routed, experts},
         hooks::{CapturePlan, Hooks, site_count, tap_count},
         matmul::{gated_matmul, matmul},
         residual_norm::{Receipt, ResidualNorm, residual_norm},
@@ -81,6 +82,8 @@ pub struct State<T> {
     attn: Activations<T>,
     /// (rows, `ffn_dim` padded)
     gated: Activations<T>,
+    /// What mixtures of experts work in.
+    routed: Option<Routed<T>>,
     /// (head rows, dim)
     selected: Activations<T>,
     /// (head rows, vocab)
@@ -124,6 +127,7 @@ impl<T: Float> State<T> {
             qkv: Buffer::zeroed(device, rows * width)?,
             attn: Activations::zeroed(device, rows, c.heads * c.head_dim)?,
             gated: Activations::zeroed(device, rows, padded_ffn(c))?,
+            routed: experts_sizes(c).map(|of| Routed::new(device, rows, of)).transpose()?,
             selected: Activations::zeroed(device, sizes.head_rows, c.dim)?,
             logits: Buffer::zeroed(device, sizes.head_rows * c.vocab)?,
             captured: Buffer::zeroed(device, sizes.captured * c.dim)?,
@@ -162,8 +166,9 @@ impl<T: Float> State<T> {
 
 /// f32s of matmul workspace that products of `rows` rows need on the processor.
 pub fn workspace(config: &ModelConfig, rows: usize) -> usize {
-    let widest = config.dim.max(config.heads * config.head_dim).max(padded_ffn(config));
-    (rows + 8) * widest
+    let expert = experts_sizes(config).map_or(0, |experts| experts.ffn);
+    let attn = config.heads * config.head_dim;
+    (rows + 8) * config.dim.max(attn).max(padded_ffn(config)).max(expert)
 }
 
 /// Runs the step that was [set](State::set) up to the final norm, which stays in `state` for
@@ -215,8 +220,16 @@ pub fn forward<T: Float>(
         matmul(device, n, &s.attn, &w.out, &mut s.branch)?;
         let norms = (w.attn_post_norm.as_ref(), w.mlp_norm.as_ref());
         s.write_stream(device, c, hooks, 2 * l + 1, (n, n), norms)?;
-        gated_matmul(device, n, &s.x, &w.gate_up, c.activation, &mut s.gated)?;
-        matmul(device, n, &s.gated, &w.down, &mut s.branch)?;
+        match (&w.mlp, &mut s.routed) {
+            (Mlp::Experts(of), Some(routed)) => {
+                experts(device, n, &s.x, of, routed, &mut s.branch)?;
+            }
+            (Mlp::Experts(_), None) => unreachable!("a model with experts has room for them"),
+            (Mlp::Dense { gate_up, down }, _) => {
+                gated_matmul(device, n, &s.x, gate_up, c.activation, &mut s.gated)?;
+                matmul(device, n, &s.gated, down, &mut s.branch)?;
+            }
+        }
         branch_gain = w.mlp_post_norm.as_ref();
         entered = n;
     }

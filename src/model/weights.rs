@@ -5,7 +5,8 @@ use crate::{
     device::{Buffer, Device},
     error::Result,
     ops::{
-        matmul::{Dtype, PANEL, Weight, gate_turn, interleave},
+        experts::{Experts, ExpertsSizes},
+        matmul::{Dtype, PANEL, Weight, WeightSet, gate_turn, interleave},
         rope_append::QueryNorms,
     },
 };
@@ -36,17 +37,47 @@ pub struct LayerWeights {
     pub attn_post_norm: Option<Buffer<f32>>,
     /// (dim,), of what the MLP reads.
     pub mlp_norm: Option<Buffer<f32>>,
-    /// (2 · `ffn_dim`, dim), gate and up in turns; `ffn_dim` rounded up to whole panels.
-    pub gate_up: Weight,
-    /// (dim, `ffn_dim` rounded up)
-    pub down: Weight,
+    /// What stands between these norms.
+    pub mlp: Mlp,
     /// (dim,), of what the MLP adds.
     pub mlp_post_norm: Option<Buffer<f32>>,
+}
+
+/// A block's MLP, or the mixture in its place.
+pub enum Mlp {
+    /// One for all rows.
+    Dense {
+        /// (2 · `ffn_dim`, dim), gate and up in turns; `ffn_dim` rounded up to whole panels.
+        gate_up: Weight,
+        /// (dim, `ffn_dim` rounded up)
+        down: Weight,
+    },
+    /// A few of many for each row.
+    Experts(Experts),
+}
+
+impl Mlp {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Dense { gate_up, down } => gate_up.bytes() + down.bytes(),
+            Self::Experts(experts) => experts.bytes(),
+        }
+    }
 }
 
 /// `ffn_dim` rounded up to whole panels; the rows and columns beyond it are zero.
 pub fn padded_ffn(config: &ModelConfig) -> usize {
     config.ffn_dim.next_multiple_of(PANEL)
+}
+
+/// The sizes of a model's mixtures.
+pub fn experts_sizes(config: &ModelConfig) -> Option<ExpertsSizes> {
+    config.experts.map(|experts| ExpertsSizes {
+        experts: experts.count,
+        used: experts.used,
+        dim: config.dim,
+        ffn: experts.ffn_dim.next_multiple_of(PANEL),
+    })
 }
 
 /// Numbers in all packed matrices.
@@ -96,6 +127,7 @@ impl Weights {
     /// There is not enough memory.
     pub fn random(device: &Device, dtype: Dtype, config: &ModelConfig) -> Result<Self> {
         let c = config;
+        assert!(c.experts.is_none(), "random weights of dense models");
         let seed = std::cell::Cell::new(0);
         let weight = |n: usize, k: usize, gated: bool| {
             seed.set(seed.get() + 1);
@@ -111,8 +143,10 @@ impl Weights {
                 out: weight(c.dim, attn, false)?,
                 attn_post_norm: None,
                 mlp_norm: Some(ones()?),
-                gate_up: weight(2 * padded_ffn(c), c.dim, true)?,
-                down: weight(c.dim, padded_ffn(c), false)?,
+                mlp: Mlp::Dense {
+                    gate_up: weight(2 * padded_ffn(c), c.dim, true)?,
+                    down: weight(c.dim, padded_ffn(c), false)?,
+                },
                 mlp_post_norm: None,
             })
         };
@@ -129,8 +163,7 @@ impl Weights {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        let layer =
-            |l: &LayerWeights| l.qkv.bytes() + l.out.bytes() + l.gate_up.bytes() + l.down.bytes();
+        let layer = |l: &LayerWeights| l.qkv.bytes() + l.out.bytes() + l.mlp.bytes();
         self.embedding.bytes()
             + self.layers.iter().map(layer).sum::<usize>()
             + self.head.as_ref().map_or(0, Weight::bytes)
@@ -215,8 +248,10 @@ impl<'a> Loader<'a> {
             out: self.out(&name)?,
             attn_post_norm: attn_post_norm?,
             mlp_norm: mlp_norm?,
-            gate_up: self.gate_up(&name)?,
-            down: self.down(&name)?,
+            mlp: match c.experts.filter(|_| c.blocks[layer].experts) {
+                Some(sizes) => Mlp::Experts(self.experts(sizes, &name)?),
+                None => self.dense(&name)?,
+            },
             mlp_post_norm: mlp_post_norm?,
         })
     }
@@ -306,14 +341,62 @@ impl<'a> Loader<'a> {
         weight.with_bias(self.device, &self.vector(&name("self_attn.o_proj.bias"), c.dim)?)
     }
 
-    fn gate_up(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
+    fn dense(&self, name: &impl Fn(&str) -> String) -> Result<Mlp> {
         let c = self.config;
         let parts = [("mlp.gate_proj", c.ffn_dim), ("mlp.up_proj", c.ffn_dim)];
-        let [gate, up] = self.parts("mlp.gate_up_proj", parts, name)?;
-        let (shape, turn) = ((2 * padded_ffn(c), c.dim), gate_turn(self.device));
+        let halves = self.parts("mlp.gate_up_proj", parts, name)?;
+        let down = self.checkpoint.tensor(&name("mlp.down_proj.weight"), &[c.dim, c.ffn_dim])?;
+        Ok(Mlp::Dense {
+            gate_up: self.gate_up(halves, c.ffn_dim)?,
+            down: self.down(Part { tensor: down, first: 0 }, c.ffn_dim)?,
+        })
+    }
+
+    fn experts(&self, sizes: ExpertSizes, name: &impl Fn(&str) -> String) -> Result<Experts> {
+        let (dim, ffn) = (self.config.dim, sizes.ffn_dim);
+        let gate = self.expert_parts("gate_proj", sizes.count, (ffn, dim), name)?;
+        let up = self.expert_parts("up_proj", sizes.count, (ffn, dim), name)?;
+        let down = self.expert_parts("down_proj", sizes.count, (dim, ffn), name)?;
+        let halves = gate.into_iter().zip(up);
+        let gate_up =
+            halves.map(|(gate, up)| self.gate_up([gate, up], ffn)).collect::<Result<_>>()?;
+        let down = down.into_iter().map(|down| self.down(down, ffn)).collect::<Result<_>>()?;
+        Ok(Experts {
+            router: self.weight(&name("mlp.gate.weight"), (sizes.count, dim))?,
+            gate_up: WeightSet::new(self.device, gate_up)?,
+            down: WeightSet::new(self.device, down)?,
+            used: sizes.used,
+            normalise: sizes.normalise,
+            activation: self.config.activation,
+        })
+    }
+
+    /// A matrix (n, k) of every expert: under a name each, or all in one tensor.
+    fn expert_parts(
+        &self,
+        part: &str,
+        count: usize,
+        (n, k): (usize, usize),
+        name: &impl Fn(&str) -> String,
+    ) -> Result<Vec<Part<'a>>> {
+        let whole = name(&format!("mlp.experts.{part}.weight"));
+        if self.checkpoint.has(&whole) {
+            let tensor = self.checkpoint.tensor(&whole, &[count, n, k])?;
+            return Ok((0..count).map(|expert| Part { tensor, first: expert * n }).collect());
+        }
+        let one = |expert: usize| {
+            let name = name(&format!("mlp.experts.{expert}.{part}.weight"));
+            Ok(Part { tensor: self.checkpoint.tensor(&name, &[n, k])?, first: 0 })
+        };
+        (0..count).map(one).collect()
+    }
+
+    fn gate_up(&self, [gate, up]: [Part<'a>; 2], ffn: usize) -> Result<Weight> {
+        let shape = (2 * ffn.next_multiple_of(PANEL), self.config.dim);
+        let turn = gate_turn(self.device);
         Weight::pack(self.device, self.dtype, shape, |row, out| {
             let (is_up, row) = interleave(turn, row);
-            if row < c.ffn_dim {
+            if row < ffn {
                 if is_up { up.read_row(row, out) } else { gate.read_row(row, out) }
             } else {
                 out.fill(0.0);
@@ -321,13 +404,11 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn down(&self, name: &impl Fn(&str) -> String) -> Result<Weight> {
-        let c = self.config;
-        let tensor = self.checkpoint.tensor(&name("mlp.down_proj.weight"), &[c.dim, c.ffn_dim])?;
-        let shape = (c.dim, padded_ffn(c));
+    fn down(&self, down: Part<'a>, ffn: usize) -> Result<Weight> {
+        let shape = (self.config.dim, ffn.next_multiple_of(PANEL));
         Weight::pack(self.device, self.dtype, shape, |row, out| {
-            let (values, padding) = out.split_at_mut(c.ffn_dim);
-            tensor.read_row(row, values);
+            let (values, padding) = out.split_at_mut(ffn);
+            down.read_row(row, values);
             padding.fill(0.0);
         })
     }

@@ -7,11 +7,17 @@
 //! the number of rows, on the tile or on the threads, so a row's bits do not depend on its batch.
 
 mod cpu;
+mod grouped;
 mod kernels;
 mod pairs;
 
+pub use grouped::WeightSet;
+pub(super) use grouped::{Groups, Layout, gated_matmul_each, matmul_each};
+
 use half::bf16;
 use rayon::prelude::*;
+
+use kernels::Factor;
 
 use super::{
     Float,
@@ -276,8 +282,8 @@ pub fn matmul<T: Float>(
     let n = weight.n;
     assert!(x.rows() >= rows && x.dim() == weight.k && out.len() >= rows * n, "matmul: buffers");
     match device {
-        Device::Cpu(cpu) => cpu::matmul(cpu, rows, x, weight, out),
-        Device::Cuda(cuda) => return kernels::matmul(cuda, rows, x, weight, out),
+        Device::Cpu(cpu) => cpu::matmul(cpu, rows, x.host(), weight, out.host_mut()),
+        Device::Cuda(cuda) => return kernels::matmul(cuda, rows, x, &Factor::One(weight), out),
     }
     Ok(())
 }
@@ -310,8 +316,13 @@ pub fn gated_matmul<T: Float>(
     assert!(x.rows() >= rows && x.dim() == weight.k, "gated: x");
     assert!(out.rows() >= rows && out.dim() == n && weight.bias.is_none(), "gated: out");
     match device {
-        Device::Cpu(cpu) => cpu::gated_matmul(cpu, rows, x, weight, activation, out),
-        Device::Cuda(cuda) => return kernels::gated_matmul(cuda, rows, x, weight, activation, out),
+        Device::Cpu(cpu) => {
+            cpu::gated_matmul(cpu, rows, x.host(), weight, activation, out.host_mut());
+        }
+        Device::Cuda(cuda) => {
+            let factor = Factor::One(weight);
+            return kernels::gated_matmul(cuda, rows, x, &factor, activation, out);
+        }
     }
     Ok(())
 }

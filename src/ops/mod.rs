@@ -7,6 +7,7 @@ pub mod attention;
 pub mod cap_logits;
 pub mod copy_pages;
 pub mod enter;
+pub mod experts;
 pub mod hooks;
 pub(crate) mod math;
 pub mod matmul;

@@ -1,4 +1,5 @@
-//! Copies chosen rows side by side, so that the output head runs only where it is needed.
+//! Copies chosen rows side by side: so that the output head runs only where it is needed, and each
+//! expert of a mixture only on its rows.
 
 use super::{
     Float,
@@ -8,6 +9,7 @@ use super::{
 use crate::{
     device::{
         Buffer, Cuda, Device,
+        cpu::Shared,
         cuda::{Launch, Params},
     },
     error::Result,
@@ -26,14 +28,17 @@ pub fn select_rows<T: Float>(
 ) -> Result<()> {
     assert!(out.rows() >= count && rows.len() >= count && out.dim() == x.dim(), "out");
     match device {
-        Device::Cpu(_) => {
+        Device::Cpu(cpu) => {
             let dim = x.dim();
-            let chosen = rows.host()[..count].iter();
-            for (to, &from) in out.host_mut().chunks_exact_mut(dim).zip(chosen) {
+            let out = Shared::new(out.host_mut());
+            cpu.parallel(count, |to| {
+                let from = rows.host()[to];
                 if from != NONE {
-                    to.copy_from_slice(&x.host()[from as usize * dim..][..dim]);
+                    // SAFETY: each task has its own row.
+                    let out = unsafe { out.range(to * dim, dim) };
+                    out.copy_from_slice(&x.host()[from as usize * dim..][..dim]);
                 }
-            }
+            });
             Ok(())
         }
         Device::Cuda(cuda) => launch(cuda, count, rows, x, out),
@@ -72,6 +77,7 @@ fn launch<T: Float>(
         x_row_groups: x.row_groups() as i32,
         out_row_groups: out.row_groups() as i32,
     };
-    // SAFETY: the rows of `out` were checked; the planner chooses rows of the step.
+    // SAFETY: the rows of `out` were checked; who fills `rows`, the planner or another
+    // kernel, chooses rows of x.
     unsafe { cuda.launch("select_rows", Launch::new(count, 128), &params) }
 }

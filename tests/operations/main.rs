@@ -13,6 +13,7 @@ mod common;
 mod reference;
 
 mod attention;
+mod experts;
 mod logits;
 mod matmul;
 mod probe;

@@ -39,7 +39,7 @@ fn shapes() -> Vec<(usize, usize, usize)> {
 }
 
 /// f32s that products of so many rows of so many elements need: the rows, or tiles of bf16.
-fn workspace(rows: usize, k: usize) -> usize {
+pub fn workspace(rows: usize, k: usize) -> usize {
     (rows * k).max(rows.next_multiple_of(16) * k.next_multiple_of(32) / 2)
 }
 
@@ -63,18 +63,18 @@ impl Display for At<'_> {
     }
 }
 
-fn pack(device: &Device, dtype: Dtype, (n, k): (usize, usize), values: &[f32]) -> Weight {
+pub fn pack(device: &Device, dtype: Dtype, (n, k): (usize, usize), values: &[f32]) -> Weight {
     let read_row = |row: usize, out: &mut [f32]| out.copy_from_slice(&values[row * k..][..k]);
     Weight::pack(device, dtype, (n, k), read_row).unwrap()
 }
 
 /// The weight as it is stored.
-fn matrix<T: Stored>((rows, cols): (usize, usize), values: &[f32]) -> Matrix {
+pub fn matrix<T: Stored>((rows, cols): (usize, usize), values: &[f32]) -> Matrix {
     Matrix { rows, cols, data: values.iter().map(|&v| T::nearest(v)).collect() }
 }
 
 /// Of each output: its value, and the sum of its terms' sizes.
-fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
+pub fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
     let size = Matrix { data: sizes(&weight.data), ..*weight };
     (products(x, weight), products(&sizes(x), &size))
 }
@@ -84,7 +84,7 @@ fn wanted(x: &[f64], weight: &Matrix) -> (Vec<f64>, Vec<f64>) {
 /// term goes through at most min(k, 16) roundings of its chain, those of k / 32 sums and one more: no
 /// more than k + 2. In pairs it goes through at most k of one chain. (Inputs are multiples of 2⁻²⁵,
 /// so no sum of products is denormal.)
-fn chain_error(k: usize) -> f64 {
+pub fn chain_error(k: usize) -> f64 {
     (2 * k + 4) as f64 * U
 }
 
@@ -240,28 +240,13 @@ impl Gated {
     }
 
     fn check<T: Stored>(&self, name: &str, activation: Activation, got: &[f32]) {
-        /// The exponential ends at 1.65e38, so a shut gate lets 1e-38 of its input through.
-        const LEAK: f64 = 1e-24;
-        /// Slope of silu and gelu; they are nowhere steeper.
-        const SLOPE: f64 = 1.13;
         let (rows, width, k) = (self.rows, self.width, self.k);
         let gate = matrix::<T>((width, k), &self.gate);
         let up = matrix::<T>((width, k), &self.up);
         for (row, x) in self.x.chunks_exact(k).enumerate() {
             let x: Vec<f64> = x.iter().map(|&v| T::nearest(v)).collect();
-            let ((gate, gate_size), (up, up_size)) = (wanted(&x, &gate), wanted(&x, &up));
-            for (column, &want) in gated(&gate, &up, |x| define(activation, x)).iter().enumerate() {
-                let gate_error = SLOPE * chain_error(k) * gate_size[column];
-                let up_error = chain_error(k) * up_size[column];
-                let carried =
-                    gate_error * (up[column].abs() + up_error) + gate[column].abs() * up_error;
-                // The exponential's two ulp, and what the rounding of its argument makes of it:
-                // no more than e⁻ʸ·y < 1 of the gate's input. A sum, a quotient, a product; the
-                // result's type.
-                let steep = if activation == Activation::Silu { 0.0 } else { 8.0 };
-                let own = (8.0 * U + T::ROUNDOFF) * want.abs()
-                    + steep * U * gate[column].abs() * up[column].abs();
-                let tolerance = 1.01 * (carried + own) + LEAK;
+            let row_of = gated_row::<T>(&x, (&gate, &up), activation);
+            for (column, &(want, tolerance)) in row_of.iter().enumerate() {
                 let at = At(name, (rows, width, k), row, column);
                 close(&at, got[row * width + column], want, tolerance);
             }
@@ -281,6 +266,33 @@ impl Gated {
             self.check::<T>(&name, activation, &outputs[0]);
         }
     }
+}
+
+/// Of each feature of one row: `act(gate) * up`, and how far it may be off.
+pub fn gated_row<T: Stored>(
+    x: &[f64],
+    (gate, up): (&Matrix, &Matrix),
+    activation: Activation,
+) -> Vec<(f64, f64)> {
+    /// The exponential ends at 1.65e38, so a shut gate lets 1e-38 of its input through.
+    const LEAK: f64 = 1e-24;
+    /// Slope of silu and gelu; they are nowhere steeper.
+    const SLOPE: f64 = 1.13;
+    let chain = chain_error(x.len());
+    let ((gate, gate_size), (up, up_size)) = (wanted(x, gate), wanted(x, up));
+    let values = gated(&gate, &up, |x| define(activation, x));
+    let tolerance = |(column, &want): (usize, &f64)| {
+        let gate_error = SLOPE * chain * gate_size[column];
+        let up_error = chain * up_size[column];
+        let carried = gate_error * (up[column].abs() + up_error) + gate[column].abs() * up_error;
+        // The exponential's two ulp, and what the rounding of its argument makes of it: no more
+        // than e⁻ʸ·y < 1 of the gate's input. A sum, a quotient, a product; the result's type.
+        let steep = if activation == Activation::Silu { 0.0 } else { 8.0 };
+        let own = (8.0 * U + T::ROUNDOFF) * want.abs()
+            + steep * U * gate[column].abs() * up[column].abs();
+        (want, 1.01 * (carried + own) + LEAK)
+    };
+    values.iter().enumerate().map(tolerance).collect()
 }
 
 fn define(activation: Activation, x: f64) -> f64 {

@@ -13,7 +13,7 @@ pub(super) use self::gguf::FACTORS;
 pub use self::{gguf::check_gguf_architecture, rope::Rope};
 use crate::{
     error::{Error, Result},
-    ops::{attention::MAX_HEAD_DIM, matmul::Activation},
+    ops::{attention::MAX_HEAD_DIM, experts::MOST_USED, matmul::Activation},
 };
 
 /// A decoder: sizes, constants, and how its blocks differ from Llama's.
@@ -259,12 +259,11 @@ impl ModelConfig {
                 return Err(refused("rope frequency", "a finite number", f));
             }
         }
-        if let Some(experts) = self.experts.filter(|experts| experts.used > experts.count) {
-            return Err(refused(
-                "experts used",
-                format!("at most the {} there are", experts.count),
-                experts.used,
-            ));
+        if let Some(ExpertSizes { count, used, .. }) = self.experts
+            && used > count.min(MOST_USED)
+        {
+            let expected = format!("at most {MOST_USED}, and the {count} there are");
+            return Err(refused("experts used", expected, used));
         }
         for (key, id) in stop_tokens {
             if *id >= self.vocab as u64 {

@@ -10,7 +10,6 @@ use crate::{
     },
     ops::{
         Float,
-        activations::Activations,
         math::exp,
         tile::{Left, Right, tile},
     },
@@ -30,16 +29,11 @@ fn tile_rows(isa: Isa) -> usize {
     if isa.vectors() == Isa::Avx512 { 8 } else { 6 }
 }
 
-pub(super) fn matmul<T: Float>(
-    cpu: &Cpu,
-    rows: usize,
-    x: &Activations<T>,
-    weight: &Weight,
-    out: &mut Buffer<f32>,
-) {
+/// x and out: rows of k and of n, no fewer than `rows`.
+pub(super) fn matmul<T: Float>(cpu: &Cpu, rows: usize, x: &[T], weight: &Weight, out: &mut [f32]) {
     let n = weight.n;
     let bias = weight.bias.as_ref().map(Buffer::host);
-    let shared = Shared::new(&mut out.host_mut()[..rows * n]);
+    let shared = Shared::new(&mut out[..rows * n]);
     let plain = bias.is_none().then_some((&shared, n));
     let epilogue = |first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let column = panel * PANEL;
@@ -59,16 +53,17 @@ pub(super) fn matmul<T: Float>(
     run(cpu, rows, x, weight, 1, &epilogue, plain);
 }
 
+/// Likewise; out: rows of n / 2.
 pub(super) fn gated_matmul<T: Float>(
     cpu: &Cpu,
     rows: usize,
-    x: &Activations<T>,
+    x: &[T],
     weight: &Weight,
     activation: Activation,
-    out: &mut Activations<T>,
+    out: &mut [T],
 ) {
     let n = weight.n / 2;
-    let shared = Shared::new(&mut out.host_mut()[..rows * n]);
+    let shared = Shared::new(&mut out[..rows * n]);
     let epilogue = |first_row, tile_rows, panel, tile: &[[f32; PANEL]]| {
         let (gate, up) = tile.split_at(tile.len() / 2);
         let (linear, up) = (&gate[..tile_rows], &up[..tile_rows]);
@@ -130,7 +125,7 @@ pub(super) type Plain<'a> = (&'a Shared<'a, f32>, usize);
 fn run<T: Float>(
     cpu: &Cpu,
     rows: usize,
-    x: &Activations<T>,
+    x: &[T],
     weight: &Weight,
     group: usize,
     epilogue: &Epilogue,
@@ -145,7 +140,7 @@ fn run<T: Float>(
     let k = weight.k;
     let mut workspace = cpu.workspace.lock().unwrap_or_else(PoisonError::into_inner);
     assert!(workspace.len() >= rows * k, "matmul: workspace too small");
-    pack_rows(cpu, rows, k, x.host(), &mut workspace);
+    pack_rows(cpu, rows, k, x, &mut workspace);
     let product = Product { isa: cpu.isa(), rows, k, packed: &workspace[..rows * k], group };
     let groups = weight.n.div_ceil(PANEL) / group;
     // A few tasks a thread, so that a slow thread is helped out; at least one group each.

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{Activation, Dtype, TILE, Weight};
+use super::{Activation, Dtype, Groups, TILE, Weight, WeightSet};
 use crate::{
     device::{
         Buffer, Cuda,
@@ -65,6 +65,8 @@ struct MatmulParams {
     x: u64,
     bias: u64,
     out: u64,
+    weights: u64,
+    blocks: u64,
     rows: i32,
     n: i32,
     k_tiles: i32,
@@ -72,13 +74,13 @@ struct MatmulParams {
     out_row_groups: i32,
     activation: i32,
 }
-const _: () = assert!(size_of::<MatmulParams>() == 56, "the kernel asserts the same");
+const _: () = assert!(size_of::<MatmulParams>() == 72, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/matmul_epilogue.cuh.
 unsafe impl Params for MatmulParams {}
 
 /// A kernel of matmul: its tile of tokens and features, and what a block takes.
-struct Shape {
-    tokens: usize,
+pub(super) struct Shape {
+    pub(super) tokens: usize,
     features: usize,
     threads: u32,
     shared: u32,
@@ -117,15 +119,21 @@ const MMA: [Shape; 3] = [
     shape!("mma", 128, 128, 256, 98_304, 1),
 ];
 
-/// The kernel for a product. Few rows: the narrowest tile that holds them, since weights are then
-/// all that is read. Many: the tile whose last wave of blocks wastes least. All give a row the same
-/// bits.
-fn shape(cuda: &Cuda, rows: usize, weight: &Weight) -> &'static Shape {
+/// The kernel for products of `rows` rows a weight, (n, k), in as many blocks of tokens as `blocks`
+/// says. Few rows: the narrowest tile that holds them, since weights are then all that is read. Many:
+/// the tile whose last wave of blocks wastes least. All give a row the same bits.
+pub(super) fn shape(
+    cuda: &Cuda,
+    rows: usize,
+    (n, k): (usize, usize),
+    blocks: impl Fn(usize) -> usize,
+) -> &'static Shape {
     let shapes: &[Shape] = if cuda.path() == MatrixPath::Wgmma { &WGMMA } else { &MMA };
     let narrow = shapes.iter().find(|shape| shape.tokens >= rows && shape.tokens <= 64);
     narrow.unwrap_or_else(|| {
         let wide = shapes.iter().filter(|shape| shape.tokens >= 64);
-        wide.min_by_key(|shape| shape.cycles(cuda, rows, weight)).expect("a wide tile")
+        let cycles = |shape: &&Shape| shape.cycles(cuda, blocks(shape.tokens), (n, k));
+        wide.min_by_key(cycles).expect("a wide tile")
     })
 }
 
@@ -136,14 +144,14 @@ const L2_BYTES: usize = 40;
 
 impl Shape {
     /// An estimate of the time: waves of blocks, each bound by its products or by what it loads.
-    fn cycles(&self, cuda: &Cuda, rows: usize, weight: &Weight) -> usize {
-        let tiles = rows.div_ceil(self.tokens) * weight.n.div_ceil(self.features);
+    fn cycles(&self, cuda: &Cuda, token_blocks: usize, (n, k): (usize, usize)) -> usize {
+        let tiles = token_blocks * n.div_ceil(self.features);
         let waves = tiles.div_ceil(self.resident * cuda.multiprocessors());
         // A step of 64 k: 128 of tokens x features a cycle and multiprocessor.
         let products = self.features * self.tokens * ATOM / 4096;
         let loads = (self.features + self.tokens) * ATOM * 2 / L2_BYTES;
         let step = products.max(loads) * self.resident;
-        waves * (weight.k.div_ceil(ATOM) * step + BLOCK_CYCLES)
+        waves * (k.div_ceil(ATOM) * step + BLOCK_CYCLES)
     }
 
     fn launch(&self, cuda: &Cuda, rows: usize, n: usize) -> Launch {
@@ -153,53 +161,87 @@ impl Shape {
     }
 }
 
+/// What a product is multiplied by.
+pub(super) enum Factor<'a> {
+    One(&'a Weight),
+    /// Each block of rows, in blocks of the shape's tokens, by one of them.
+    Each(&'a WeightSet, &'a Groups, &'static Shape),
+}
+
+impl Factor<'_> {
+    fn shape(&self, cuda: &Cuda, rows: usize) -> &'static Shape {
+        match *self {
+            Self::One(weight) => {
+                shape(cuda, rows, (weight.n, weight.k), |tokens| rows.div_ceil(tokens))
+            }
+            Self::Each(_, _, shape) => shape,
+        }
+    }
+
+    /// All but `out`.
+    fn params<T: Float>(&self, rows: usize, x: &Activations<T>) -> MatmulParams {
+        assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read and write bf16");
+        let (n, k) = match self {
+            Self::One(weight) => (weight.n, weight.k),
+            Self::Each(set, ..) => (set.n(), set.k()),
+        };
+        let mut params = MatmulParams {
+            weight: 0,
+            x: x.address(),
+            bias: 0,
+            out: 0,
+            weights: 0,
+            blocks: 0,
+            rows: rows as i32,
+            n: n as i32,
+            k_tiles: k.div_ceil(ATOM) as i32,
+            row_groups: x.row_groups() as i32,
+            out_row_groups: 0,
+            activation: 0,
+        };
+        match self {
+            Self::One(weight) => {
+                params.weight = weight.tiles().address();
+                params.bias = weight.bias.as_ref().map_or(0, Buffer::address);
+            }
+            Self::Each(set, groups, _) => {
+                params.weights = set.addresses().address();
+                params.blocks = groups.blocks.address();
+            }
+        }
+        params
+    }
+}
+
 pub(super) fn matmul<T: Float>(
     cuda: &Cuda,
     rows: usize,
     x: &Activations<T>,
-    weight: &Weight,
+    factor: &Factor,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
-    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read bf16");
-    let params = MatmulParams {
-        weight: weight.tiles().address(),
-        x: x.address(),
-        bias: weight.bias.as_ref().map_or(0, Buffer::address),
-        out: out.address_mut(),
-        rows: rows as i32,
-        n: weight.n as i32,
-        k_tiles: weight.k.div_ceil(ATOM) as i32,
-        row_groups: x.row_groups() as i32,
-        out_row_groups: 0,
-        activation: 0,
-    };
-    let shape = shape(cuda, rows, weight);
-    // SAFETY: rows and widths were checked; the tiles are as large as n and k say.
-    unsafe { cuda.launch(shape.matmul, shape.launch(cuda, rows, weight.n), &params) }
+    let params = MatmulParams { out: out.address_mut(), ..factor.params(rows, x) };
+    let shape = factor.shape(cuda, rows);
+    // SAFETY: rows and widths were checked; the tiles are as large as n and k say. The blocks of a
+    // factor of several weights are as `Groups` says.
+    unsafe { cuda.launch(shape.matmul, shape.launch(cuda, rows, params.n as usize), &params) }
 }
 
 pub(super) fn gated_matmul<T: Float>(
     cuda: &Cuda,
     rows: usize,
     x: &Activations<T>,
-    weight: &Weight,
+    factor: &Factor,
     activation: Activation,
     out: &mut Activations<T>,
 ) -> Result<()> {
-    assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels read and write bf16");
     let params = MatmulParams {
-        weight: weight.tiles().address(),
-        x: x.address(),
-        bias: 0,
         out: out.address_mut(),
-        rows: rows as i32,
-        n: weight.n as i32,
-        k_tiles: weight.k.div_ceil(ATOM) as i32,
-        row_groups: x.row_groups() as i32,
         out_row_groups: out.row_groups() as i32,
         activation: i32::from(activation != Activation::Silu),
+        ..factor.params(rows, x)
     };
-    let shape = shape(cuda, rows, weight);
+    let shape = factor.shape(cuda, rows);
     // SAFETY: likewise.
-    unsafe { cuda.launch(shape.gated, shape.launch(cuda, rows, weight.n), &params) }
+    unsafe { cuda.launch(shape.gated, shape.launch(cuda, rows, params.n as usize), &params) }
 }

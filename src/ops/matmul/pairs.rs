@@ -17,7 +17,7 @@ use crate::{
             multiply_into, reads_rows,
         },
     },
-    ops::{Float, activations::Activations},
+    ops::Float,
 };
 
 const _: () = assert!(PANEL == SIDE, "a panel is the columns of a tile");
@@ -68,7 +68,7 @@ pub(super) fn read_row(packed: &[bf16], row: usize, out: &mut [f32]) {
 pub(super) fn run<T: Float>(
     cpu: &Cpu,
     rows: usize,
-    x: &Activations<T>,
+    x: &[T],
     (weight, tiles): (&Weight, &[bf16]),
     group: usize,
     epilogue: &Epilogue,
@@ -79,14 +79,14 @@ pub(super) fn run<T: Float>(
     let (isa, blocks) = (cpu.isa(), rows.div_ceil(SIDE));
     let room = as_bf16(&mut workspace).as_chunks_mut::<TILE>().0;
     // A last block's rows beyond the product's are multiplied too, if they are there.
-    let as_it_is = T::as_bf16(x.host()).filter(|x| {
+    let as_it_is = T::as_bf16(x).filter(|x| {
         reads_rows(isa) && weight.k.is_multiple_of(DEPTH) && x.len() >= blocks * SIDE * weight.k
     });
     let x = as_it_is.map_or_else(
         || {
             assert!(room.len() >= blocks * steps, "matmul: workspace too small");
             let packed = &mut room[..blocks * steps];
-            pack_rows(cpu, rows, weight.k, x.host(), packed.as_flattened_mut());
+            pack_rows(cpu, rows, weight.k, x, packed.as_flattened_mut());
             Left::Tiles(packed)
         },
         Left::Rows,
