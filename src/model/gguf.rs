@@ -317,19 +317,12 @@ impl Record {
 }
 
 fn format_of(kind: u32) -> Result<Format> {
-    Ok(match TYPE_NAMES.get(kind as usize).copied() {
-        Some("F32") => Format::F32,
-        Some("F16") => Format::F16,
-        Some("BF16") => Format::Bf16,
-        Some("Q8_0") => Format::Q8_0,
-        Some("Q4_0") => Format::Q4_0,
-        Some("Q4_1") => Format::Q4_1,
-        name => {
-            return Err(Error::new("unsupported tensor type")
-                .expected("F32, F16, BF16, Q8_0, Q4_0 or Q4_1")
-                .got(name.map_or_else(|| format!("type {kind}"), str::to_owned))
-                .hint("take another quantisation of this model, for example Q8_0 or F16"));
-        }
+    let name = TYPE_NAMES.get(kind as usize).copied();
+    name.and_then(Format::named).ok_or_else(|| {
+        Error::new("unsupported tensor type")
+            .expected(format!("one of {}", Format::ALL.map(Format::name).join(", ")))
+            .got(name.map_or_else(|| format!("type {kind}"), str::to_owned))
+            .hint("take another quantisation of this model, for example Q8_0 or F16")
     })
 }
 

@@ -260,7 +260,8 @@ fn lying_gguf_tensor_records_are_refused() {
 fn unsupported_gguf_models_are_refused_by_name() {
     let q = "blk.0.attn_q.weight";
     let architecture = "general.architecture";
-    refused_gguf("Q4_K", |file| file.tensor(q).kind = 12);
+    refused_gguf("got:      IQ4_XS", |file| file.tensor(q).kind = 23);
+    refused_gguf("Q5_K, Q6_K", |file| file.tensor(q).kind = 23);
     refused_gguf("type 99", |file| file.tensor(q).kind = 99);
     refused_gguf("falcon", |file| file.set(architecture, entry_text("", "falcon").1));
     refused_gguf("got:      none", |file| file.metadata.retain(|(key, _)| key != architecture));
