@@ -190,11 +190,13 @@ impl Gguf {
 
     /// A number.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
-        self.value(key, "a number", |value| match value {
-            Value::Float(x) => Some(*x),
-            Value::Unsigned(n) => Some(*n as f64),
-            Value::Signed(n) => Some(*n as f64),
-            _ => None,
+        self.value(key, "a number", Value::float)
+    }
+
+    /// A list of numbers.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.value(key, "a list of numbers", |value| {
+            value.array()?.iter().map(Value::float).collect()
         })
     }
 
@@ -242,6 +244,15 @@ impl Value {
         match self {
             Self::Unsigned(n) => Some(*n),
             Self::Signed(n) => u64::try_from(*n).ok(),
+            _ => None,
+        }
+    }
+
+    fn float(&self) -> Option<f64> {
+        match self {
+            Self::Float(x) => Some(*x),
+            Self::Unsigned(n) => Some(*n as f64),
+            Self::Signed(n) => Some(*n as f64),
             _ => None,
         }
     }
