@@ -59,10 +59,15 @@ pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const OUTPUT: &str = "lm_head.weight";
 
 impl Checkpoint {
-    /// Names the tensors of a GGUF file.
-    pub(super) fn from_gguf(file: MappedFile, gguf: Gguf, config: &ModelConfig) -> Result<Self> {
+    /// Names the tensors of a GGUF model's files, of which there is at least one.
+    pub(super) fn from_gguf(parts: Vec<(MappedFile, Gguf)>, config: &ModelConfig) -> Result<Self> {
+        let (files, parts): (Vec<MappedFile>, Vec<Gguf>) = parts.into_iter().unzip();
         let mut tensors = BTreeMap::new();
-        for (source, record) in gguf.tensors {
+        let records = parts.into_iter().enumerate().flat_map(|(index, part)| {
+            part.tensors.into_iter().map(move |(source, record)| (index, source, record))
+        });
+        for (index, source, record) in records {
+            let file = &files[index];
             // llama.cpp turns neighbouring pairs, Hugging Face halves: the converter interleaved
             // the rows of this architecture's q and k.
             let turned = source.ends_with(".attn_q.weight") || source.ends_with(".attn_k.weight");
@@ -78,7 +83,7 @@ impl Checkpoint {
             }
             let name = canonical(&source).unwrap_or(source);
             let stored = Stored {
-                file: 0,
+                file: index,
                 bytes: record.bytes,
                 format: record.format,
                 shape: record.shape,
@@ -90,7 +95,7 @@ impl Checkpoint {
                     .at(file.path().display().to_string()));
             }
         }
-        Ok(Self::new(file.path().to_owned(), vec![file], tensors))
+        Ok(Self::new(files[0].path().to_owned(), files, tensors))
     }
 
     /// Names the tensors of a Hugging Face folder. A tied model may store its output matrix, if it

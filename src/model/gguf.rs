@@ -5,6 +5,8 @@
 //! padding to the alignment; tensor data. Every count, length and offset is checked against the
 //! file's size before it is believed.
 
+pub mod parts;
+
 use std::{collections::BTreeMap, ops::Range};
 
 use super::format::Format;

@@ -1,4 +1,4 @@
-//! SentencePiece's BPE vocabularies (`tokenizer.ggml.model` = `llama`): Llama 2, Mistral 7B, Phi-3,
+//! `SentencePiece` BPE vocabularies (`tokenizer.ggml.model` = `llama`): Llama 2, Mistral 7B, Phi-3,
 //! Gemma. ▁ is a blank; a character without a piece of its own becomes its UTF-8 bytes, `<0xE2>`.
 //!
 //! Such a file has scores instead of merges: of all neighbours whose concatenation is a piece, those
@@ -9,12 +9,17 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::gguf::{Trims, Vocabulary, check_length, merges, post_processor, special_token};
-use crate::{error::Result, model::gguf::Gguf};
+use crate::{
+    error::{Error, Result},
+    model::gguf::Gguf,
+};
 
 const SCORES: &str = "tokenizer.ggml.scores";
-/// Longer pieces are no merges: the trainer's limit is 512 bytes, and cutting a piece at every
-/// character takes time with the square of its length.
-const MAX_PIECE: usize = 512;
+/// Longer pieces are not merged to: no vocabulary has them, and a file that claims to would take
+/// time and memory with the square of their lengths.
+const MAX_PIECE: usize = 256;
+/// Gemma's vocabulary, the largest, has an eighth of that.
+const MAX_MERGES: usize = 1 << 22;
 /// Phi-3's special tokens that do not take the blanks after them, as the others do.
 const PHI3_UNTRIMMED: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
@@ -28,7 +33,7 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<std::result::Result<Value, String
     }
     let merges = match merges(gguf)? {
         Some(merges) => merges,
-        None => derived_merges(&vocabulary, &ranking(gguf, vocabulary.tokens.len(), gemma)?),
+        None => derived_merges(&vocabulary, &ranking(gguf, vocabulary.tokens.len(), gemma)?)?,
     };
     let trims =
         |token: &str| Trims { left: false, right: phi3 && !PHI3_UNTRIMMED.contains(&token) };
@@ -71,7 +76,7 @@ fn ranking(gguf: &Gguf, tokens: usize, by_id: bool) -> Result<Vec<usize>> {
 }
 
 /// Every way to make a piece of two others; of one piece's, the one with the longer left part first.
-fn derived_merges(vocabulary: &Vocabulary, ranking: &[usize]) -> Vec<Value> {
+fn derived_merges(vocabulary: &Vocabulary, ranking: &[usize]) -> Result<Vec<Value>> {
     let ids: HashMap<&str, usize> =
         vocabulary.tokens.iter().enumerate().map(|(id, token)| (&**token, id)).collect();
     let mut merges = Vec::new();
@@ -85,8 +90,14 @@ fn derived_merges(vocabulary: &Vocabulary, ranking: &[usize]) -> Vec<Value> {
                 merges.push(json!([left, right]));
             }
         }
+        if merges.len() > MAX_MERGES {
+            return Err(Error::new("the GGUF vocabulary can be merged in too many ways")
+                .at("tokenizer.ggml.tokens")
+                .expected(format!("at most {MAX_MERGES}"))
+                .hint("the file is damaged"));
+        }
     }
-    merges
+    Ok(merges)
 }
 
 /// Blanks become ▁; a text that does not start with one gets one.
