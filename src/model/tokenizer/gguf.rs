@@ -82,8 +82,7 @@ pub(super) struct Vocabulary<'a> {
     types: Vec<u64>,
 }
 
-/// Whether a control token takes the blanks before and after it.
-#[derive(Clone, Copy, Default)]
+/// Whether an added token takes the blanks before and after it.
 pub(super) struct Trims {
     pub left: bool,
     pub right: bool,
@@ -128,7 +127,7 @@ impl<'a> Vocabulary<'a> {
             if !special && *kind != USER_DEFINED {
                 continue;
             }
-            let trims = if special { trims(token) } else { Trims::default() };
+            let trims = trims(token);
             added.push(json!({
                 "id": id, "content": token, "single_word": false, "lstrip": trims.left,
                 "rstrip": trims.right, "normalized": false, "special": special

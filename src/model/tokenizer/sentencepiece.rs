@@ -69,8 +69,9 @@ fn ranking(gguf: &Gguf, tokens: usize, by_id: bool) -> Result<Vec<usize>> {
     let mut ids: Vec<usize> = (0..tokens).collect();
     if let Some(scores) = gguf.floats(SCORES)?.filter(|_| !by_id) {
         check_length(SCORES, scores.len(), tokens)?;
-        // Stable, so that equals keep their order.
-        ids.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        // Stable, so that equals keep their order; −0 is made equal to 0, which it often stands by.
+        let score = |id: usize| scores[id] + 0.0;
+        ids.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
     }
     Ok(ids)
 }
