@@ -3,20 +3,24 @@
     python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
     python make_golden.py families [NAME]   likewise one of every family (golden_families.py), with fewer requests
     python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
+    python make_golden.py quants            random blocks of every tensor type, and their values by gguf-py
     python make_golden.py demo HF_FOLDER    the demo model (its folder from gguf_to_hf.py --dtype float32): chats,
                                             captured rows, continuations, and its tokenizer's answers
 
-Every number in them is transformers' own; nothing of inkling takes part. Made again, token ids are the same and
-floats agree to rounding.
+Every number in them is transformers' own (or gguf-py's); nothing of inkling takes part. Made again, token ids are
+the same and floats agree to rounding.
 
-Needs: torch, transformers, safetensors.
+Needs: torch, transformers, safetensors, gguf.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -249,6 +253,36 @@ def sampling():
     write_lines(GOLDEN / "sampling.jsonl", cases)
 
 
+# Where the f16 scales (and minima) of a block stand, in bytes; the last ones are counted from its end.
+SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [-4, -2], "Q3_K": [-2],
+          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [-2]}  # fmt: skip
+BLOCKS = 4
+
+
+def quants():
+    """Bytes at random, scales within reason (one of them subnormal), so that every bit of a block matters."""
+    random = np.random.default_rng(5)
+    tensors = {}
+    for kind in ("F32", "F16", "BF16", *SCALES):
+        values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        if kind in SCALES:
+            blocks = random.integers(0, 256, (BLOCKS, size), dtype=np.uint8)
+            for at in SCALES[kind]:
+                scales = random.normal(0, 0.02, BLOCKS).astype(np.float16)
+                scales[-1] = 3e-6
+                at = at % size
+                blocks[:, at : at + 2] = scales.view(np.uint8).reshape(BLOCKS, 2)
+        else:
+            single = random.normal(0, 1, 32).astype(np.float32)
+            blocks = quantize(single, GGMLQuantizationType[kind]).view(np.uint8).reshape(1, -1)
+        data = np.ascontiguousarray(blocks).reshape(-1)
+        tensors[f"{kind}.bytes"] = torch.from_numpy(data.copy())
+        expected = dequantize(data, GGMLQuantizationType[kind]).astype(np.float32)
+        tensors[f"{kind}.values"] = torch.from_numpy(expected.reshape(-1).copy())
+    (GOLDEN / "quants").mkdir(parents=True, exist_ok=True)
+    save_file(tensors, GOLDEN / "quants" / "blocks.safetensors")
+
+
 def demo(source):
     folder = GOLDEN / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +344,7 @@ def demo_tokens(tokenizer, path):
 
 def main():
     torch.set_num_threads(1)
-    actions = {"tiny": tiny, "families": families, "sampling": sampling, "demo": demo}
+    actions = {"tiny": tiny, "families": families, "sampling": sampling, "quants": quants, "demo": demo}
     if len(sys.argv) < 2 or sys.argv[1] not in actions:
         raise SystemExit(__doc__)
     actions[sys.argv[1]](*sys.argv[2:])

@@ -52,10 +52,15 @@ pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const OUTPUT: &str = "lm_head.weight";
 
 impl Checkpoint {
-    /// Names the tensors of a GGUF file.
-    pub(super) fn from_gguf(file: MappedFile, gguf: Gguf, config: &ModelConfig) -> Result<Self> {
+    /// Names the tensors of a GGUF model's files, of which there is at least one.
+    pub(super) fn from_gguf(parts: Vec<(MappedFile, Gguf)>, config: &ModelConfig) -> Result<Self> {
+        let (files, parts): (Vec<MappedFile>, Vec<Gguf>) = parts.into_iter().unzip();
         let mut tensors = BTreeMap::new();
-        for (source, record) in gguf.tensors {
+        let records = parts.into_iter().enumerate().flat_map(|(index, part)| {
+            part.tensors.into_iter().map(move |(source, record)| (index, source, record))
+        });
+        for (index, source, record) in records {
+            let file = &files[index];
             if FACTORS.contains(&&*source) {
                 continue;
             }
@@ -74,7 +79,7 @@ impl Checkpoint {
             }
             let name = names::of_gguf(&source, config).unwrap_or(source);
             let stored = Stored {
-                file: 0,
+                file: index,
                 bytes: record.bytes,
                 format: record.format,
                 shape: record.shape,
@@ -86,7 +91,7 @@ impl Checkpoint {
                     .at(file.path().display().to_string()));
             }
         }
-        Ok(Self::new(file.path().to_owned(), vec![file], tensors))
+        Ok(Self::new(files[0].path().to_owned(), files, tensors))
     }
 
     /// Names the tensors of a Hugging Face folder. A tied model may store its output matrix, if it

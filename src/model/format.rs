@@ -1,8 +1,13 @@
 //! How numbers are stored in checkpoints, and their exact value in f32.
 
+mod quants;
+
 use half::{bf16, f16};
 
-/// A storage format of tensor rows: blocks of `values` numbers in `bytes` bytes.
+use self::quants::{BLOCK, SUPER_BLOCK};
+
+/// A storage format of tensor rows: blocks of `values` numbers in `bytes` bytes. The quantised ones
+/// are ggml's; `format/quants.rs` tells their layouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// IEEE single precision.
@@ -11,46 +16,94 @@ pub enum Format {
     F16,
     /// The upper half of a single.
     Bf16,
-    /// ggml: a scale d (f16) and 32 signed bytes q; q·d.
-    Q8_0,
-    /// ggml: a scale d (f16) and 32 nibbles q; (q − 8)·d.
+    /// 4 bits, a scale for 32.
     Q4_0,
-    /// ggml: a scale d and a minimum m (f16) and 32 nibbles q; q·d + m.
+    /// 4 bits, a scale and a minimum for 32.
     Q4_1,
+    /// 5 bits, a scale for 32.
+    Q5_0,
+    /// 5 bits, a scale and a minimum for 32.
+    Q5_1,
+    /// 8 bits, a scale for 32.
+    Q8_0,
+    /// 2 bits, a scale and a minimum for 16.
+    Q2K,
+    /// 3 bits, a scale for 16.
+    Q3K,
+    /// 4 bits, a scale and a minimum for 32.
+    Q4K,
+    /// 5 bits, a scale and a minimum for 32.
+    Q5K,
+    /// 6 bits, a scale for 16.
+    Q6K,
 }
 
-/// Values in a block of ggml's quantised formats.
-const BLOCK: usize = 32;
-
 impl Format {
+    /// Every format.
+    pub const ALL: [Self; 13] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
+
     /// Its name in safetensors and ggml.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
-            Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q8_0 => "Q8_0",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
         }
+    }
+
+    /// The format of a name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
     }
 
     /// Numbers in a block.
     pub fn block_values(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => BLOCK,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => BLOCK,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => SUPER_BLOCK,
         }
     }
 
-    /// Bytes of a block.
+    /// Bytes of a block: its f16 scales (and minima), then what each value and sub-block takes.
     pub fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Q8_0 => 2 + BLOCK,
             Self::Q4_0 => 2 + BLOCK / 2,
             Self::Q4_1 => 4 + BLOCK / 2,
+            Self::Q5_0 => 2 + BLOCK / 8 + BLOCK / 2,
+            Self::Q5_1 => 4 + BLOCK / 8 + BLOCK / 2,
+            Self::Q8_0 => 2 + BLOCK,
+            Self::Q2K => 4 + SUPER_BLOCK / 16 + SUPER_BLOCK / 4,
+            Self::Q3K => 2 + 12 + SUPER_BLOCK / 8 + SUPER_BLOCK / 4,
+            Self::Q4K => 4 + 12 + SUPER_BLOCK / 2,
+            Self::Q5K => 4 + 12 + SUPER_BLOCK / 8 + SUPER_BLOCK / 2,
+            Self::Q6K => 2 + SUPER_BLOCK / 16 + SUPER_BLOCK / 4 + SUPER_BLOCK / 2,
         }
     }
 
@@ -63,7 +116,9 @@ impl Format {
         (cols / self.block_values()).checked_mul(self.block_bytes())?.checked_mul(rows)
     }
 
-    /// Writes the stored numbers as f32. Nothing is rounded, but for q·d + m, which is rounded once.
+    /// Writes the stored numbers as f32. Products are exact: a scale has at most 11 bits, a
+    /// sub-block's factor 8, a quant 6. Only where a minimum is added or taken off is a value
+    /// rounded, once, as ggml does it.
     ///
     /// # Panics
     ///
@@ -74,20 +129,24 @@ impl Format {
             Self::F32 => each(data, out, f32::from_le_bytes),
             Self::F16 => each(data, out, |b| f16::from_le_bytes(b).to_f32()),
             Self::Bf16 => each(data, out, |b| bf16::from_le_bytes(b).to_f32()),
-            Self::Q8_0 => blocks(data, out, self, |block, out| {
-                let d = half_at(block, 0);
-                for (out, q) in out.iter_mut().zip(&block[2..]) {
-                    *out = f32::from(*q as i8) * d;
-                }
-            }),
-            Self::Q4_0 => blocks(data, out, self, |block, out| {
-                let d = half_at(block, 0);
-                nibbles(&block[2..], out, |q| (f32::from(q) - 8.0) * d);
-            }),
-            Self::Q4_1 => blocks(data, out, self, |block, out| {
-                let (d, m) = (half_at(block, 0), half_at(block, 2));
-                nibbles(&block[4..], out, |q| f32::from(q) * d + m);
-            }),
+            Self::Q4_0 => self.blocks(data, out, quants::q4_0),
+            Self::Q4_1 => self.blocks(data, out, quants::q4_1),
+            Self::Q5_0 => self.blocks(data, out, quants::q5_0),
+            Self::Q5_1 => self.blocks(data, out, quants::q5_1),
+            Self::Q8_0 => self.blocks(data, out, quants::q8_0),
+            Self::Q2K => self.blocks(data, out, quants::q2_k),
+            Self::Q3K => self.blocks(data, out, quants::q3_k),
+            Self::Q4K => self.blocks(data, out, quants::q4_k),
+            Self::Q5K => self.blocks(data, out, quants::q5_k),
+            Self::Q6K => self.blocks(data, out, quants::q6_k),
+        }
+    }
+
+    /// Block by block.
+    fn blocks(self, data: &[u8], out: &mut [f32], dequantise: impl Fn(&[u8], &mut [f32])) {
+        let blocks = data.chunks_exact(self.block_bytes());
+        for (block, out) in blocks.zip(out.chunks_exact_mut(self.block_values())) {
+            dequantise(block, out);
         }
     }
 }
@@ -96,25 +155,6 @@ fn each<const N: usize>(data: &[u8], out: &mut [f32], value: impl Fn([u8; N]) ->
     for (bytes, out) in data.as_chunks::<N>().0.iter().zip(out) {
         *out = value(*bytes);
     }
-}
-
-fn blocks(data: &[u8], out: &mut [f32], format: Format, value: impl Fn(&[u8], &mut [f32])) {
-    for (block, out) in data.chunks_exact(format.block_bytes()).zip(out.chunks_exact_mut(BLOCK)) {
-        value(block, out);
-    }
-}
-
-/// The low nibbles are the block's first half, the high ones its second.
-fn nibbles(packed: &[u8], out: &mut [f32], value: impl Fn(u8) -> f32) {
-    let (low, high) = out.split_at_mut(BLOCK / 2);
-    for ((byte, low), high) in packed.iter().zip(low).zip(high) {
-        *low = value(byte & 15);
-        *high = value(byte >> 4);
-    }
-}
-
-fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 #[cfg(test)]
@@ -138,40 +178,49 @@ mod tests {
         assert_eq!(row(Format::Bf16, &[0x81, 0x3f], 1), [1.007_812_5]);
     }
 
+    /// Random blocks and their values by the reference (`scripts/make_golden.py quants`).
     #[test]
-    fn q8_0_is_a_signed_byte_times_the_scale() {
-        let mut block = vec![0x00, 0x38]; // d = 0.5
-        block.extend((0..32).map(|i| (i as i8 - 16) as u8));
-        let want: Vec<f32> = (0..32).map(|i| (i as f32 - 16.0) * 0.5).collect();
-        assert_eq!(row(Format::Q8_0, &block, 32), want);
+    fn every_format_has_the_reference_s_bits() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/quants/blocks.safetensors");
+        let file = fs_err::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+        for format in Format::ALL {
+            let tensor = |part: &str| file.tensor(&format!("{}.{part}", format.name())).unwrap();
+            let want: Vec<u32> = tensor("values")
+                .data()
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| u32::from_le_bytes(*bytes))
+                .collect();
+            assert!(want.len() >= 2 * format.block_values(), "{}", format.name());
+            let got = row(format, tensor("bytes").data(), want.len());
+            for (index, (got, want)) in got.iter().zip(want).enumerate() {
+                let expected = f32::from_bits(want);
+                assert_eq!(
+                    got.to_bits(),
+                    want,
+                    "{} value {index}: {got}, not {expected}",
+                    format.name()
+                );
+            }
+        }
     }
 
     #[test]
-    fn q4_0_is_a_nibble_less_eight_times_the_scale() {
-        let mut block = vec![0x00, 0x40]; // d = 2
-        block.extend((0..16u8).map(|i| i | (15 - i) << 4));
-        let low = (0..16).map(|i| (i as f32 - 8.0) * 2.0);
-        let high = (0..16).map(|i| (7.0 - i as f32) * 2.0);
-        assert_eq!(row(Format::Q4_0, &block, 32), low.chain(high).collect::<Vec<f32>>());
-    }
-
-    #[test]
-    fn q4_1_adds_the_minimum_and_blocks_follow_each_other() {
-        let mut data = vec![0x00, 0x40, 0x00, 0xbc]; // d = 2, m = -1
-        data.extend([0xf0u8; 16]);
-        data.extend([0x00, 0x38, 0x00, 0x00]); // d = 0.5, m = 0
-        data.extend([0x21u8; 16]);
-        let out = row(Format::Q4_1, &data, 64);
-        assert_eq!(out[..16], [-1.0; 16]);
-        assert_eq!(out[16..32], [29.0; 16]);
-        assert_eq!(out[32..48], [0.5; 16]);
-        assert_eq!(out[48..], [1.0; 16]);
+    fn every_format_is_found_by_its_name() {
+        for format in Format::ALL {
+            assert_eq!(Format::named(format.name()), Some(format));
+        }
+        assert_eq!(Format::named("Q8_K"), None);
     }
 
     #[test]
     fn sizes_are_whole_blocks_and_do_not_overflow() {
         assert_eq!(Format::Q4_1.bytes(3, 64), Some(120));
         assert_eq!(Format::Q4_1.bytes(3, 65), None);
+        assert_eq!(Format::Q6K.bytes(2, 512), Some(840));
+        assert_eq!(Format::Q6K.bytes(2, 288), None);
         assert_eq!(Format::F32.bytes(usize::MAX, 2), None);
     }
 }

@@ -5,6 +5,8 @@
 //! padding to the alignment; tensor data. Every count, length and offset is checked against the
 //! file's size before it is believed.
 
+pub mod parts;
+
 use std::{collections::BTreeMap, ops::Range};
 
 use super::format::Format;
@@ -190,11 +192,13 @@ impl Gguf {
 
     /// A number.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
-        self.value(key, "a number", |value| match value {
-            Value::Float(x) => Some(*x),
-            Value::Unsigned(n) => Some(*n as f64),
-            Value::Signed(n) => Some(*n as f64),
-            _ => None,
+        self.value(key, "a number", Value::float)
+    }
+
+    /// A list of numbers.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.value(key, "a list of numbers", |value| {
+            value.array()?.iter().map(Value::float).collect()
         })
     }
 
@@ -270,6 +274,15 @@ impl Value {
         }
     }
 
+    fn float(&self) -> Option<f64> {
+        match self {
+            Self::Float(x) => Some(*x),
+            Self::Unsigned(n) => Some(*n as f64),
+            Self::Signed(n) => Some(*n as f64),
+            _ => None,
+        }
+    }
+
     fn array(&self) -> Option<&[Self]> {
         if let Self::Array(values) = self { Some(values) } else { None }
     }
@@ -341,19 +354,12 @@ impl Record {
 }
 
 fn format_of(kind: u32) -> Result<Format> {
-    Ok(match TYPE_NAMES.get(kind as usize).copied() {
-        Some("F32") => Format::F32,
-        Some("F16") => Format::F16,
-        Some("BF16") => Format::Bf16,
-        Some("Q8_0") => Format::Q8_0,
-        Some("Q4_0") => Format::Q4_0,
-        Some("Q4_1") => Format::Q4_1,
-        name => {
-            return Err(Error::new("unsupported tensor type")
-                .expected("F32, F16, BF16, Q8_0, Q4_0 or Q4_1")
-                .got(name.map_or_else(|| format!("type {kind}"), str::to_owned))
-                .hint("take another quantisation of this model, for example Q8_0 or F16"));
-        }
+    let name = TYPE_NAMES.get(kind as usize).copied();
+    name.and_then(Format::named).ok_or_else(|| {
+        Error::new("unsupported tensor type")
+            .expected(format!("one of {}", Format::ALL.map(Format::name).join(", ")))
+            .got(name.map_or_else(|| format!("type {kind}"), str::to_owned))
+            .hint("take another quantisation of this model, for example Q8_0 or F16")
     })
 }
 

@@ -38,9 +38,8 @@ pub use self::{
     prompt::Prompt,
     tokenizer::{Encoding, Tokenizer},
 };
-use self::{gguf::Gguf, origin::Origin, text::TextSide};
+use self::{gguf::parts::Parts, origin::Origin, text::TextSide};
 use crate::{
-    device::MappedFile,
     error::{Context, Error, Result},
     files::hex,
 };
@@ -68,7 +67,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a GGUF file, or a folder with a Hugging Face model or with exactly one GGUF file.
+    /// Opens a GGUF file, or a folder with a Hugging Face model or with exactly one GGUF file. A
+    /// GGUF model in several parts is opened by any of them, or by a folder with no other.
     ///
     /// # Errors
     ///
@@ -83,22 +83,23 @@ impl Model {
         let files = gguf_files(path)?;
         match &files[..] {
             [file] => Self::open_gguf(file),
+            [part, ..] if gguf::parts::are_of_one_model(&files) => Self::open_gguf(part),
             _ => Err(Error::new("not a model's folder")
                 .at(path.display().to_string())
-                .expected("a config.json, or exactly one .gguf file")
+                .expected("a config.json, or exactly one .gguf file, or the parts of one model")
                 .got(format!("no config.json and {} .gguf files", files.len()))),
         }
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
+        let parts = Parts::open(path)?;
+        let (first, gguf) = parts.first();
+        let path = first.path().to_owned();
         let place = || path.display().to_string();
-        let file = MappedFile::open(path)?;
-        let gguf = Gguf::parse(file.bytes()).at(place)?;
-        let factors = |name: &str, count: usize| gguf.numbers(file.bytes(), name, count);
-        let config = ModelConfig::from_gguf(&gguf, factors).at(place)?;
-        let text = TextSide::from_gguf(&gguf).at(place)?;
-        let checkpoint = Checkpoint::from_gguf(file, gguf, &config)?;
-        Ok(Self::new(path, config, checkpoint, text, Vec::new()))
+        let config = ModelConfig::from_gguf(&parts).at(place)?;
+        let text = TextSide::from_gguf(gguf).at(place)?;
+        let checkpoint = Checkpoint::from_gguf(parts.0, &config)?;
+        Ok(Self::new(&path, config, checkpoint, text, Vec::new()))
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
@@ -194,8 +195,8 @@ impl Model {
     }
 
     /// SHA-256 (hex) of all that the model's results depend on, computed once. Of a GGUF file: the
-    /// file's own; of a folder: of its weights, configuration, tokenizer and template files, each
-    /// with its name and length before it.
+    /// file's own; of one in parts, or of a folder: of its weights, configuration, tokenizer and
+    /// template files, each with its name and length before it.
     ///
     /// # Errors
     ///

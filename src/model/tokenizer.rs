@@ -1,10 +1,14 @@
 //! Text to token ids and back: a `tokenizer.json`, or the vocabulary inside a GGUF file.
 
+mod gguf;
+mod rules;
+mod sentencepiece;
+
 use std::ops::Range;
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
-use super::gguf::Gguf;
+pub(super) use self::gguf::special_token;
 use crate::error::{Error, Result};
 
 /// A model's tokenizer.
@@ -13,6 +17,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Tokens are written in the 256 printable stand-ins for bytes.
     byte_level: bool,
+    /// Or in characters, with ▁ for a blank, and characters without a token as `<0xE2>`.
+    byte_fallback: bool,
 }
 
 /// A text's tokens.
@@ -20,18 +26,11 @@ pub struct Tokenizer {
 pub struct Encoding {
     /// Their ids.
     pub tokens: Vec<u32>,
-    /// The byte range of the text that each stands for, blanks included; tokens that share a
-    /// character each have all of it; one that stands for no text (a BOS added) has an empty range.
+    /// The byte range of the text that each stands for, blanks included: together they cover it.
+    /// Tokens that share a character each have all of it; one that stands for no text (a BOS added,
+    /// a blank put before the text) has an empty range.
     pub spans: Vec<Range<usize>>,
 }
-
-/// How Llama 3 and Qwen 2 cut text before merging.
-const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// ggml's token types.
-const CONTROL: u64 = 3;
-const USER_DEFINED: u64 = 4;
 
 impl Tokenizer {
     /// Reads a `tokenizer.json`. Spans are made to include blanks; ids are unaffected by that.
@@ -39,52 +38,15 @@ impl Tokenizer {
         if let Some(post) = json.get_mut("post_processor") {
             keep_blanks(post);
         }
-        let byte_level = json.get("decoder").is_some_and(is_byte_level);
+        let decodes = |kind| json.get("decoder").is_some_and(|decoder| has_decoder(decoder, kind));
+        let (byte_level, byte_fallback) = (decodes("ByteLevel"), decodes("ByteFallback"));
         let mut inner = tokenizers::Tokenizer::from_bytes(json.to_string())
             .map_err(|error| Error::new(format!("not a tokenizer: {error}")))?;
         inner
             .with_padding(None)
             .with_truncation(None)
             .map_err(|error| Error::new(format!("tokenizer: {error}")))?;
-        Ok(Self { inner, byte_level })
-    }
-
-    /// Builds the tokenizer of a GGUF file; the inner error says why there is none.
-    pub(super) fn from_gguf(gguf: &Gguf) -> Result<std::result::Result<Self, String>> {
-        let Some(model) = gguf.text("tokenizer.ggml.model")? else {
-            return Ok(Err("the GGUF file has no vocabulary".into()));
-        };
-        if model != "gpt2" {
-            return Ok(Err(format!(
-                "its GGUF tokenizer is of kind `{model}`; only `gpt2` (byte-level BPE) can be used"
-            )));
-        }
-        let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("none");
-        let Some(pre_tokenizer) = pre_tokenizer(pre) else {
-            return Ok(Err(format!(
-                "its GGUF tokenizer splits text by the rules `{pre}`; known are smollm, gpt-2, \
-                 llama-bpe, llama3 and qwen2"
-            )));
-        };
-        let tokens = listed(gguf.texts("tokenizer.ggml.tokens")?, "tokenizer.ggml.tokens")?;
-        let merges = listed(gguf.texts("tokenizer.ggml.merges")?, "tokenizer.ggml.merges")?;
-        let normalizer = (pre == "qwen2").then(|| json!({"type": "NFC"}));
-        let llama3 = matches!(pre, "llama-bpe" | "llama3");
-        Self::from_json(json!({
-            "version": "1.0",
-            "added_tokens": added_tokens(gguf, &tokens)?,
-            "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer,
-            "post_processor": post_processor(gguf, &tokens, llama3)?,
-            "decoder": byte_level(false),
-            "model": {
-                "type": "BPE",
-                "vocab": vocabulary(&tokens)?,
-                "merges": merge_pairs(&merges)?,
-                "ignore_merges": llama3,
-            },
-        }))
-        .map(Ok)
+        Ok(Self { inner, byte_level, byte_fallback })
     }
 
     /// The tokens of a text. `special`: with those that the tokenizer adds by itself, such as a
@@ -98,8 +60,26 @@ impl Tokenizer {
             .inner
             .encode(text, special)
             .map_err(|error| Error::new(format!("the text cannot be tokenised: {error}")))?;
-        let spans = encoding.get_offsets().iter().map(|(from, to)| *from..*to).collect();
-        Ok(Encoding { tokens: encoding.get_ids().to_vec(), spans })
+        let tokens = encoding.get_ids().to_vec();
+        let mut spans: Vec<Range<usize>> =
+            encoding.get_offsets().iter().map(|(from, to)| *from..*to).collect();
+        if !self.byte_level {
+            self.empty_prefixes(&tokens, &mut spans);
+        }
+        cover(text.len(), &mut spans);
+        Ok(Encoding { tokens, spans })
+    }
+
+    /// A ▁ that the tokenizer put before a text has its first character's span, as the token after
+    /// it: it stands for nothing.
+    fn empty_prefixes(&self, tokens: &[u32], spans: &mut [Range<usize>]) {
+        for at in 1..spans.len() {
+            let (start, next) = (spans[at - 1].start, &spans[at]);
+            let shared = start == next.start && !next.is_empty();
+            if shared && self.inner.id_to_token(tokens[at - 1]).is_some_and(|name| name == "▁") {
+                spans[at - 1].end = start;
+            }
+        }
     }
 
     /// The text of tokens, without special ones; bytes that are no UTF-8 become U+FFFD.
@@ -113,16 +93,15 @@ impl Tokenizer {
     /// One token for display: special ones by name, parts of characters as `\xf0\x9f`.
     pub fn piece(&self, token: u32) -> String {
         let Some(name) = self.inner.id_to_token(token) else { return format!("<{token}>") };
-        if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token) {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&token);
+        if added.is_some_and(|added| added.special || self.byte_level) {
             return name;
         }
         if !self.byte_level {
-            return name.replace('▁', " ");
+            let byte = Some(&name).filter(|_| self.byte_fallback).and_then(|name| named_byte(name));
+            return byte.map_or_else(|| name.replace('▁', " "), |byte| shown(vec![byte]));
         }
-        let Some(bytes) = name.chars().map(byte_of).collect::<Option<Vec<u8>>>() else {
-            return name;
-        };
-        String::from_utf8(bytes).unwrap_or_else(|error| error.as_bytes().escape_ascii().to_string())
+        name.chars().map(byte_of).collect::<Option<Vec<u8>>>().map_or(name, shown)
     }
 
     /// Entries of the vocabulary, added tokens included.
@@ -148,138 +127,35 @@ fn keep_blanks(value: &mut Value) {
     }
 }
 
-/// Whether a decoder, or one of a sequence of decoders, is the byte-level one.
-fn is_byte_level(decoder: &Value) -> bool {
+/// Whether a decoder, or one of a sequence of decoders, is of a kind.
+fn has_decoder(decoder: &Value, kind: &str) -> bool {
     let nested = decoder.get("decoders").and_then(Value::as_array);
-    decoder.get("type").is_some_and(|kind| kind == "ByteLevel")
-        || nested.is_some_and(|decoders| decoders.iter().any(is_byte_level))
+    decoder.get("type").is_some_and(|own| own == kind)
+        || nested.is_some_and(|decoders| decoders.iter().any(|one| has_decoder(one, kind)))
 }
 
-fn byte_level(use_regex: bool) -> Value {
-    json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
-        "use_regex": use_regex
-    })
-}
-
-/// The pre-tokenizer that llama.cpp's name stands for.
-fn pre_tokenizer(name: &str) -> Option<Value> {
-    let sequence =
-        |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
-    let split = |pattern: &str| {
-        json!({
-            "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-            "invert": false
-        })
-    };
-    Some(match name {
-        "gpt-2" => byte_level(true),
-        "smollm" => {
-            sequence(json!({"type": "Digits", "individual_digits": true}), byte_level(true))
-        }
-        "llama-bpe" | "llama3" => sequence(split(LLAMA3_SPLIT), byte_level(false)),
-        "qwen2" => sequence(split(QWEN2_SPLIT), byte_level(false)),
-        _ => return None,
-    })
-}
-
-fn listed<T>(list: Option<Vec<T>>, key: &str) -> Result<Vec<T>> {
-    list.ok_or_else(|| Error::new("the GGUF vocabulary is incomplete").at(key).got("no such key"))
-}
-
-/// Token to id.
-fn vocabulary(tokens: &[&str]) -> Result<Value> {
-    let mut vocab = Map::new();
-    for (id, token) in tokens.iter().enumerate() {
-        if let Some(first) = vocab.insert((*token).to_owned(), id.into()) {
-            return Err(Error::new("a token stands twice in the GGUF vocabulary")
-                .at("tokenizer.ggml.tokens")
-                .got(format!("{token:?} at {first} and {id}")));
-        }
+/// Text that a normalizer dropped belongs to the token after it, at the end to the last one.
+fn cover(length: usize, spans: &mut [Range<usize>]) {
+    let mut covered = 0;
+    for span in spans.iter_mut().filter(|span| span.start < span.end) {
+        span.start = span.start.min(covered);
+        covered = covered.max(span.end);
     }
-    Ok(Value::Object(vocab))
-}
-
-/// `"a b"` to `["a", "b"]`.
-fn merge_pairs(merges: &[&str]) -> Result<Vec<Value>> {
-    let pair = |merge: &&str| {
-        let (left, right) =
-            merge.split_once(' ').filter(|(l, r)| !l.is_empty() && !r.is_empty())?;
-        Some(json!([left, right]))
-    };
-    let bad = |merge: &&str| {
-        Error::new("bad merge in the GGUF vocabulary")
-            .at("tokenizer.ggml.merges")
-            .expected("two tokens with a blank between them")
-            .got(format!("{merge:?}"))
-    };
-    merges.iter().map(|merge| pair(merge).ok_or_else(|| bad(merge))).collect()
-}
-
-/// Control tokens are special; user-defined ones are found in text before it is split, but are text.
-fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Result<Vec<Value>> {
-    let key = "tokenizer.ggml.token_type";
-    let types = listed(gguf.unsigneds(key)?, key)?;
-    if types.len() != tokens.len() {
-        return Err(Error::new("the GGUF vocabulary contradicts itself")
-            .at(key)
-            .expected(format!("{} types, one a token", tokens.len()))
-            .got(types.len()));
+    if let Some(last) = spans.iter_mut().rev().find(|span| span.start < span.end) {
+        last.end = last.end.max(length);
     }
-    let added = types.iter().zip(tokens).enumerate();
-    let added = added.filter(|(_, (kind, _))| matches!(**kind, CONTROL | USER_DEFINED));
-    Ok(added
-        .map(|(id, (kind, token))| {
-            json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": *kind == CONTROL
-            })
-        })
-        .collect())
 }
 
-/// Adds BOS and EOS where the file says so; Llama 3's vocabulary has a BOS by default.
-fn post_processor(gguf: &Gguf, tokens: &[&str], llama3: bool) -> Result<Value> {
-    let wanted = [
-        ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.add_bos_token", llama3),
-        ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_eos_token", false),
-    ];
-    let mut single = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
-    let mut special = Map::new();
-    for (index, (id_key, add_key, default)) in wanted.into_iter().enumerate() {
-        if !gguf.boolean(add_key)?.unwrap_or(default) {
-            continue;
-        }
-        let Some((id, token)) = special_token(gguf, id_key, tokens)? else {
-            return Err(Error::new("the GGUF vocabulary is incomplete")
-                .at(id_key)
-                .got("no such key"));
-        };
-        special.insert(token.into(), json!({"id": token, "ids": [id], "tokens": [token]}));
-        let item = json!({"SpecialToken": {"id": token, "type_id": 0}});
-        single.insert(if index == 0 { 0 } else { single.len() }, item);
-    }
-    let mut pair = single.clone();
-    pair.push(json!({"Sequence": {"id": "B", "type_id": 1}}));
-    Ok(json!({
-        "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special
-    }))
+/// The byte that a token such as `<0xE2>` is named after.
+fn named_byte(name: &str) -> Option<u8> {
+    let digits = name.strip_prefix("<0x")?.strip_suffix('>')?;
+    let hex = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    u8::from_str_radix(digits, 16).ok().filter(|_| hex)
 }
 
-/// The id under a metadata key, and its token.
-pub(super) fn special_token<'a>(
-    gguf: &Gguf,
-    key: &str,
-    tokens: &[&'a str],
-) -> Result<Option<(u64, &'a str)>> {
-    let Some(id) = gguf.unsigned(key)? else { return Ok(None) };
-    let token = usize::try_from(id).ok().and_then(|id| tokens.get(id));
-    token.map(|token| Some((id, *token))).ok_or_else(|| {
-        Error::new("a special token is not in the vocabulary")
-            .at(key)
-            .expected(format!("an id below {}", tokens.len()))
-            .got(id)
-    })
+/// A part of a character as `\xe2`.
+fn shown(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|error| error.as_bytes().escape_ascii().to_string())
 }
 
 /// The byte that a character of a byte-level token stands for. Printable Latin-1 stands for itself,
@@ -298,7 +174,16 @@ fn byte_of(c: char) -> Option<u8> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use serde_json::{Map, json};
+
     use super::*;
+
+    fn byte_level() -> Value {
+        json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
+            "use_regex": true
+        })
+    }
 
     /// A byte-level tokenizer with the 256 bytes, a few merges and `ChatML`'s special tokens.
     pub fn small() -> Tokenizer {
@@ -325,7 +210,7 @@ pub(super) mod tests {
         Tokenizer::from_json(json!({
             "version": "1.0",
             "added_tokens": added,
-            "pre_tokenizer": byte_level(true),
+            "pre_tokenizer": byte_level(),
             "post_processor": {
                 "type": "Sequence", "processors": [
                     {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
@@ -337,7 +222,7 @@ pub(super) mod tests {
                     }
                 ]
             },
-            "decoder": byte_level(true),
+            "decoder": byte_level(),
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}
         }))
         .unwrap()
@@ -398,26 +283,111 @@ pub(super) mod tests {
         );
     }
 
+    /// Each token for display, with the text that it stands for.
+    fn shown_spans(tokenizer: &Tokenizer, text: &str) -> Vec<(String, String)> {
+        let encoding = tokenizer.encode(text, false).unwrap();
+        let piece = |(token, span): (&u32, &Range<usize>)| {
+            (tokenizer.piece(*token), text[span.clone()].to_owned())
+        };
+        encoding.tokens.iter().zip(&encoding.spans).map(piece).collect()
+    }
+
+    fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+        list.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+    }
+
     #[test]
-    fn text_is_cut_by_the_rules_of_its_name() {
-        use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
-        let text = "I'm 1234\n\n  x";
-        let cases: [(&str, &[&str]); 4] = [
-            ("gpt-2", &["I", "'m", " 1234", "\n\n ", " x"]),
-            ("smollm", &["I", "'m", " ", "1", "2", "3", "4", "\n\n ", " x"]),
-            ("llama-bpe", &["I", "'m", " ", "123", "4", "\n\n", " ", " x"]),
-            ("qwen2", &["I", "'m", " ", "1", "2", "3", "4", "\n\n", " ", " x"]),
-        ];
-        for (name, want) in cases {
-            let json = pre_tokenizer(name).unwrap();
-            let cut: tokenizers::PreTokenizerWrapper = serde_json::from_value(json).unwrap();
-            let mut pieces = PreTokenizedString::from(text);
-            cut.pre_tokenize(&mut pieces).unwrap();
-            let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
-            let got: Vec<&str> =
-                splits.iter().map(|(_, (from, to), _)| &text[*from..*to]).collect();
-            assert_eq!(got, want, "{name}");
+    fn a_normalizer_s_blank_stands_for_nothing_and_bytes_for_their_character() {
+        // As Llama 2's: every stretch between special tokens gets a blank.
+        let mut vocab: Map<String, Value> = ["<unk>", "<s>", "▁", "a", "b", "▁a", "▁▁"]
+            .iter()
+            .zip(0..)
+            .map(|(t, id)| ((*t).into(), id.into()))
+            .collect();
+        for byte in 0..=255u8 {
+            vocab.insert(format!("<0x{byte:02X}>"), (7 + u32::from(byte)).into());
         }
-        assert!(pre_tokenizer("viking").is_none());
+        let tokenizer = Tokenizer::from_json(json!({
+            "version": "1.0",
+            "added_tokens": [{
+                "id": 1, "content": "<s>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true
+            }],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+            ]},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+            ]},
+            "model": {
+                "type": "BPE", "vocab": vocab, "merges": [["▁", "▁"], ["▁", "a"]],
+                "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true
+            }
+        }))
+        .unwrap();
+        let text = "é a<s>b<s> a";
+        assert_eq!(
+            shown_spans(&tokenizer, text),
+            pairs(&[
+                (" ", ""),
+                (r"\xc3", "é"),
+                (r"\xa9", "é"),
+                (" a", " a"),
+                ("<s>", "<s>"),
+                (" ", ""),
+                ("b", "b"),
+                ("<s>", "<s>"),
+                ("  ", " "),
+                ("a", "a")
+            ])
+        );
+        let tokens = tokenizer.encode(text, false).unwrap().tokens;
+        assert_eq!(tokenizer.decode(&tokens), "é a b  a");
+        assert_eq!(tokenizer.decode(&tokens[1..2]), "\u{fffd}");
+    }
+
+    #[test]
+    fn unigram_tokenizers_work_and_dropped_text_has_a_token() {
+        let vocab =
+            [("<unk>", 0.0), ("▁", -2.0), ("a", -3.0), ("b", -3.0), ("▁ab", -1.5), ("c", -4.0)];
+        let tokenizer = Tokenizer::from_json(json!({
+            "version": "1.0",
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "NFKC"}, {"type": "Strip", "strip_left": true, "strip_right": true},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+            ]},
+            "pre_tokenizer": {
+                "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true
+            },
+            "decoder": {
+                "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true
+            },
+            "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+        }))
+        .unwrap();
+        assert_eq!(
+            shown_spans(&tokenizer, "  ab   Ω\u{ff43} "),
+            pairs(&[(" ab", "  ab"), (" ", "   "), ("<unk>", "Ω"), ("c", "\u{ff43} ")])
+        );
+        let tokens = tokenizer.encode("ab b", false).unwrap().tokens;
+        assert_eq!(tokenizer.decode(&tokens), "ab b");
+    }
+
+    #[test]
+    fn spans_are_stretched_over_dropped_text() {
+        let mut spans = [0..0, 2..3, 3..3, 4..6, 4..6];
+        cover(9, &mut spans);
+        assert_eq!(spans, [0..0, 0..3, 3..3, 3..6, 4..9]);
+    }
+
+    #[test]
+    fn byte_tokens_have_two_digits() {
+        assert_eq!(named_byte("<0xE2>"), Some(0xe2));
+        for name in ["<0xE>", "<0x+1>", "<0xE2", "0xE2", "<0x0E2>"] {
+            assert_eq!(named_byte(name), None, "{name}");
+        }
     }
 }

@@ -3,7 +3,6 @@
 use std::{fs, path::Path};
 
 use inkling::{error::Result, model::Model};
-use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{DIM, FFN, KV, VOCAB, assert_refused, load};
@@ -11,45 +10,45 @@ use crate::{DIM, FFN, KV, VOCAB, assert_refused, load};
 const F32: u32 = 0;
 
 /// A GGUF file in parts, so that a test can change one.
-struct GgufFile {
-    magic: &'static [u8],
-    version: u32,
+pub struct GgufFile {
+    pub magic: &'static [u8],
+    pub version: u32,
     /// Added to the true counts.
     more_tensors: u64,
     more_entries: u64,
-    metadata: Vec<(String, Vec<u8>)>,
-    tensors: Vec<GgufTensor>,
+    pub metadata: Vec<(String, Vec<u8>)>,
+    pub tensors: Vec<GgufTensor>,
     /// Cut from the end.
     cut: usize,
 }
 
 #[derive(Clone)]
-struct GgufTensor {
-    name: String,
-    dimensions: Vec<u64>,
+pub struct GgufTensor {
+    pub name: String,
+    pub dimensions: Vec<u64>,
     kind: u32,
     /// Instead of the next free one.
     offset: Option<u64>,
-    data: Vec<u8>,
+    pub data: Vec<u8>,
 }
 
-fn text(value: &str) -> Vec<u8> {
+pub fn text(value: &str) -> Vec<u8> {
     [&(value.len() as u64).to_le_bytes()[..], value.as_bytes()].concat()
 }
 
-fn typed(kind: u32, bytes: &[u8]) -> Vec<u8> {
+pub fn typed(kind: u32, bytes: &[u8]) -> Vec<u8> {
     [&kind.to_le_bytes()[..], bytes].concat()
 }
 
-fn entry_text(key: &str, value: &str) -> (String, Vec<u8>) {
+pub fn entry_text(key: &str, value: &str) -> (String, Vec<u8>) {
     (key.into(), typed(8, &text(value)))
 }
 
-fn entry_u32(key: &str, value: u64) -> (String, Vec<u8>) {
+pub fn entry_u32(key: &str, value: u64) -> (String, Vec<u8>) {
     (key.into(), typed(4, &(value as u32).to_le_bytes()))
 }
 
-fn tensor(name: &str, dimensions: &[u64]) -> GgufTensor {
+pub fn tensor(name: &str, dimensions: &[u64]) -> GgufTensor {
     let count: u64 = dimensions.iter().product();
     let data = (0..count).flat_map(|n| (n as f32).to_le_bytes()).collect();
     let dimensions = dimensions.to_vec();
@@ -57,7 +56,7 @@ fn tensor(name: &str, dimensions: &[u64]) -> GgufTensor {
 }
 
 impl GgufFile {
-    fn good() -> Self {
+    pub fn good() -> Self {
         let sizes = [
             ("llama.block_count", 1),
             ("llama.embedding_length", DIM),
@@ -95,16 +94,16 @@ impl GgufFile {
         }
     }
 
-    fn set(&mut self, key: &str, value: Vec<u8>) {
+    pub fn set(&mut self, key: &str, value: Vec<u8>) {
         self.metadata.retain(|(name, _)| name != key);
         self.metadata.push((key.into(), value));
     }
 
-    fn tensor(&mut self, name: &str) -> &mut GgufTensor {
+    pub fn tensor(&mut self, name: &str) -> &mut GgufTensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         let mut out = self.magic.to_vec();
         out.extend(self.version.to_le_bytes());
         out.extend((self.tensors.len() as u64).wrapping_add(self.more_tensors).to_le_bytes());
@@ -130,7 +129,7 @@ impl GgufFile {
     }
 }
 
-fn load_gguf(bytes: &[u8]) -> Result<Model> {
+pub fn load_gguf(bytes: &[u8]) -> Result<Model> {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("tiny.gguf");
     fs::write(&path, bytes).unwrap();
@@ -138,7 +137,7 @@ fn load_gguf(bytes: &[u8]) -> Result<Model> {
 }
 
 /// The good file with one change is refused, and the message says why.
-fn refused_gguf(cause: &str, change: impl FnOnce(&mut GgufFile)) {
+pub fn refused_gguf(cause: &str, change: impl FnOnce(&mut GgufFile)) {
     let mut file = GgufFile::good();
     change(&mut file);
     assert_refused(load_gguf(&file.bytes()), "tiny.gguf", cause);
@@ -149,6 +148,11 @@ fn a_good_gguf_file_loads() {
     let model = load_gguf(&GgufFile::good().bytes()).unwrap();
     assert_eq!((model.name.as_str(), model.config.head_dim), ("tiny.gguf", 4));
     assert!(model.config.tied_embeddings && model.tokenizer.is_none());
+
+    // Version 2 is laid out alike.
+    let mut old = GgufFile::good();
+    old.version = 2;
+    assert!(load_gguf(&old.bytes()).is_ok());
 
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("one.gguf"), GgufFile::good().bytes()).unwrap();
@@ -209,6 +213,8 @@ fn any_byte_of_a_gguf_header_may_be_wrong() {
 fn what_is_not_gguf_is_refused() {
     refused_gguf("not a GGUF file", |file| file.magic = b"GGML");
     refused_gguf("unsupported GGUF version", |file| file.version = 1);
+    refused_gguf("got:      1", |file| file.version = 1);
+    refused_gguf("got:      4", |file| file.version = 4);
     refused_gguf("big-endian", |file| file.version = 3u32.swap_bytes());
     assert_refused(load_gguf(b""), "tiny.gguf", "not a GGUF file");
     assert_refused(load(Path::new("no/such.gguf")), "no/such.gguf", "No such file");
@@ -253,14 +259,18 @@ fn lying_gguf_tensor_records_are_refused() {
     for dimensions in [vec![8, 0], vec![1 << 40, 1 << 40], vec![u64::MAX, 2]] {
         refused_gguf("a tensor's shape cannot be", |file| file.tensor(q).dimensions = dimensions);
     }
-    refused_gguf("a tensor's shape cannot be", |file| file.tensor(q).kind = 8);
+    // Rows of 8 are no whole blocks of 32 or 256.
+    for kind in [8, 6, 14] {
+        refused_gguf("a tensor's shape cannot be", |file| file.tensor(q).kind = kind);
+    }
 }
 
 #[test]
 fn unsupported_gguf_models_are_refused_by_name() {
     let q = "blk.0.attn_q.weight";
     let architecture = "general.architecture";
-    refused_gguf("Q4_K", |file| file.tensor(q).kind = 12);
+    refused_gguf("got:      IQ4_XS", |file| file.tensor(q).kind = 23);
+    refused_gguf("Q5_K, Q6_K", |file| file.tensor(q).kind = 23);
     refused_gguf("type 99", |file| file.tensor(q).kind = 99);
     refused_gguf("falcon", |file| file.set(architecture, entry_text("", "falcon").1));
     refused_gguf("got:      none", |file| file.metadata.retain(|(key, _)| key != architecture));
@@ -307,104 +317,4 @@ fn missing_extra_and_misshapen_gguf_tensors_are_refused_by_name() {
     refused_gguf("stands twice under two names", |file| {
         file.tensors.push(tensor("model.norm.weight", &[8]));
     });
-}
-
-#[test]
-fn a_gguf_tokenizer_of_another_kind_leaves_prompts_of_token_ids() {
-    let mut file = GgufFile::good();
-    file.set("tokenizer.ggml.model", entry_text("", "llama").1);
-    let model = load_gguf(&file.bytes()).unwrap();
-    let request = |json: Value| serde_json::from_value(json).unwrap();
-    let prompt = model.render(&request(json!({"id": "a", "tokens": [1, 9]}))).unwrap();
-    assert_eq!((prompt.tokens, prompt.pieces), (vec![1, 9], vec!["<1>".into(), "<9>".to_owned()]));
-    let refused = [
-        (json!({"id": "a", "text": "hi"}), "only `gpt2`"),
-        (
-            json!({"id": "a", "messages": [{"role": "user", "content": "x"}]}),
-            "chat template cannot be used: it has none",
-        ),
-        (json!({"id": "a", "tokens": [1, 10]}), "tokens[1]"),
-        (json!({"id": "a", "tokens": []}), "empty prompt"),
-        (json!({"id": "a", "tokens": vec![1; 33]}), "at most 32 tokens"),
-        (json!({"id": "a", "tokens": [1], "prefill": "x"}), "prefill"),
-        (json!({"id": "a", "tokens": [1], "system": ""}), "`system` needs `messages`"),
-        (json!({"id": "a", "tokens": [1], "text": "x"}), "text and tokens"),
-        (json!({"id": "a"}), "none"),
-    ];
-    for (json, cause) in refused {
-        let message = model.render(&request(json)).unwrap_err().to_string();
-        assert!(message.contains(cause), "want {cause:?} in:\n{message}");
-    }
-    let vocabulary = |pre: &str, merge: &str| {
-        let mut file = GgufFile::good();
-        let list = |values: &[&str]| {
-            let values: Vec<u8> = values.iter().flat_map(|value| text(value)).collect();
-            typed(9, &typed(8, &[&2u64.to_le_bytes()[..], &values].concat()))
-        };
-        file.set("tokenizer.ggml.model", entry_text("", "gpt2").1);
-        file.set("tokenizer.ggml.pre", entry_text("", pre).1);
-        file.set("tokenizer.ggml.tokens", list(&["a", "b"]));
-        file.set("tokenizer.ggml.merges", list(&["a b", merge]));
-        load_gguf(&file.bytes())
-    };
-    let message =
-        vocabulary("viking", "a").unwrap().render(&request(json!({"id": "a", "text": "x"})));
-    assert!(message.unwrap_err().to_string().contains("`viking`"));
-    assert_refused(vocabulary("gpt-2", "a"), "tiny.gguf", "tokenizer.ggml.token_type");
-}
-
-#[test]
-fn a_gguf_vocabulary_becomes_a_tokenizer() {
-    let list = |kind: u32, values: &[Vec<u8>]| {
-        let count = (values.len() as u64).to_le_bytes();
-        typed(9, &typed(kind, &[&count[..], &values.concat()].concat()))
-    };
-    let texts =
-        |values: &[&str]| list(8, &values.iter().map(|value| text(value)).collect::<Vec<_>>());
-    let mut file = GgufFile::good();
-    file.set("tokenizer.ggml.model", entry_text("", "gpt2").1);
-    file.set("tokenizer.ggml.pre", entry_text("", "smollm").1);
-    file.set("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<s>", "Ġ", "Ċ"]));
-    file.set("tokenizer.ggml.merges", texts(&["a b"]));
-    let types = [1i32, 1, 1, 3, 1, 1].map(|kind| kind.to_le_bytes().to_vec());
-    file.set("tokenizer.ggml.token_type", list(5, &types));
-    file.set("tokenizer.ggml.bos_token_id", entry_u32("", 3).1);
-    file.set("tokenizer.ggml.eos_token_id", entry_u32("", 3).1);
-    file.set("tokenizer.ggml.add_bos_token", typed(7, &[1]));
-    let template = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}\n{% endfor %}";
-    file.set("tokenizer.chat_template", entry_text("", template).1);
-    let model = load_gguf(&file.bytes()).unwrap();
-    assert_eq!(model.config.stop_tokens, [3]);
-
-    let render = |json: Value| model.render(&serde_json::from_value(json).unwrap());
-    let prompt = render(json!({"id": "a", "text": "ab <s>ba"})).unwrap();
-    assert_eq!(prompt.tokens, [3, 2, 4, 3, 1, 0]);
-    assert_eq!(prompt.pieces, ["<s>", "ab", " ", "<s>", "b", "a"]);
-    let user = json!([{"role": "user", "content": " ab "}]);
-    let prompt = render(json!({"id": "a", "messages": user, "prefill": "b"})).unwrap();
-    assert_eq!((prompt.text.as_str(), &prompt.tokens[..]), ("<s>ab\nb", &[3, 2, 5, 1][..]));
-    for (turn, want) in [("user.last", 1), ("assistant.last", 3)] {
-        let marker = json!({"start_of": {"text": "b", "turn": turn}});
-        assert_eq!(prompt.position(&serde_json::from_value(marker).unwrap()).unwrap(), want);
-    }
-    let refused = [
-        (json!({"id": "a", "messages": user, "prefill": "b "}), "must not end with a blank"),
-        (json!({"id": "a", "messages": user, "date": "today"}), "YYYY-MM-DD"),
-        (json!({"id": "a", "messages": user, "thinking": "on"}), "no thinking switch"),
-        (json!({"id": "a", "messages": []}), "no messages"),
-        (json!({"id": "a", "messages": [{"role": "tool", "content": ""}]}), "unknown role"),
-        (
-            json!({"id": "a", "system": "", "messages": [{"role": "system", "content": ""},
-                {"role": "user", "content": ""}]}),
-            "two system messages",
-        ),
-        (
-            json!({"id": "a", "messages": [{"role": "assistant", "content": "a"}], "prefill": "b"}),
-            "after a final assistant message",
-        ),
-    ];
-    for (json, cause) in refused {
-        let message = render(json).unwrap_err().to_string();
-        assert!(message.contains(cause), "want {cause:?} in:\n{message}");
-    }
 }

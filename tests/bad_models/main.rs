@@ -3,6 +3,8 @@
 
 mod folder;
 mod gguf;
+mod parts;
+mod vocabulary;
 
 use std::path::Path;
 

@@ -6,7 +6,11 @@ use super::{
     rope::{Scaling, Yarn},
     unsupported,
 };
-use crate::{error::Result, model::gguf::Gguf, ops::matmul::Activation};
+use crate::{
+    error::Result,
+    model::gguf::{Gguf, parts::Parts},
+    ops::matmul::Activation,
+};
 
 /// The architectures that GGUF files can be of.
 const KNOWN: [&str; 8] =
@@ -65,29 +69,28 @@ pub fn check_gguf_architecture(key: &str, name: &str) -> Result<()> {
 }
 
 impl ModelConfig {
-    /// Reads a GGUF file's metadata. `factors` reads one of [`FACTORS`], of this many numbers.
+    /// Reads the metadata of a GGUF model.
     ///
     /// # Errors
     ///
     /// A value is missing, malformed, or calls for something that is not computed.
-    pub(in crate::model) fn from_gguf(
-        gguf: &Gguf,
-        factors: impl Fn(&str, usize) -> Result<Option<Vec<f32>>>,
-    ) -> Result<Self> {
+    pub(in crate::model) fn from_gguf(parts: &Parts) -> Result<Self> {
+        let (_, gguf) = parts.first();
         let architecture = gguf.text("general.architecture")?.unwrap_or_default();
         check_gguf_architecture("general.architecture", architecture)?;
         let mut stop_tokens = Vec::new();
         for key in STOP_KEYS {
             stop_tokens.extend(gguf.unsigned(key)?.map(|id| (key, id)));
         }
-        let metadata = Metadata { gguf, architecture };
+        let metadata = Metadata { gguf, parts, architecture };
         metadata.refuse_unknown()?;
-        metadata.config(factors)?.checked(&stop_tokens)
+        metadata.config()?.checked(&stop_tokens)
     }
 }
 
 struct Metadata<'a> {
     gguf: &'a Gguf,
+    parts: &'a Parts,
     architecture: &'a str,
 }
 
@@ -129,10 +132,7 @@ impl Metadata<'_> {
         Ok(())
     }
 
-    fn config(
-        &self,
-        factors: impl Fn(&str, usize) -> Result<Option<Vec<f32>>>,
-    ) -> Result<ModelConfig> {
+    fn config(&self) -> Result<ModelConfig> {
         let (dim, heads) = (self.needed("embedding_length")?, self.needed("attention.head_count")?);
         let head_dim = self.size("attention.key_length")?.unwrap_or(dim / heads);
         if let Some(n) = self.size("attention.value_length")?.filter(|n| *n != head_dim) {
@@ -155,20 +155,20 @@ impl Metadata<'_> {
             },
             vocab: self.vocab()?,
         };
-        let (ropes, most) = self.ropes(rotary_dim, factors)?;
+        let (ropes, most) = self.ropes(rotary_dim)?;
         let context = self.needed("context_length")?;
         let context = most.unwrap_or(context).min(context);
         let mut config = ModelConfig::llama(shape, context, DEFAULT_THETA as f32);
         [config.rope, config.local_rope] = ropes;
         config.architecture = self.architecture.to_owned();
         config.rotary_dim = rotary_dim;
-        config.tied_embeddings = !self.gguf.tensors.contains_key("output.weight");
+        config.tied_embeddings = !self.parts.has("output.weight");
         let eps = "attention.layer_norm_rms_epsilon";
         config.norm_eps = self.float(eps)?.ok_or_else(|| missing(&self.key(eps)))? as f32;
         config.blocks = self.blocks(layers, experts.is_some())?;
         config.experts = experts;
-        config.attention_bias = match self.gguf.tensors.contains_key("blk.0.attn_q.bias") {
-            true if self.gguf.tensors.contains_key("blk.0.attn_output.bias") => AttentionBias::All,
+        config.attention_bias = match self.parts.has("blk.0.attn_q.bias") {
+            true if self.parts.has("blk.0.attn_output.bias") => AttentionBias::All,
             true => AttentionBias::Inputs,
             false => AttentionBias::None,
         };
@@ -257,11 +257,7 @@ impl Metadata<'_> {
     }
 
     /// The angles of blocks without and with a window, and the most positions that they are for.
-    fn ropes(
-        &self,
-        width: usize,
-        factors: impl Fn(&str, usize) -> Result<Option<Vec<f32>>>,
-    ) -> Result<([Rope; 2], Option<usize>)> {
+    fn ropes(&self, width: usize) -> Result<([Rope; 2], Option<usize>)> {
         let theta = self.float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
         let base = checked_theta(theta)?;
         let kind = self.gguf.text(&self.key("rope.scaling.type"))?.unwrap_or("none");
@@ -270,7 +266,8 @@ impl Metadata<'_> {
             self.float(key)?.ok_or_else(|| missing(&self.key(key)))
         };
         let [whole, short, _] = FACTORS;
-        let [whole, short] = [factors(whole, width / 2)?, factors(short, width / 2)?];
+        let factors = |name| self.parts.numbers(name, width / 2);
+        let [whole, short] = [factors(whole)?, factors(short)?];
         let attention = self.float("rope.scaling.attn_factor")?;
         let mut most = None;
         let scaling = match (kind, whole, short) {
@@ -298,9 +295,13 @@ impl Metadata<'_> {
     }
 
     fn yarn(&self, factor: f64) -> Result<Yarn> {
-        let attention = match self.float("rope.scaling.yarn_attn_factor")? {
-            Some(attention) => attention,
-            None => self.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
+        // The converter writes the one key as transformers means it, llama.cpp multiplies by the other.
+        let scale = match self.float("rope.scaling.yarn_attn_factor")? {
+            Some(scale) => scale,
+            None => {
+                let times = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+                Yarn::magnitude(factor, 1.0) * times
+            }
         };
         let original = match self.size("rope.scaling.original_context_length")? {
             Some(original) => original,
@@ -312,7 +313,7 @@ impl Metadata<'_> {
             beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
             beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             truncate: true,
-            scale: Yarn::magnitude(factor, 1.0) * attention,
+            scale,
         })
     }
 }
