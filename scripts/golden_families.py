@@ -26,6 +26,7 @@ FAMILIES = {
     "llama_yarn": ("Llama", dict(head_dim=32, rope_parameters=THETA | {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128})),
     "mistral": ("Mistral", dict(head_dim=16, num_key_value_heads=1, sliding_window=37)),
+    "mistral3": ("Mistral3", dict(head_dim=16, sliding_window=None)),
     "qwen2": ("Qwen2", dict(hidden_size=56, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True)),
     "qwen2_window": ("Qwen2", dict(use_sliding_window=True, sliding_window=70, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=24, tie_word_embeddings=True)),
@@ -71,6 +72,12 @@ def build(name):
                                                mm_tokens_per_image=4, eos_token_id=[2, 5])  # fmt: skip
             return transformers.Gemma3ForConditionalGeneration(config)
         return transformers.Gemma3ForCausalLM(config)
+    if family == "Mistral3":
+        text = transformers.MistralConfig(**settings)
+        vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                      num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+        config = transformers.Mistral3Config(text_config=text.to_dict(), vision_config=vision)
+        return transformers.Mistral3ForConditionalGeneration(config)
     config = getattr(transformers, f"{family}Config")(**settings)
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
@@ -100,6 +107,6 @@ def model(name, seed):
             else:
                 gain = gains.get(kind if kind in gains else part, 1.0)
                 weight.normal_(std=gain * weight.shape[-1] ** -0.5)
-                if part in ("o_proj", "down_proj"):
+                if part in ("o_proj", "down_proj") and len(weight) > max(OUTLIERS):  # not of a vision tower
                     weight[outliers] *= 4.0
     return made

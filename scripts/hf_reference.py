@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
 BLOCK_SITES = (*STREAM_SITES, "attn_out", "mlp_out")
@@ -76,9 +76,10 @@ class Reference:
 
     def __init__(self, folder, dtype="float32"):
         self.folder = folder
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-        ).eval()
+        config = AutoConfig.from_pretrained(folder)
+        # Some text models are parts of ones that see images.
+        auto = AutoModelForImageTextToText if config.model_type == "mistral3" else AutoModelForCausalLM
+        self.model = auto.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
         self.tokenizer = None
         text = getattr(self.model.model, "language_model", self.model.model)  # in a multimodal model
         self.blocks = text.layers

@@ -206,6 +206,17 @@ fn sharing_changes_nothing_in_f32() {
     check("sharded", &Options { behind: true, ..options }, 28..32, 60);
 }
 
+/// Windows, norms of what is added, blocks without rope, mixtures of experts.
+#[test]
+fn sharing_changes_nothing_in_any_family() {
+    let options = Options { threads: Some(2), ..Options::default() };
+    let families = ["gemma2", "gemma3", "granite", "mistral", "mixtral", "olmo3", "phi3_longrope"];
+    let families = families.into_iter().chain(["qwen2_window", "qwen3_moe_mixed", "smollm3"]);
+    for (seed, name) in (50..).zip(families) {
+        check(&format!("families/{name}"), &options, seed..seed + 2, 40);
+    }
+}
+
 #[test]
 #[cfg_attr(not(feature = "host-kernels"), ignore = "needs host kernels")]
 fn sharing_changes_nothing_by_kernels() {
@@ -213,6 +224,9 @@ fn sharing_changes_nothing_by_kernels() {
     let options =
         Options { device: DeviceKind::HostKernels, threads: Some(2), ..Options::default() };
     check("plain", &options, 40..42, 18);
+    for (seed, name) in (70..).zip(["gemma3", "olmo3", "qwen3_moe"]) {
+        check(&format!("families/{name}"), &options, seed..seed + 1, 12);
+    }
 }
 
 /// Several seeds of one injected prompt are one pass over it, and equal jobs are one job.

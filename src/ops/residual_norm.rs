@@ -302,25 +302,19 @@ const _: () = assert!(size_of::<ResidualNormParams>() == 176, "the kernel assert
 // SAFETY: field for field the struct in kernels/residual_norm.cu.
 unsafe impl Params for ResidualNormParams {}
 
-macro_rules! names {
-    ($size:literal) => {
-        [
-            concat!("residual_norm_", $size),
-            concat!("residual_norm_around_", $size),
-            concat!("residual_norm_after_", $size),
-        ]
-    };
-}
-
 /// (widest stream, kernels, threads of a row): by the width alone, as the order of sums is. The
 /// kernels normalise x, x and the branch, or only the branch.
 const KERNELS: [(usize, [&str; 3], u32); 6] = [
-    (256, names!("32_2"), 32),
-    (1024, names!("32_8"), 32),
-    (2048, names!("128_4"), 128),
-    (4096, names!("256_4"), 256),
-    (8192, names!("512_4"), 512),
-    (MAX_KERNEL_DIM, names!("1024_4"), 1024),
+    (256, ["residual_norm_32_2", "residual_norm_around_32_2", "residual_norm_after_32_2"], 32),
+    (1024, ["residual_norm_32_8", "residual_norm_around_32_8", "residual_norm_after_32_8"], 32),
+    (2048, ["residual_norm_128_4", "residual_norm_around_128_4", "residual_norm_after_128_4"], 128),
+    (4096, ["residual_norm_256_4", "residual_norm_around_256_4", "residual_norm_after_256_4"], 256),
+    (8192, ["residual_norm_512_4", "residual_norm_around_512_4", "residual_norm_after_512_4"], 512),
+    (
+        MAX_KERNEL_DIM,
+        ["residual_norm_1024_4", "residual_norm_around_1024_4", "residual_norm_after_1024_4"],
+        1024,
+    ),
 ];
 /// The widest stream that the kernels take.
 pub const MAX_KERNEL_DIM: usize = 16_384;

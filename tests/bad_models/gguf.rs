@@ -274,19 +274,27 @@ fn unsupported_gguf_models_are_refused_by_name() {
     refused_gguf("type 99", |file| file.tensor(q).kind = 99);
     refused_gguf("falcon", |file| file.set(architecture, entry_text("", "falcon").1));
     refused_gguf("got:      none", |file| file.metadata.retain(|(key, _)| key != architecture));
-    refused_gguf("rope_freqs.weight", |file| file.tensors.push(tensor("rope_freqs.weight", &[2])));
-    let texts = [("llama.rope.scaling.type", "yarn"), ("llama.attention.head_count", "two")];
+    refused_gguf("rope_freqs.weight", |file| file.tensors.push(tensor("rope_freqs.weight", &[3])));
+    // Factors of zero.
+    refused_gguf("rope frequency", |file| file.tensors.push(tensor("rope_freqs.weight", &[2])));
+    let texts = [("llama.rope.scaling.type", "mrope"), ("llama.attention.head_count", "two")];
     for (key, value) in texts {
         refused_gguf(key, |file| file.set(key, entry_text("", value).1));
     }
     let numbers = [
-        ("llama.rope.dimension_count", 2),
-        ("llama.expert_count", 8),
+        ("llama.attention.sliding_window_pattern", 1 << 30),
+        ("llama.block_count", 1 << 20),
         ("llama.attention.value_length", 8),
     ];
     for (key, value) in numbers {
         refused_gguf(key, |file| file.set(key, entry_u32("", value).1));
     }
+    refused_gguf("llama.expert_used_count", |file| {
+        file.set("llama.expert_count", entry_u32("", 8).1);
+    });
+    refused_gguf("turned part of a head", |file| {
+        file.set("llama.rope.dimension_count", entry_u32("", 3).1);
+    });
     refused_gguf("llama.block_count", |file| {
         file.metadata.retain(|(key, _)| key != "llama.block_count");
     });
@@ -300,7 +308,9 @@ fn missing_extra_and_misshapen_gguf_tensors_are_refused_by_name() {
     refused_gguf("model.layers.0.mlp.up_proj.weight", |file| {
         file.tensors.retain(|tensor| tensor.name != "blk.0.ffn_up.weight");
     });
-    refused_gguf("blk.0.attn_q.bias", |file| file.tensors.push(tensor("blk.0.attn_q.bias", &[8])));
+    refused_gguf("self_attn.q_proj.bias", |file| {
+        file.tensors.push(tensor("blk.0.attn_q.bias", &[8]));
+    });
     refused_gguf("blk.1.attn_norm", |file| {
         // A block more than the metadata says keeps its canonical name.
         file.tensors.push(tensor("blk.1.attn_norm_2.weight", &[8]));

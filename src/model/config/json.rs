@@ -37,7 +37,12 @@ impl ModelConfig {
             let fields = inner
                 .as_object()
                 .ok_or_else(|| refused("text_config", "an object", short(inner)))?;
-            Json::of_text(fields, name).at(place)?.config().at(place)?
+            let mut text = Json::of_text(fields, name).at(place)?.config().at(place)?;
+            let outer = Json::new(outer, name);
+            if outer.get("tie_word_embeddings").is_some() {
+                text.tied_embeddings = outer.flag("tie_word_embeddings")?;
+            }
+            text
         } else {
             Json::new(outer, name).config()?
         };

@@ -217,10 +217,21 @@ impl ModelConfig {
         }
     }
 
-    /// Numbers in all matrices and the norms of the stream; a tied output matrix counts once.
+    /// Numbers in all tensors; a tied output matrix counts once.
     pub fn parameters(&self) -> u64 {
         let n = |n: usize| n as u128;
-        let attention = n(self.dim) * n(self.head_dim) * 2 * (n(self.heads) + n(self.kv_heads));
+        let (q, kv) = (n(self.heads) * n(self.head_dim), n(self.kv_heads) * n(self.head_dim));
+        let bias = match self.attention_bias {
+            AttentionBias::None => 0,
+            AttentionBias::Inputs => q + 2 * kv,
+            AttentionBias::All => q + 2 * kv + n(self.dim),
+        };
+        let query_norms = match self.query_norm {
+            QueryNorm::None => 0,
+            QueryNorm::Heads => 2 * n(self.head_dim),
+            QueryNorm::Whole => q + kv,
+        };
+        let attention = n(self.dim) * 2 * (q + kv) + bias + query_norms;
         let norms = if self.norms == Norms::Around { 4 } else { 2 };
         let dense = 3 * n(self.dim) * n(self.ffn_dim);
         let sparse = self

@@ -70,3 +70,131 @@ fn refuses_what_changes_the_forward_pass() {
         assert!(error.contains(cause), "{key}: {error}");
     }
 }
+
+/// What differs from Llama 2, and the parameters that the models are known to have.
+#[test]
+fn published_configurations_are_read() {
+    let cases = [
+        (LLAMA_3_1, 8_030_261_248u64),
+        (MISTRAL_SMALL_3, 23_572_403_200),
+        (MIXTRAL, 46_702_792_704),
+        (QWEN_2_5, 7_615_616_512),
+        (QWEN_3_MOE, 30_532_122_624),
+        (GEMMA_2, 2_614_341_888),
+        (GEMMA_3, 3_880_263_168),
+        (PHI_3_LONG, 3_821_079_552),
+        (PHI_4_MINI, 3_836_021_760),
+        (OLMO_2, 7_298_617_344),
+        (GRANITE, 8_170_848_256),
+        (SMOLLM_3, 3_075_098_624),
+    ];
+    for (text, parameters) in cases {
+        let json: Value = serde_json::from_str(text).unwrap();
+        let config = ModelConfig::from_json(&json, None).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert_eq!(config.parameters(), parameters, "{}", config.architecture);
+    }
+}
+
+fn published(text: &str) -> ModelConfig {
+    ModelConfig::from_json(&serde_json::from_str(text).unwrap(), None).unwrap()
+}
+
+#[test]
+fn windows_and_angles_follow_the_family() {
+    let windows = |config: &ModelConfig| -> Vec<bool> {
+        config.blocks.iter().map(|block| block.window.is_some()).collect()
+    };
+    let gemma = published(GEMMA_3);
+    assert_eq!(windows(&gemma)[..7], [true, true, true, true, true, false, true]);
+    assert_eq!(gemma.blocks[0].window, Some(1024));
+    assert_eq!(gemma.local_rope, Rope::plain(256, 10_000.0));
+    assert_eq!(gemma.rope.frequencies[0], 1.0 / 8.0);
+    assert_eq!((gemma.context, gemma.vocab, gemma.gain_offset), (131_072, 262_208, 1.0));
+    assert_eq!(gemma.stop_tokens, [1, 106]);
+    assert_eq!(windows(&published(GEMMA_2))[..3], [true, false, true]);
+    assert!(!windows(&published(MISTRAL_SMALL_3)).contains(&true));
+    assert!(!windows(&published(QWEN_2_5)).contains(&true));
+    let smollm: Vec<bool> = published(SMOLLM_3).blocks.iter().map(|block| block.rope).collect();
+    assert_eq!(smollm[..8], [true, true, true, false, true, true, true, false]);
+    let phi = published(PHI_4_MINI);
+    assert_eq!((phi.rotary_dim, phi.head_dim, phi.rope.frequencies.len()), (96, 128, 48));
+    let phi = published(PHI_3_LONG);
+    assert_eq!(phi.context, 4096);
+    assert!((f64::from(phi.rope.scale) - 1.190_238).abs() < 1e-6, "{}", phi.rope.scale);
+    let granite = published(GRANITE);
+    assert_eq!((granite.embedding_scale, granite.logit_scale), (12.0, 1.0 / 16.0));
+    let experts = published(QWEN_3_MOE).experts.unwrap();
+    assert_eq!((experts.count, experts.used, experts.normalise), (128, 8, true));
+}
+
+const LLAMA_3_1: &str = r#"{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "max_position_embeddings": 131072, "pretraining_tp": 1,
+    "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "tie_word_embeddings": false,
+    "attention_bias": false, "mlp_bias": false, "hidden_act": "silu",
+    "eos_token_id": [128001, 128008, 128009]}"#;
+const MISTRAL_SMALL_3: &str = r#"{"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 40, "vocab_size": 131072,
+    "head_dim": 128, "rms_norm_eps": 1e-05, "rope_theta": 100000000.0, "max_position_embeddings": 32768,
+    "sliding_window": null, "hidden_act": "silu", "tie_word_embeddings": false, "eos_token_id": 2}"#;
+const MIXTRAL: &str = r#"{"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 32000,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "max_position_embeddings": 32768, "hidden_act": "silu",
+    "num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": null, "output_router_logits": false,
+    "tie_word_embeddings": false, "eos_token_id": 2}"#;
+const QWEN_2_5: &str = r#"{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 32768, "hidden_act": "silu",
+    "sliding_window": 131072, "use_sliding_window": false, "max_window_layers": 28,
+    "tie_word_embeddings": false, "eos_token_id": 151645}"#;
+const QWEN_3_MOE: &str = r#"{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48, "vocab_size": 151936,
+    "head_dim": 128, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": true,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_scaling": null, "sliding_window": null,
+    "use_sliding_window": false, "max_window_layers": 48, "attention_bias": false, "hidden_act": "silu",
+    "tie_word_embeddings": false, "eos_token_id": 151645}"#;
+const GEMMA_2: &str = r#"{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 26, "vocab_size": 256000,
+    "head_dim": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "max_position_embeddings": 8192,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
+    "cache_implementation": "hybrid", "eos_token_id": [1, 107]}"#;
+/// Nested in a multimodal one, which leaves most to transformers' defaults.
+const GEMMA_3: &str = r#"{"model_type": "gemma3", "eos_token_id": [1, 106], "vision_config": {},
+    "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+    "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024}}"#;
+const PHI_3_LONG: &str = r#"{"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 32064,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096, "sliding_window": 262144, "hidden_act": "silu",
+    "rope_scaling": {"type": "longrope",
+    "short_factor": [1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1],
+    "long_factor": [2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2]},
+    "tie_word_embeddings": false, "eos_token_id": 32000}"#;
+const PHI_4_MINI: &str = r#"{"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 200064,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144,
+    "rope_scaling": {"type": "longrope",
+    "short_factor": [1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1],
+    "long_factor": [2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2]},
+    "tie_word_embeddings": true, "eos_token_id": 199999}"#;
+const OLMO_2: &str = r#"{"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32, "vocab_size": 100352,
+    "rms_norm_eps": 1e-06, "rope_theta": 500000, "max_position_embeddings": 4096, "hidden_act": "silu",
+    "rope_scaling": null, "attention_bias": false, "tie_word_embeddings": false, "eos_token_id": 100257}"#;
+const GRANITE: &str = r#"{"model_type": "granite", "hidden_size": 4096, "intermediate_size": 12800,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 40, "vocab_size": 49155,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000000.0, "max_position_embeddings": 131072,
+    "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "logits_scaling": 16.0,
+    "residual_multiplier": 0.22, "hidden_act": "silu", "rope_scaling": null, "attention_bias": false,
+    "mlp_bias": false, "tie_word_embeddings": true, "eos_token_id": 0}"#;
+const SMOLLM_3: &str = r#"{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 36, "vocab_size": 128256,
+    "rms_norm_eps": 1e-06, "rope_theta": 5000000.0, "max_position_embeddings": 65536, "hidden_act": "silu",
+    "no_rope_layer_interval": 4, "use_sliding_window": false, "sliding_window": null,
+    "max_window_layers": 28, "rope_scaling": null, "attention_bias": false, "mlp_bias": false,
+    "eos_token_id": 128012}"#;
