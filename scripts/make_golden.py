@@ -2,6 +2,7 @@
 
     python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
     python make_golden.py families [NAME]   likewise one of every family (golden_families.py), with fewer requests
+    python make_golden.py templates HF_FOLDER    chats through every template of tests/templates (folder as for demo)
     python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
     python make_golden.py quants            random blocks of every tensor type, and their values by gguf-py
     python make_golden.py demo HF_FOLDER    the demo model (its folder from gguf_to_hf.py --dtype float32): chats,
@@ -17,6 +18,7 @@ import json
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -31,10 +33,11 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils import chat_template_utils
 
 import golden_families
 from golden_families import LAYERS, OUTLIERS
-from golden_texts import CHATS, PROMPTS, TEXTS
+from golden_texts import CHATS, PROMPTS, TEMPLATE_CHATS, TEXTS
 from hf_reference import BLOCK_SITES, Reference, chat_text, read_requests, write_lines
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -231,6 +234,48 @@ def describe(name, tensors, continuations):
           f"distinct tokens {distinct}")  # fmt: skip
 
 
+TEMPLATES = GOLDEN.parent / "templates"
+DATE = "2025-03-09"
+
+
+def templates(source):
+    """Texts as transformers renders them, or that it refuses to."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    class Day(chat_template_utils.datetime):
+        @classmethod
+        def now(cls, *_):
+            return cls.fromisoformat(DATE)
+
+    chat_template_utils.datetime = Day
+    lines = []
+    for path in sorted(TEMPLATES.glob("*.jinja")):
+        template = path.read_text()
+        for chat in TEMPLATE_CHATS:
+            if chat.get("thinking", "template") != "template" and "enable_thinking" not in template:
+                continue
+            request = chat | ({"date": DATE} if "strftime_now" in template else {})
+            try:
+                text = template_text(tokenizer, template, chat)
+            except jinja2.TemplateError:
+                text = None
+            lines.append({"template": path.stem, "request": request, "text": text})
+    write_lines(GOLDEN / "templates.jsonl", lines)
+    print(len(lines), "chats, refused:", sum(line["text"] is None for line in lines))
+
+
+def template_text(tokenizer, template, chat):
+    turns = list(chat["messages"])
+    if "system" in chat:
+        turns.insert(0, {"role": "system", "content": chat["system"]})
+    options = {"chat_template": template, "tokenize": False}
+    if chat.get("thinking", "template") != "template":
+        options["enable_thinking"] = chat["thinking"] == "on"
+    if turns[-1]["role"] == "assistant":
+        return tokenizer.apply_chat_template(turns, continue_final_message=True, **options)
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options) + chat.get("prefill", "")
+
+
 def sampling():
     """Logits with ties and a long tail through transformers' warpers, in its order."""
     torch.manual_seed(11)
@@ -344,7 +389,7 @@ def demo_tokens(tokenizer, path):
 
 def main():
     torch.set_num_threads(1)
-    actions = {"tiny": tiny, "families": families, "sampling": sampling, "quants": quants, "demo": demo}
+    actions = {"tiny": tiny, "families": families, "templates": templates, "sampling": sampling, "quants": quants, "demo": demo}
     if len(sys.argv) < 2 or sys.argv[1] not in actions:
         raise SystemExit(__doc__)
     actions[sys.argv[1]](*sys.argv[2:])

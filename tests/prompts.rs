@@ -1,16 +1,18 @@
 //! The built-in protocols' prompts in five kinds of chat template: the tokens, and which of them injections
 //! and probes cover. `INKLING_WRITE_PROMPTS=1` writes the files; `scripts/check_prompts.py` compares them with
-//! transformers.
+//! transformers. And awkward chats in every kind of template, as transformers renders them
+//! (`scripts/make_golden.py templates`).
 
 #[allow(dead_code, reason = "shared by several test binaries")]
 mod common;
 
 use std::fmt::Write;
 
-use common::demo_model;
+use common::{demo_model, golden, read_lines};
 use inkling::{
     experiment::{prepare::prepare, protocol::Protocol},
     model::Model,
+    request::Request,
 };
 use serde_json::json;
 
@@ -62,4 +64,31 @@ fn prompts_and_windows_in_five_templates() {
         assert_eq!(got.lines().count(), want.lines().count(), "{name}");
         assert!(want.lines().count() > 40, "{name}");
     }
+}
+
+#[test]
+fn chats_are_rendered_as_transformers_does() {
+    let lines = read_lines(&golden("templates.jsonl"));
+    let mut model = Model::open(&demo_model()).unwrap();
+    let (mut current, mut refused) = (String::new(), 0);
+    for line in &lines {
+        let name = line["template"].as_str().unwrap();
+        if name != current {
+            let path = folder("templates").join(format!("{name}.jinja"));
+            model = model.with_template(&fs_err::read_to_string(path).unwrap()).unwrap();
+            current = name.to_owned();
+        }
+        let request: Request = serde_json::from_value(line["request"].clone()).unwrap();
+        let got = model.render(&request);
+        match line["text"].as_str() {
+            Some(want) => assert_eq!(got.unwrap().text, want, "{line}"),
+            None => {
+                let error = got.err().unwrap_or_else(|| panic!("accepted: {line}")).to_string();
+                assert!(error.contains("cannot render these messages"), "{line}: {error}");
+                refused += 1;
+            }
+        }
+    }
+    let templates = fs_err::read_dir(folder("templates")).unwrap().count();
+    assert!(lines.len() > 12 * templates && refused > 5, "{} chats, {refused} refused", lines.len());
 }

@@ -108,7 +108,8 @@ fn prompt(model: &Model, chat: &Chat, template: &str, word: &str) -> Result<Vec<
     model.render(&request).map(|prompt| prompt.tokens)
 }
 
-/// Mean over the tokens of " word", lower-cased, of their rows of the embedding or the output matrix.
+/// Mean over the tokens of " word", lower-cased, of their rows of the embedding, as it enters the stream, or of
+/// the output matrix.
 fn rows_of(model: &Model, word: &str, of_output: bool) -> Result<Vec<f32>> {
     let tokenizer = model
         .tokenizer
@@ -119,13 +120,14 @@ fn rows_of(model: &Model, word: &str, of_output: bool) -> Result<Vec<f32>> {
         return Err(Error::new("the word has no tokens").got(format!("{word:?}")));
     }
     let matrix = if of_output { model.output()? } else { model.embedding()? };
+    let scale = if of_output { 1.0 } else { f64::from(model.config.embedding_scale) };
     let mut sum = vec![0.0; model.config.dim];
     let mut row = vec![0.0; model.config.dim];
     for token in &tokens {
         matrix.read_row(*token as usize, &mut row);
         sum.iter_mut().zip(&row).for_each(|(sum, value)| *sum += f64::from(*value));
     }
-    Ok(sum.iter().map(|sum| (sum / tokens.len() as f64) as f32).collect())
+    Ok(sum.iter().map(|sum| (sum * scale / tokens.len() as f64) as f32).collect())
 }
 
 /// Vectors for all words but those that are projected out, at all layers in one pass over the prompts.
