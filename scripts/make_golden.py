@@ -251,10 +251,10 @@ def templates(source):
     lines = []
     for path in sorted(TEMPLATES.glob("*.jinja")):
         template = path.read_text()
-        for chat in TEMPLATE_CHATS:
+        for at, chat in enumerate(TEMPLATE_CHATS):
             if chat.get("thinking", "template") != "template" and "enable_thinking" not in template:
                 continue
-            request = chat | ({"date": DATE} if "strftime_now" in template else {})
+            request = {"id": f"{path.stem}-{at}"} | chat | ({"date": DATE} if "strftime_now" in template else {})
             try:
                 text = template_text(tokenizer, template, chat)
             except jinja2.TemplateError:

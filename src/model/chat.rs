@@ -108,6 +108,10 @@ impl ChatTemplate {
             )
             .at("messages")
         })?;
+        if text.matches(TAG.trim_end()).count() > 1 {
+            let what = "the chat template prints the final assistant message more than once";
+            return Err(Error::new(format!("{what}: it cannot be continued")).at("messages"));
+        }
         let trims = !text[at..].starts_with(TAG);
         text.truncate(at);
         if trims {
@@ -370,6 +374,16 @@ pub(super) mod tests {
         let date = Some(Date::parse("2025-01-31").unwrap());
         let settings = Settings { date, ..Settings::default() };
         assert_eq!(template.render(&messages, &settings).unwrap().text, "31 Jan 2025");
+    }
+
+    #[test]
+    fn a_final_message_that_is_printed_twice_is_not_continued() {
+        let source = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}";
+        let template = ChatTemplate::new(source, BTreeMap::new()).unwrap();
+        let message = |role: &str| Message { role: role.into(), content: "x".into() };
+        let messages = [message("user"), message("assistant")];
+        let error = template.render(&messages, &Settings::default()).unwrap_err().to_string();
+        assert!(error.contains("more than once"), "{error}");
     }
 
     #[test]
