@@ -208,7 +208,9 @@ def families(only=None):
             continue
         folder = GOLDEN / "families" / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = golden_families.model(name, 100 + seed).to(torch.bfloat16)
+        # One in half precision, which the folders of some older models have.
+        stored = torch.float16 if name == "granite" else torch.bfloat16
+        model = golden_families.model(name, 100 + seed).to(stored)
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         text = model.config.get_text_config()

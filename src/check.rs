@@ -2,6 +2,7 @@
 //! every operation, a small model with injections, and whether a row depends on its batch.
 
 mod mixture;
+mod stream;
 
 use half::bf16;
 use serde::Serialize;
@@ -19,15 +20,13 @@ use crate::{
             Attention, AttentionPlan, Cache, CacheShape, Items, PAGE, SharedPrefix, attention,
             kernel_head_dim,
         },
+        cap_logits::cap_logits,
         copy_pages::copy_pages,
         enter::{Enter, enter},
-        hooks::{CapturePlan, HookOp, Hooks, tap_count},
         matmul::{Activation, Weight, gated_matmul, matmul},
-        residual_norm::{ResidualNorm, residual_norm},
-        rope_append::{RopeAppend, RopeTable, rope_append},
+        rope_append::{QueryNorms, RopeAppend, RopeTable, rope_append},
         rows::{NONE, RowList, Rows, Source, Sources},
         sample::{Draw, Draws, sample},
-        select_rows::select_rows,
         summarize::{Id, Summaries, Wanted, summarize},
     },
 };
@@ -119,7 +118,9 @@ pub fn check(kind: DeviceKind, device: &Device, quick: bool) -> Result<Vec<Compa
     }
     let dims: &[usize] = if quick { &[128] } else { &[128, 576, 2048, 4096, 8192] };
     for &dim in dims {
-        all.extend(stream(&cpu, device, dim)?);
+        for norms in stream::Norms::ALL {
+            all.extend(stream::stream(&cpu, device, dim, norms)?);
+        }
     }
     let heads: &[(usize, usize, usize)] = match quick {
         true => &[(1, 3, 64)],
@@ -204,77 +205,6 @@ fn matmuls(cpu: &Device, device: &Device, rows: usize) -> Result<Vec<Comparison>
     Ok(all)
 }
 
-fn stream(cpu: &Device, device: &Device, dim: usize) -> Result<Vec<Comparison>> {
-    let rows = 20;
-    let run = |device: &Device| -> Result<[Vec<f32>; 4]> {
-        let mut hooks = Hooks::new(device, (1, dim), 4, 2, 3)?;
-        hooks.vectors.write(0, &numbers(3 * dim, 9))?;
-        let op = |vector, relative| HookOp { vector, from: 2, to: 15, scale: 0.5, relative };
-        (0..3).try_for_each(|slot| hooks.set(slot, &[(1, op(0, 0)), (1, op(slot as u32, 1))]))?;
-        hooks.set(3, &[])?;
-        let list = RowList {
-            slot: (0..rows).map(|row| if row == 7 { NONE } else { row % 4 }).collect(),
-            position: (0..rows).collect(),
-            receipt: (0..rows).map(|row| if row % 4 == 3 { -1 } else { 2 * row as i32 }).collect(),
-        };
-        let at = Rows::upload(device, &list)?;
-        let mut captures = CapturePlan::new(device, tap_count(1), 2 * rows as usize)?;
-        let taps =
-            (0..rows).filter(|row| *row != 7).flat_map(|row| [(2, row, row), (3, row, 20 + row)]);
-        captures.set(&taps.collect::<Vec<_>>())?;
-        let rows = rows as usize;
-        let mut resid = Buffer::upload(device, &numbers(rows * dim, 1))?;
-        let branch = Buffer::upload(device, &numbers(rows * dim, 2))?;
-        let gain = Buffer::upload(device, &numbers(dim, 3))?;
-        let mut captured = Buffer::zeroed(device, 2 * rows * dim)?;
-        let mut norms = Buffer::zeroed(device, rows)?;
-        let mut receipts = Buffer::zeroed(device, 2 * rows)?;
-        let mut x = Activations::zeroed(device, rows, dim)?;
-        let operands = ResidualNorm {
-            rows,
-            branch_rows: 18,
-            resid: &mut resid,
-            branch: &branch,
-            hooks: &hooks,
-            at: &at,
-            site: 1,
-            captures: &captures,
-            captured: &mut captured,
-            norms: &mut norms,
-            norms_at: 0,
-            receipts: &mut receipts,
-            branch_gain: None,
-            branch_scale: 1.0,
-            gain: Some(&gain),
-            eps: 1e-5,
-            is_final: false,
-            x: &mut x,
-        };
-        residual_norm(device, operands)?;
-        let chosen = Buffer::upload(device, &[19, 0, 8, 8, 16])?;
-        let mut some = Activations::zeroed(device, 5, dim)?;
-        select_rows(device, 5, &chosen, &x, &mut some)?;
-        let mut seen = vec![[0.0; 2]; 2 * rows];
-        receipts.read(0, &mut seen)?;
-        let sizes = [read(&norms)?, seen.concat()].concat();
-        Ok([read(&resid)?, read(&captured)?, sizes, read_rows(&some)?])
-    };
-    let (got, want) = (run(device)?, run(cpu)?);
-    // A relative operation carries the rounding of a norm, a sum of `dim` squares.
-    let norm = (dim + 16) as f64 * U;
-    let names = ["the stream", "captures", "norms and receipts"];
-    let mut all: Vec<Comparison> = names
-        .iter()
-        .zip(got.iter().zip(&want))
-        .map(|(name, (got, want))| {
-            Comparison::new(format!("residual_norm, dim {dim}: {name}"), distance(got, want), norm)
-        })
-        .collect();
-    let name = format!("residual_norm, select_rows, dim {dim}: normalised");
-    all.push(Comparison::new(name, distance(&got[3], &want[3]), 2.0 * BF16));
-    Ok(all)
-}
-
 fn heads_of(
     cpu: &Device,
     device: &Device,
@@ -308,12 +238,16 @@ fn heads_of(
         let at = Rows::upload(device, &list)?;
         let mut qkv = Buffer::upload(device, &values)?;
         let rows = positions as usize;
+        // With two key heads, queries and keys are normalised together, to scores that stay small.
+        let gain = |heads: usize| Buffer::upload(device, &vec![0.25; heads * head_dim]);
+        let (q, k) = (gain(heads)?, gain(kv_heads)?);
+        let norms = QueryNorms { q, k, eps: 1e-5, whole: true };
         let operands = RopeAppend {
             rows,
             heads,
             qkv: &mut qkv,
             at: &at,
-            norms: None,
+            norms: Some(&norms).filter(|_| kv_heads == 2),
             rope: Some(&rope),
             layer: 0,
             cache: &mut cache,
@@ -402,7 +336,9 @@ fn logits(cpu: &Device, device: &Device, vocab: usize) -> Result<Vec<Comparison>
         min_p: [0.0, 0.0, 0.0, 0.0, 0.05][at as usize % 5],
     };
     let list: Vec<Draw> = (0..40).map(draw).collect();
-    let run = |device: &Device| -> Result<[Vec<f32>; 2]> {
+    let run = |device: &Device| -> Result<[Vec<f32>; 3]> {
+        let mut capped = Buffer::upload(device, &values)?;
+        cap_logits(device, values.len(), 0.5, Some(3.0), &mut capped)?;
         let logits = Buffer::upload(device, &values)?;
         let mut draws = Draws::new(device, list.len(), 1)?;
         draws.set(&list)?;
@@ -421,10 +357,13 @@ fn logits(cpu: &Device, device: &Device, vocab: usize) -> Result<Vec<Comparison>
             let first = [summary.logsumexp, summary.entropy].into_iter().chain(summary.logits);
             first.chain(top).collect::<Vec<_>>()
         });
-        Ok([tokens.iter().map(|&token| token as f32).collect(), words.collect()])
+        let tokens = tokens.iter().map(|&token| token as f32).collect();
+        Ok([tokens, words.collect(), read(&capped)?])
     };
-    let ([tokens, words], [want_tokens, want_words]) = (run(device)?, run(cpu)?);
+    let ([tokens, words, capped], [want_tokens, want_words, want_capped]) =
+        (run(device)?, run(cpu)?);
     Ok(vec![
+        Comparison::new("cap_logits", distance(&capped, &want_capped), 8.0 * U),
         Comparison::new("sample: other tokens", different(&tokens, &want_tokens), 0.0),
         Comparison::new("summarize", distance(&words, &want_words), 64.0 * U),
     ])

@@ -90,5 +90,9 @@ fn chats_are_rendered_as_transformers_does() {
         }
     }
     let templates = fs_err::read_dir(folder("templates")).unwrap().count();
-    assert!(lines.len() > 12 * templates && refused > 5, "{} chats, {refused} refused", lines.len());
+    assert!(
+        lines.len() > 12 * templates && refused > 5,
+        "{} chats, {refused} refused",
+        lines.len()
+    );
 }
