@@ -82,13 +82,14 @@ route_experts(const __grid_constant__ RouteExpertsParams p) {
     if (!p.normalise)
         for (int id = lane; id < p.experts; id += WARP) total += exp_f32(logits[id] - max);
 
-    // Ranks are distinct: the next one is the largest below the last. Lane j keeps the j-th.
+    // Ranks are distinct: the next one is the largest below the last. Lane j keeps the j-th. (The first
+    // can be any: a GPU's own NaN of expert 0 has the largest rank that there is.)
     uint64_t last = ~uint64_t{0}, mine = 0;
     for (int j = 0; j < p.used; j++) {
         uint64_t best = 0;
         for (int id = lane; id < p.experts; id += WARP) {
             const uint64_t rank = ranked(logits[id] + 0.0f, id);   // zeros of both signs are a tie
-            if (rank < last && rank > best) best = rank;
+            if ((j == 0 || rank < last) && rank > best) best = rank;
         }
         last = warp_max_rank(best);
         if (lane == j) mine = last;

@@ -71,10 +71,10 @@ struct Scratch {
     uint32_t found[3];
 };
 
-// One row's share of a thread: float4 v is number thread + v * THREADS of the row.
 // What is normalised: x, the branch, or both.
 enum Norms { BEFORE, AFTER, AROUND };
 
+// One row's share of a thread: float4 v is number thread + v * THREADS of the row.
 template <int THREADS, int VECS, Norms NORMS>
 struct Row {
     static constexpr bool OF_BRANCH = NORMS != BEFORE, OF_X = NORMS != AFTER;

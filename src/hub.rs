@@ -101,8 +101,9 @@ impl Hub {
         let mut download = Download { client: &self.client, folder, name, commit, watch };
         let (weights, path) = match choice {
             Choice::Gguf(parts) => {
-                // Absent where the hub has not read the file.
-                if let Some(architecture) = &listing.gguf_architecture {
+                // Absent where the hub has not read the file; of one file, which need not be this one.
+                let said = listing.gguf_architecture.as_ref();
+                if let Some(architecture) = said.filter(|_| name.file.is_none()) {
                     check_gguf_architecture("general.architecture", architecture)?;
                 }
                 let path = snapshot.join(&parts[0]);

@@ -107,6 +107,9 @@ pub struct EngineArgs {
     /// The most sequences in one step [default: 256; 1024 on a GPU]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub max_batch: Option<usize>,
+    /// The most tokens of a sequence, prompt and reply [default: 8192, or the model's own limit]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub context: Option<usize>,
 }
 
 impl EngineArgs {
@@ -125,6 +128,7 @@ impl EngineArgs {
             isa: self.on.isa()?,
             threads: self.on.threads,
             max_batch: self.max_batch.unwrap_or(default),
+            context: self.context,
             ..Options::default()
         })
     }

@@ -83,14 +83,13 @@ impl Device {
         }
     }
 
-    /// Bytes of its memory that are free; `None` where that is not known.
+    /// Bytes of a GPU's memory that are free.
     ///
     /// # Errors
     /// The device has failed.
     pub(crate) fn free_memory(&self) -> Result<Option<u64>> {
         let facts = if let Self::Cuda(cuda) = self { cuda.facts()? } else { None };
-        let free = || cpu::MachineMemory::read().map(|memory| memory.available);
-        Ok(facts.map(|facts| facts.memory.0 as u64).or_else(free))
+        Ok(facts.map(|facts| facts.memory.0 as u64))
     }
 
     /// Whether a call returns before its work is done, so that a step can be queued behind another.

@@ -21,7 +21,10 @@ use super::{
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::{Device, cpu::Products},
+    device::{
+        Device, DeviceKind,
+        cpu::{MachineMemory, Products},
+    },
     error::{Error, Result},
     model::{Model, ModelConfig, Tokenizer, weights::Weights},
     ops::{Float, attention::PageShape, matmul::Dtype},
@@ -140,9 +143,16 @@ impl Engine {
         }
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = options.threads.unwrap_or(cores);
-        let config = Arc::new(config.clone());
-        let device = open(&config, options, threads)?;
-        let kv_bytes = memory::kv_bytes(&config, options, &device)?;
+        let config = Arc::new(options.limited(config));
+        let (device, kv_bytes) = if matches!(options.device, DeviceKind::Cuda(_)) {
+            let device = open(&config, options, threads)?;
+            let free = device.free_memory()?;
+            (device, memory::kv_bytes(&config, options, free)?)
+        } else {
+            let free = MachineMemory::read().map(|memory| memory.available);
+            let kv_bytes = memory::kv_bytes(&config, options, free)?;
+            (open(&config, options, threads)?, kv_bytes)
+        };
         let weights = load(&device)?;
         let page = PageShape::new(&device, options.dtype, config.kv_heads, config.head_dim);
         let page_bytes = (page.elements() * size_of::<T>()) as u64;

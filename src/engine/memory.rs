@@ -2,7 +2,7 @@
 
 use super::{Limits, Options};
 use crate::{
-    device::Device,
+    device::DeviceKind,
     error::{Error, Result},
     model::{ModelConfig, weights},
     ops::{
@@ -30,60 +30,71 @@ impl Need {
     /// For a model and options, whose cache and device do not matter.
     pub fn new(config: &ModelConfig, options: &Options) -> Self {
         let element = bytes_of(options.dtype);
-        let kv_per_token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * element;
+        let heads = n(config.layers) * n(config.kv_heads) * n(config.head_dim);
+        let kv_per_token = narrow(2 * heads * element);
+        let config = &options.limited(config);
         let limits = Limits::new(config, options, PAGE as u64 * kv_per_token, 0);
         Self {
-            weights: weights::packed_elements(config) * element,
-            work: work(config, &limits, element),
+            weights: narrow(weights::packed_elements(config) * element),
+            work: narrow(work(config, &limits, element)),
             kv_per_token,
         }
     }
 
     /// With this many sequences of this many positions that share nothing.
     pub fn total(&self, sequences: usize, positions: usize) -> u64 {
-        self.weights + self.work + self.kv_per_token * (sequences * positions) as u64
+        let kv = u128::from(self.kv_per_token) * n(sequences) * n(positions);
+        narrow(u128::from(self.weights) + u128::from(self.work) + kv)
     }
 }
 
-/// Bytes for keys and values of an engine that is about to be loaded.
+fn n(n: usize) -> u128 {
+    n as u128
+}
+
+fn narrow(bytes: u128) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+/// Bytes for keys and values of an engine that is about to be loaded, where so many are free.
 ///
 /// # Errors
-/// The device has too little memory for the model.
-pub(super) fn kv_bytes(config: &ModelConfig, options: &Options, device: &Device) -> Result<u64> {
+/// They are too few for the model.
+pub(super) fn kv_bytes(config: &ModelConfig, options: &Options, free: Option<u64>) -> Result<u64> {
     let need = Need::new(config, options);
-    let Some(free) = device.free_memory()? else {
+    let Some(free) = free else {
         return Ok(options.kv_bytes.unwrap_or(DEFAULT_KV_BYTES));
     };
     // The least that one sequence of a few hundred positions takes.
-    let least = options.kv_bytes.unwrap_or(512 * need.kv_per_token);
-    let fixed = need.weights + need.work;
-    if fixed + least > free {
+    let least = options.kv_bytes.unwrap_or(need.kv_per_token.saturating_mul(512));
+    let fixed = need.weights.saturating_add(need.work);
+    if fixed.saturating_add(least) > free {
         let Need { weights, work, .. } = need;
         return Err(Error::new("the model does not fit into memory")
             .expected(format!("at most the {free} bytes that are free"))
             .got(format!(
                 "{} bytes: {weights} of weights ({}), {work} to work in, {least} of keys and values",
-                fixed + least,
+                fixed.saturating_add(least),
                 options.dtype
             ))
             .hint(match options.dtype {
                 Dtype::F32 => "--dtype bf16 halves the weights",
-                Dtype::Bf16 => "a smaller --max-batch needs less to work in",
+                Dtype::Bf16 => "smaller --max-batch and --context need less to work in",
             }));
     }
     // On a GPU nothing else wants the rest.
     let left = (free - fixed) / 10 * 9;
-    let default = if device.is_asynchronous() { left } else { left.min(DEFAULT_KV_BYTES) };
+    let is_gpu = matches!(options.device, DeviceKind::Cuda(_));
+    let default = if is_gpu { left } else { left.min(DEFAULT_KV_BYTES) };
     Ok(options.kv_bytes.unwrap_or(default))
 }
 
-fn bytes_of(dtype: Dtype) -> u64 {
+fn bytes_of(dtype: Dtype) -> u128 {
     if dtype == Dtype::Bf16 { 2 } else { 4 }
 }
 
 /// What [`crate::model::forward::State`], the hooks, the captures and their copies take.
-fn work(config: &ModelConfig, limits: &Limits, element: u64) -> u64 {
-    let n = |n: usize| n as u64;
+fn work(config: &ModelConfig, limits: &Limits, element: u128) -> u128 {
     let c = config;
     let sizes = limits.sizes(c.layers);
     let (heads, dim) = (n(c.heads * c.head_dim), n(c.dim));
@@ -110,7 +121,7 @@ fn work(config: &ModelConfig, limits: &Limits, element: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        device::{Cpu, cpu::Isa},
+        device::{Cpu, Device, cpu::Isa},
         engine::Engine,
         model::weights::Weights,
     };

@@ -14,6 +14,7 @@ use crate::{
     },
     ops::{
         attention::{MAX_HEAD_DIM, PAGE},
+        experts::MAX_KERNEL_EXPERTS,
         matmul::Dtype,
         residual_norm::MAX_KERNEL_DIM,
         sample::MAX_KERNEL_VOCAB,
@@ -31,6 +32,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Sequences at a time.
     pub max_batch: usize,
+    /// The most positions of a sequence; `None`: 8,192, or as many as the model was made for.
+    pub context: Option<usize>,
     /// Bytes for keys and values; `None`: 2 GiB or what is free, on a GPU all that is free; never
     /// more than [`Options::max_batch`] sequences of the model's context need.
     pub kv_bytes: Option<u64>,
@@ -59,6 +62,7 @@ impl Default for Options {
             dtype: Dtype::Bf16,
             threads: None,
             max_batch: 256,
+            context: None,
             kv_bytes: None,
             share: true,
             isa: None,
@@ -67,6 +71,17 @@ impl Default for Options {
             fail_after: None,
             hooks: true,
         }
+    }
+}
+
+/// Positions of a sequence where no more are asked for: what is taken at start grows with them.
+const DEFAULT_CONTEXT: usize = 8192;
+
+impl Options {
+    /// The model with as many positions as are computed.
+    pub(super) fn limited(&self, config: &ModelConfig) -> ModelConfig {
+        let context = config.context.min(self.context.unwrap_or(DEFAULT_CONTEXT));
+        ModelConfig { context, ..config.clone() }
     }
 }
 
@@ -246,6 +261,10 @@ fn check_kernels(config: &ModelConfig) -> Result<()> {
     }
     if !head_dim.is_multiple_of(8) || head_dim > MAX_HEAD_DIM {
         return refuse("head size", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), head_dim);
+    }
+    if let Some(experts) = config.experts.filter(|experts| experts.count > MAX_KERNEL_EXPERTS) {
+        let expected = format!("at most {MAX_KERNEL_EXPERTS}");
+        return refuse("number of experts", expected, experts.count);
     }
     if config.vocab > MAX_KERNEL_VOCAB {
         return refuse("vocabulary", format!("at most {MAX_KERNEL_VOCAB} tokens"), config.vocab);

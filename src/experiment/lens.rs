@@ -8,8 +8,9 @@ use crate::{error::Result, model::Model};
 const ROWS: usize = 1024;
 
 /// The likeliest tokens of each vector (dim,) taken for the whole stream after the last block: the largest
-/// entries of W (g ∘ v / rms(v)), W the output matrix, g the last norm's gain (nostalgebraist 2020). Ties go
-/// to the lower id. A vector of zeros has none.
+/// entries of W (g ∘ v / rms(v)), W the output matrix, g the last norm's gain (nostalgebraist 2020), before
+/// what some models do to logits (a cap, a factor), which leaves the order. Ties go to the lower id. A vector
+/// of zeros has none.
 ///
 /// # Errors
 /// The model's files lack the matrix or the gain.

@@ -85,7 +85,10 @@ pub(super) fn is_gguf(file: &str) -> bool {
 /// Whether a path stays below the folder that it is joined to.
 pub(super) fn is_inside(file: &str) -> bool {
     let normal = |part: Component| matches!(part, Component::Normal(_));
-    !file.is_empty() && !file.contains('\\') && Path::new(file).components().all(normal)
+    let parts: Vec<Component> = Path::new(file).components().collect();
+    // Written as it is read: neither `a//b` nor `a/./b`, whose links would be one folder off.
+    let written = parts.len() == file.split('/').count();
+    !file.is_empty() && !file.contains('\\') && written && parts.into_iter().all(normal)
 }
 
 fn is_repository(text: &str) -> bool {

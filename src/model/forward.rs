@@ -1,7 +1,7 @@
 //! THE forward pass: one for all models and devices, over a ragged batch of rows.
 
 use super::{
-    ModelConfig, Rope,
+    Angles, ModelConfig, Rope,
     weights::{Mlp, Weights, experts_sizes, padded_ffn},
 };
 use crate::{
@@ -95,7 +95,7 @@ pub struct State<T> {
     /// One for each operation of each row.
     pub receipts: Buffer<Receipt>,
     rope: RopeTable,
-    /// Of blocks with a window, where their angles are others.
+    /// Of blocks that are made for a window, where their angles are others.
     local_rope: Option<RopeTable>,
 }
 
@@ -113,7 +113,8 @@ impl<T: Float> State<T> {
         let rope = |rope: &Rope| {
             RopeTable::new(device, sizes.positions, c.head_dim, &rope.frequencies, rope.scale)
         };
-        let has_local = c.local_rope != c.rope && c.blocks.iter().any(|b| b.window.is_some());
+        let is_local = c.blocks.iter().any(|block| block.angles == Angles::Local);
+        let has_local = is_local && c.local_rope != c.rope;
         Ok(Self {
             sizes,
             at: Rows::new(device, rows)?,
@@ -199,8 +200,11 @@ pub fn forward<T: Float>(
         let norms = (branch_gain, w.attn_norm.as_ref());
         s.write_stream(device, c, hooks, 2 * l, (n, entered), norms)?;
         matmul(device, n, &s.x, &w.qkv, &mut s.qkv)?;
-        let local = s.local_rope.as_ref().filter(|_| block.window.is_some());
-        let rope = block.rope.then_some(local.unwrap_or(&s.rope));
+        let rope = match block.angles {
+            Angles::None => None,
+            Angles::Global => Some(&s.rope),
+            Angles::Local => Some(s.local_rope.as_ref().unwrap_or(&s.rope)),
+        };
         let (qkv, at, norms) = (&mut s.qkv, &s.at, w.query_norms.as_ref());
         rope_append(device, RopeAppend { rows: n, heads, qkv, at, norms, rope, layer: l, cache })?;
         let of = Attention {

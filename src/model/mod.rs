@@ -32,8 +32,8 @@ pub use self::{
     chat::ChatTemplate,
     checkpoint::{Checkpoint, Tensor},
     config::{
-        ARCHITECTURES, AttentionBias, Block, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope,
-        Shape, check_gguf_architecture,
+        ARCHITECTURES, Angles, AttentionBias, Block, ExpertSizes, ModelConfig, Norms, QueryNorm,
+        Rope, Shape, check_gguf_architecture,
     },
     prompt::Prompt,
     tokenizer::{Encoding, Tokenizer},

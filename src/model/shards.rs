@@ -134,8 +134,6 @@ fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorRecord>> {
         tensors.insert(name, tensor);
     }
     check_tiling(&tensors, bytes.len() - data.len(), bytes.len())?;
-    // Buffers that some converters stored; the angles are computed.
-    tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
     Ok(tensors)
 }
 

@@ -81,12 +81,12 @@ pub fn experts_sizes(config: &ModelConfig) -> Option<ExpertsSizes> {
 }
 
 /// Numbers in all packed matrices.
-pub(crate) fn packed_elements(config: &ModelConfig) -> u64 {
+pub(crate) fn packed_elements(config: &ModelConfig) -> u128 {
     let c = config;
-    let matrix = |n: usize, k: usize| n.next_multiple_of(PANEL) as u64 * k as u64;
+    let matrix = |n: usize, k: usize| n.next_multiple_of(PANEL) as u128 * k as u128;
     let (attn, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let mlp = |ffn: usize| 3 * matrix(ffn.next_multiple_of(PANEL), c.dim);
-    let sparse = |e: ExpertSizes| e.count as u64 * mlp(e.ffn_dim) + matrix(e.count, c.dim);
+    let sparse = |e: ExpertSizes| e.count as u128 * mlp(e.ffn_dim) + matrix(e.count, c.dim);
     let block = |block: &Block| {
         let mlp = match c.experts.filter(|_| block.experts) {
             Some(experts) => sparse(experts),
@@ -95,7 +95,7 @@ pub(crate) fn packed_elements(config: &ModelConfig) -> u64 {
         matrix(attn + 2 * kv, c.dim) + matrix(c.dim, attn) + mlp
     };
     let heads = if c.tied_embeddings { 1 } else { 2 };
-    c.blocks.iter().map(block).sum::<u64>() + heads * matrix(c.vocab, c.dim)
+    c.blocks.iter().map(block).sum::<u128>() + heads * matrix(c.vocab, c.dim)
 }
 
 impl Weights {
@@ -201,16 +201,16 @@ fn norm_names(norms: Norms) -> [Option<&'static str>; 4] {
     }
 }
 
-/// Which component of a stored head stands at `place` of a head: those that are turned stand half a
-/// head from each other, also where not all are.
-fn component(config: &ModelConfig, place: usize) -> usize {
+/// Which stored row of queries or keys stands at a row of ours: in a head, components that are turned
+/// stand half a head from each other, also where not all are.
+fn turned_row(config: &ModelConfig, row: usize) -> usize {
     let (half, turned) = (config.head_dim / 2, config.rotary_dim / 2);
+    let (head, place) = (row / config.head_dim * config.head_dim, row % config.head_dim);
     let (is_high, at) = (place >= half, place % half);
-    match (is_high, at < turned) {
+    head + match (is_high, at < turned) {
         (false, true) => at,
-        (true, true) => turned + at,
-        (false, false) => turned + at,
         (true, false) => half + at,
+        (true, true) | (false, false) => turned + at,
     }
 }
 
@@ -291,7 +291,7 @@ impl<'a> Loader<'a> {
             ("self_attn.v_proj", kv_rows),
         ];
         let [q, k, v] = self.parts("self_attn.qkv_proj", parts, name)?;
-        let stored = |row: usize| row / c.head_dim * c.head_dim + component(c, row % c.head_dim);
+        let stored = |row: usize| turned_row(c, row);
         let shape = (q_rows + 2 * kv_rows, c.dim);
         let weight = Weight::pack(self.device, self.dtype, shape, |row, out| {
             if row < q_rows {
@@ -323,8 +323,7 @@ impl<'a> Loader<'a> {
         };
         let gain = |part: &str, width| {
             let gain = self.gain(&name(&format!("self_attn.{part}.weight")), width)?;
-            let stored = |at: usize| at / c.head_dim * c.head_dim + component(c, at % c.head_dim);
-            let gain: Vec<f32> = (0..width).map(|at| gain[stored(at)]).collect();
+            let gain: Vec<f32> = (0..width).map(|at| gain[turned_row(c, at)]).collect();
             Buffer::upload(self.device, &gain)
         };
         let [q, k] = [gain("q_norm", widths[0])?, gain("k_norm", widths[1])?];
@@ -422,9 +421,9 @@ mod tests {
     fn turned_components_stand_half_a_head_apart() {
         let config = ModelConfig { rotary_dim: 4, ..ModelConfig::of_shape("tiny", 64).unwrap() };
         let config = ModelConfig { head_dim: 8, ..config };
-        let places: Vec<usize> = (0..8).map(|place| component(&config, place)).collect();
-        assert_eq!(places, [0, 1, 4, 5, 2, 3, 6, 7]);
+        let rows: Vec<usize> = (8..16).map(|row| turned_row(&config, row)).collect();
+        assert_eq!(rows, [8, 9, 12, 13, 10, 11, 14, 15]);
         let all = ModelConfig { rotary_dim: 8, ..config };
-        assert!((0..8).all(|place| component(&all, place) == place));
+        assert!((0..16).all(|row| turned_row(&all, row) == row));
     }
 }

@@ -28,6 +28,8 @@ use crate::{
 
 /// Experts that a row can have: a lane of a warp keeps each.
 pub const MOST_USED: usize = 32;
+/// The most experts that the kernels take: their counts lie in 48 KiB of shared memory.
+pub const MAX_KERNEL_EXPERTS: usize = 8192;
 
 /// A mixture's weights, and how it is used.
 pub struct Experts {

@@ -277,6 +277,14 @@ fn unsupported_gguf_models_are_refused_by_name() {
     refused_gguf("rope_freqs.weight", |file| file.tensors.push(tensor("rope_freqs.weight", &[3])));
     // Factors of zero.
     refused_gguf("rope frequency", |file| file.tensors.push(tensor("rope_freqs.weight", &[2])));
+    for key in ["attn_logit_softcapping", "rope.freq_base_swa"] {
+        let key = format!("llama.{key}");
+        refused_gguf(&key, |file| file.set(&key, typed(6, &9f32.to_le_bytes())));
+    }
+    refused_gguf("beside the file's own factors", |file| {
+        file.tensors.push(tensor("rope_freqs.weight", &[2]));
+        file.set("llama.rope.scaling.type", entry_text("", "linear").1);
+    });
     let texts = [("llama.rope.scaling.type", "mrope"), ("llama.attention.head_count", "two")];
     for (key, value) in texts {
         refused_gguf(key, |file| file.set(key, entry_text("", value).1));
@@ -327,4 +335,13 @@ fn missing_extra_and_misshapen_gguf_tensors_are_refused_by_name() {
     refused_gguf("stands twice under two names", |file| {
         file.tensors.push(tensor("model.norm.weight", &[8]));
     });
+}
+
+#[test]
+fn a_factor_without_a_type_is_linear() {
+    let mut file = GgufFile::good();
+    let plain = load_gguf(&file.bytes()).unwrap().config.rope;
+    file.set("llama.rope.scaling.factor", typed(6, &4f32.to_le_bytes()));
+    let scaled = load_gguf(&file.bytes()).unwrap().config.rope;
+    assert_eq!(scaled.frequencies[0], plain.frequencies[0] / 4.0);
 }

@@ -186,3 +186,14 @@ fn a_gguf_vocabulary_becomes_a_tokenizer() {
         assert!(message.contains(cause), "want {cause:?} in:\n{message}");
     }
 }
+
+/// Files of Gemma and Phi-3 name one stop token and mean more.
+#[test]
+fn tokens_that_end_a_turn_by_their_text_are_stop_tokens() {
+    let mut file = sentencepiece();
+    let tokens =
+        ["<unk>", "<s>", "<0x0A>", "▁", "a", "<|end|>", "▁a", "<end_of_turn>", "x", "<0xC3>"];
+    file.set("tokenizer.ggml.tokens", texts(&tokens));
+    file.set("tokenizer.ggml.eos_token_id", entry_u32("", 8).1);
+    assert_eq!(load_gguf(&file.bytes()).unwrap().config.stop_tokens, [5, 7, 8]);
+}

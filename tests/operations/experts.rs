@@ -355,7 +355,8 @@ fn check_among_dead(
     let (dim, used) = (case.dim, case.used);
     let mut x = Vec::new();
     for (row, values) in case.x.chunks_exact(dim).enumerate() {
-        let dead = [f32::NAN, -f32::NAN, f32::INFINITY][row % 3];
+        // The first has all its bits, as a GPU's own NaN.
+        let dead = [f32::from_bits(0x7fff_ffff), -f32::NAN, f32::INFINITY][row % 3];
         x.extend(values);
         x.resize(x.len() + dim, dead);
     }

@@ -1,8 +1,8 @@
 //! GGUF metadata, by llama.cpp's names.
 
 use super::{
-    AttentionBias, Block, DEFAULT_THETA, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope, Shape,
-    check_widths, checked_layers, checked_theta, in_range, missing, refused,
+    Angles, AttentionBias, Block, DEFAULT_THETA, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope,
+    Shape, check_widths, checked_layers, checked_theta, in_range, missing, refused,
     rope::{Scaling, Yarn},
     unsupported,
 };
@@ -57,7 +57,29 @@ const STOP_KEYS: [&str; 3] =
 /// Factors of frequencies that a file holds as tensors: Llama 3's, and `LongRoPE`'s two sets.
 pub(in crate::model) const FACTORS: [&str; 3] =
     ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
-const DEFAULT_GEMMA3_LOCAL_THETA: f64 = 10_000.0;
+/// What llama.cpp takes for keys that the first files of Gemma lack.
+const GEMMA3_LOCAL_THETA: f64 = 10_000.0;
+const GEMMA2_WINDOW: usize = 4096;
+const GEMMA2_CAPS: [f32; 2] = [50.0, 30.0];
+/// Keys that act only in these architectures.
+const OWN_KEYS: [(&str, &[&str]); 4] = [
+    ("attn_logit_softcapping", &["gemma2", "gemma3"]),
+    ("final_logit_softcapping", &["gemma2", "gemma3"]),
+    ("rope.freq_base_swa", &["gemma3", "olmo2"]),
+    ("attention.sliding_window_pattern", &["gemma3", "olmo2"]),
+];
+/// Tokens that end a turn, whatever else the metadata says: llama.cpp knows them by these texts too.
+const STOP_TEXTS: [&str; 9] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|return|>",
+    "<EOT>",
+];
 
 /// Whether GGUF files of this architecture, named at `key`, can be opened.
 ///
@@ -82,6 +104,9 @@ impl ModelConfig {
         for key in STOP_KEYS {
             stop_tokens.extend(gguf.unsigned(key)?.map(|id| (key, id)));
         }
+        let tokens = gguf.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
+        let ending = tokens.iter().zip(0..).filter(|(token, _)| STOP_TEXTS.contains(token));
+        stop_tokens.extend(ending.map(|(_, id)| ("tokenizer.ggml.tokens", id)));
         let metadata = Metadata { gguf, parts, architecture };
         metadata.refuse_unknown()?;
         metadata.config()?.checked(&stop_tokens)
@@ -119,6 +144,14 @@ impl Metadata<'_> {
                 && !KEYS.contains(&rest)
             {
                 return Err(refused(key, "only keys whose effect is implemented", "this key"));
+            }
+        }
+        for (key, architectures) in OWN_KEYS {
+            let whole = self.key(key);
+            if self.gguf.keys().any(|it| it == whole) && !architectures.contains(&self.architecture)
+            {
+                let expected = format!("only in {}", architectures.join(" and "));
+                return Err(refused(&whole, expected, self.architecture));
             }
         }
         for key in ["expert_group_count", "expert_group_used_count"] {
@@ -188,6 +221,11 @@ impl Metadata<'_> {
                     self.float("attn_logit_softcapping")?.map(|cap| cap as f32);
                 config.logit_soft_cap =
                     self.float("final_logit_softcapping")?.map(|cap| cap as f32);
+                if self.architecture == "gemma2" {
+                    let [attention, logits] = GEMMA2_CAPS;
+                    config.attention_soft_cap.get_or_insert(attention);
+                    config.logit_soft_cap.get_or_insert(logits);
+                }
                 // The 27B models scale by the width of the stream over the heads; no key says so.
                 if matches!((self.architecture, config.layers), ("gemma2", 46) | ("gemma3", 62)) {
                     config.attention_scale = 1.0 / ((config.dim / config.heads) as f32).sqrt();
@@ -233,7 +271,12 @@ impl Metadata<'_> {
         let window = self.gguf.unsigned(&self.key(key))?.filter(|window| *window > 0);
         let window = window.map(|window| in_range(&self.key(key), window)).transpose()?;
         let local = self.local(layers)?;
-        let block = |local: bool| Block { window: window.filter(|_| local), rope: true, experts };
+        let window = window.or((self.architecture == "gemma2").then_some(GEMMA2_WINDOW));
+        let block = |local: bool| Block {
+            window: window.filter(|_| local),
+            angles: if local { Angles::Local } else { Angles::Global },
+            experts,
+        };
         Ok(local.into_iter().map(block).collect())
     }
 
@@ -260,7 +303,11 @@ impl Metadata<'_> {
     fn ropes(&self, width: usize) -> Result<([Rope; 2], Option<usize>)> {
         let theta = self.float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
         let base = checked_theta(theta)?;
-        let kind = self.gguf.text(&self.key("rope.scaling.type"))?.unwrap_or("none");
+        let key = self.key("rope.scaling.type");
+        // A factor without a type is linear.
+        let has_factor = self.float("rope.scaling.factor")?.is_some();
+        let untyped = if has_factor { "linear" } else { "none" };
+        let kind = self.gguf.text(&key)?.unwrap_or(untyped);
         let factor = || {
             let key = "rope.scaling.factor";
             self.float(key)?.ok_or_else(|| missing(&self.key(key)))
@@ -271,24 +318,24 @@ impl Metadata<'_> {
         let attention = self.float("rope.scaling.attn_factor")?;
         let mut most = None;
         let scaling = match (kind, whole, short) {
-            (_, Some(factors), _) => Some(Scaling::Each { factors, scale: 1.0 }),
+            ("none", Some(factors), _) => Some(Scaling::Each { factors, scale: 1.0 }),
             // Longer sequences have other frequencies from their first position on.
-            (_, None, Some(factors)) => {
+            (_, None, Some(factors)) if self.architecture == "phi3" => {
                 most = Some(self.needed("rope.scaling.original_context_length")?);
                 Some(Scaling::Each { factors, scale: attention.unwrap_or(1.0) })
             }
-            ("none", ..) => None,
-            ("linear", ..) => Some(Scaling::Linear(factor()?)),
-            ("yarn", ..) => Some(Scaling::Yarn(self.yarn(factor()?)?)),
+            ("none", None, None) => None,
+            ("linear", None, None) => Some(Scaling::Linear(factor()?)),
+            ("yarn", None, None) => Some(Scaling::Yarn(self.yarn(factor()?)?)),
+            (other, None, None) => return Err(refused(&key, "none, linear or yarn", other)),
             (other, ..) => {
-                let key = self.key("rope.scaling.type");
-                return Err(refused(&key, "none, linear or yarn", other));
+                return Err(refused(&key, "none, beside the file's own factors", other));
             }
         };
         let rope = Rope::scaled(width, base, scaling.as_ref());
         let local = match self.architecture {
-            "gemma3" => self.float("rope.freq_base_swa")?.unwrap_or(DEFAULT_GEMMA3_LOCAL_THETA),
-            "olmo2" => theta,
+            "gemma3" => self.float("rope.freq_base_swa")?.unwrap_or(GEMMA3_LOCAL_THETA),
+            "olmo2" => self.float("rope.freq_base_swa")?.unwrap_or(theta),
             _ => return Ok(([rope.clone(), rope], most)),
         };
         Ok(([rope, Rope::plain(width, checked_theta(local)?)], most))

@@ -70,7 +70,7 @@ pub struct ModelConfig {
     pub rotary_dim: usize,
     /// Angles of blocks that see every position.
     pub rope: Rope,
-    /// Angles of blocks with a window.
+    /// Angles of blocks that are made for a window.
     pub local_rope: Rope,
     /// One a block.
     pub blocks: Vec<Block>,
@@ -83,10 +83,21 @@ pub struct ModelConfig {
 pub struct Block {
     /// Only this many positions are seen, the row's own among them.
     pub window: Option<usize>,
-    /// Whether queries and keys are turned.
-    pub rope: bool,
+    /// By which angles queries and keys are turned.
+    pub angles: Angles,
     /// Whether its MLP is a mixture of experts.
     pub experts: bool,
+}
+
+/// Which angles a block turns by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Angles {
+    /// None: it does not turn.
+    None,
+    /// [`ModelConfig::rope`].
+    Global,
+    /// [`ModelConfig::local_rope`].
+    Local,
 }
 
 /// Which norms a block has around attention and MLP.
@@ -212,7 +223,7 @@ impl ModelConfig {
             rotary_dim: head_dim,
             local_rope: rope.clone(),
             rope,
-            blocks: vec![Block { window: None, rope: true, experts: false }; layers],
+            blocks: vec![Block { window: None, angles: Angles::Global, experts: false }; layers],
             experts: None,
         }
     }
@@ -259,6 +270,7 @@ impl ModelConfig {
             ("logit scale", Some(self.logit_scale)),
             ("logit soft cap", self.logit_soft_cap),
             ("rope scale", Some(self.rope.scale)),
+            ("rope scale of windows", Some(self.local_rope.scale)),
         ];
         for (name, x) in scales.into_iter().filter_map(|(name, x)| Some((name, x?))) {
             if !(x.is_finite() && x > 0.0) {
@@ -266,8 +278,9 @@ impl ModelConfig {
             }
         }
         for rope in [&self.rope, &self.local_rope] {
-            if let Some(f) = rope.frequencies.iter().find(|f| !f.is_finite()) {
-                return Err(refused("rope frequency", "a finite number", f));
+            if let Some(f) = rope.frequencies.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
+                let hint = "a factor of rope scaling is zero, negative or too large";
+                return Err(refused("rope frequency", "a finite number above 0", f).hint(hint));
             }
         }
         if let Some(ExpertSizes { count, used, .. }) = self.experts

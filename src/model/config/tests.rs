@@ -114,8 +114,11 @@ fn windows_and_angles_follow_the_family() {
     assert_eq!(windows(&published(GEMMA_2))[..3], [true, false, true]);
     assert!(!windows(&published(MISTRAL_SMALL_3)).contains(&true));
     assert!(!windows(&published(QWEN_2_5)).contains(&true));
-    let smollm: Vec<bool> = published(SMOLLM_3).blocks.iter().map(|block| block.rope).collect();
-    assert_eq!(smollm[..8], [true, true, true, false, true, true, true, false]);
+    let smollm = published(SMOLLM_3);
+    let unturned: Vec<bool> =
+        smollm.blocks.iter().map(|block| block.angles == Angles::None).collect();
+    assert_eq!(unturned[..8], [false, false, false, true, false, false, false, true]);
+    assert!(!windows(&smollm).contains(&true));
     let phi = published(PHI_4_MINI);
     assert_eq!((phi.rotary_dim, phi.head_dim, phi.rope.frequencies.len()), (96, 128, 48));
     let phi = published(PHI_3_LONG);
@@ -198,3 +201,42 @@ const SMOLLM_3: &str = r#"{"model_type": "smollm3", "hidden_size": 2048, "interm
     "no_rope_layer_interval": 4, "use_sliding_window": false, "sliding_window": null,
     "max_window_layers": 28, "rope_scaling": null, "attention_bias": false, "mlp_bias": false,
     "eos_token_id": 128012}"#;
+
+/// What is said twice, or in a place where it does not act.
+#[test]
+fn contradictions_are_refused_and_old_spellings_are_read() {
+    let changed = |text: &str, change: fn(&mut Value)| {
+        let mut json: Value = serde_json::from_str(text).unwrap();
+        change(&mut json);
+        ModelConfig::from_json(&json, None)
+    };
+    let refused = |text, cause: &str, change: fn(&mut Value)| {
+        let error = changed(text, change).unwrap_err().to_string();
+        assert!(error.contains(cause), "{cause}: {error}");
+    };
+    refused(LLAMA_3_1, "beside rope_parameters", |json| {
+        json["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
+    });
+    refused(GEMMA_2, "silu or gelu_pytorch_tanh", |json| json["hidden_activation"] = Value::Null);
+    refused(GEMMA_3, "F32, F16 or BF16", |json| json["quantization_config"] = json!({"bits": 8}));
+    refused(GEMMA_3, "layer_types", |json| {
+        json["text_config"]["layer_types"] = json!(["full_attention"]);
+    });
+    refused(QWEN_3_MOE, "at most 32", |json| json["num_experts_per_tok"] = json!(64));
+    refused(LLAMA_3_1, "above 0", |json| {
+        json["rope_scaling"] = json!({"rope_type": "linear", "factor": -8.0});
+    });
+    let smollm = changed(SMOLLM_3, |json| {
+        (json["use_sliding_window"], json["sliding_window"]) = (json!(true), json!(64));
+    });
+    assert_eq!(smollm.unwrap().blocks[3].window, Some(64));
+    let qwen = changed(QWEN_2_5, |json| {
+        (json["use_sliding_window"], json["max_window_layers"]) = (json!(true), json!(0));
+    });
+    assert_eq!(qwen.unwrap().blocks[0].window, Some(131_072));
+    let phi = changed(PHI_4_MINI, |json| {
+        json["partial_rotary_factor"] = Value::Null;
+        json["rope_scaling"]["partial_rotary_factor"] = json!(0.75);
+    });
+    assert_eq!(phi.unwrap().rotary_dim, 96);
+}

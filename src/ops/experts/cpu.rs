@@ -45,12 +45,14 @@ impl Kernel for Route<'_> {
     #[inline(always)]
     fn run(self) {
         let max = max(self.isa, self.logits);
-        let mut last = u64::MAX;
+        let mut last = None;
         for (chosen, weight) in self.chosen.iter_mut().zip(self.weights.iter_mut()) {
             // Ranks are distinct: the next one is the largest below the last.
             let ranks = self.logits.iter().zip(0..).map(|(&logit, id)| rank(logit, id));
-            last = ranks.filter(|rank| *rank < last).max().expect("no more than there are");
-            *chosen = !(last as u32);
+            let below = |rank: &u64| last.is_none_or(|last| *rank < last);
+            let best = ranks.filter(below).max().expect("no more than there are");
+            last = Some(best);
+            *chosen = !(best as u32);
             *weight = exp(self.logits[*chosen as usize] - max);
         }
         let total = match self.normalise {

@@ -215,10 +215,10 @@ mod tests {
 
     /// However the rows are spread over the weights.
     #[test]
+    #[cfg_attr(not(feature = "host-kernels"), ignore = "needs host kernels")]
     fn a_layout_has_room_for_every_spread() {
         for path in [MatrixPath::Wgmma, MatrixPath::Mma] {
-            let Ok(cuda) = Cuda::host(path) else { return };
-            let device = Device::Cuda(cuda);
+            let device = Device::Cuda(Cuda::host(path).unwrap());
             for (rows, used, count) in
                 [(1, 1, 1), (1, 8, 128), (9, 2, 5), (64, 8, 128), (777, 3, 7)]
             {
