@@ -42,8 +42,11 @@ impl Json<'_> {
         if is_nested {
             let part = "partial_rotary_factor";
             let kinds = ["full_attention", "sliding_attention"].into_iter();
-            if let Some(value) = kinds.filter_map(|kind| nested(kind)?.get(part)).next() {
-                return Err(refused(part, "no such key for each kind of block", short(value)));
+            if let Some(value) = kinds
+                .filter_map(|kind| nested(kind)?.get(part))
+                .find(|value| !value.is_null() && value.as_f64() != Some(1.0))
+            {
+                return Err(refused(part, "1 for each kind of block", short(value)));
             }
             let local = self.float("rope_local_base_freq")?.unwrap_or(theta);
             let (full, most) =
