@@ -185,7 +185,7 @@ impl VectorSet {
     }
 
     /// `stem` names the vector of a file that names none.
-    fn parse(bytes: &[u8], stem: &str) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8], stem: &str) -> Result<Self> {
         if npy::is_npy(bytes) {
             let (shape, values) = npy::parse(bytes)?;
             let mut set = Self::default();

@@ -1,0 +1,54 @@
+//! How much time, memory and stack a chat template may take: it comes with a model and may be
+//! anything.
+
+use std::{panic, thread};
+
+use crate::{
+    error::{Error, Result},
+    request::Message,
+};
+
+/// Bytes of a template. The longest in use have a sixth of it.
+const MAX_SOURCE: usize = 1 << 18;
+/// Parsing takes stack with the length of the longest expression or `elif` chain: at most 0.7 KiB
+/// for each byte of it, measured with chains of every operator.
+const STACK_PER_BYTE: usize = 1 << 10;
+/// Rendering takes stack with the depth of the values made: at most 0.5 KiB for each unit of fuel,
+/// measured with lists in lists that are printed.
+const STACK_PER_FUEL: usize = 1 << 10;
+const LEAST_STACK: usize = 1 << 21;
+/// Fuel is minijinja's measure: an instruction, or 64 bytes of text or values made.
+const LEAST_FUEL: u64 = 100_000;
+const FUEL_PER_MESSAGE: u64 = 1_000;
+const MAX_FUEL: u64 = 1 << 20;
+
+/// What a rendering may take. Each byte of the messages' texts may be handled 16 times.
+pub(super) fn fuel(messages: &[Message]) -> u64 {
+    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+    let fuel = LEAST_FUEL + FUEL_PER_MESSAGE * messages.len() as u64 + bytes as u64 / 4;
+    fuel.min(MAX_FUEL)
+}
+
+/// Parses a template of this length, on a stack that is deep enough.
+pub(super) fn parsing<T: Send>(length: usize, job: impl FnOnce() -> T + Send) -> Result<T> {
+    if length > MAX_SOURCE {
+        return Err(Error::new("the chat template is too long")
+            .expected(format!("at most {MAX_SOURCE} bytes"))
+            .got(length));
+    }
+    on_stack(length * STACK_PER_BYTE, job)
+}
+
+/// Renders with so much fuel, likewise.
+pub(super) fn rendering<T: Send>(fuel: u64, job: impl FnOnce() -> T + Send) -> Result<T> {
+    on_stack(fuel as usize * STACK_PER_FUEL, job)
+}
+
+/// Memory is taken only for the part of a stack that is used.
+fn on_stack<T: Send>(bytes: usize, job: impl FnOnce() -> T + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().name("chat template".into());
+        let thread = builder.stack_size(bytes.max(LEAST_STACK)).spawn_scoped(scope, job)?;
+        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+    })
+}
