@@ -90,7 +90,7 @@ def single(dimensions):
     count = 1
     for n in dimensions:
         count *= n
-    return b"".join(struct.pack("<f", n / 8) for n in range(count))
+    return b"".join(struct.pack("<f", (n + 1) / 8) for n in range(count))
 
 
 def one_block(path):
@@ -357,7 +357,7 @@ def make_tokenizers():
     for (name, parsed), config in zip(TOKENIZERS.items(), configs):
         save("tokenizer", name, json.dumps(parsed, ensure_ascii=False) + "\0" + json.dumps(config))
     for name, source in TEMPLATES.items():
-        save("tokenizer", f"template_{name}", "{}\0" + json.dumps({"bos_token": "<s>"}) + "\0" + source)
+        save("tokenizer", f"template_{name}", "\0" + json.dumps({"bos_token": "<s>"}) + "\0" + source)
 
 
 def make_requests():

@@ -89,7 +89,8 @@ pub fn config(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// `tokenizer.json`, and after zero bytes `tokenizer_config.json` and `chat_template.jinja`.
+/// `tokenizer.json`, and after zero bytes `tokenizer_config.json` and `chat_template.jinja`; an empty
+/// one is none.
 pub fn tokenizer(bytes: &[u8]) -> Result<()> {
     let mut files = bytes.split(|byte| *byte == 0);
     let tokenizer = files.next().unwrap_or_default();
@@ -101,6 +102,9 @@ pub fn tokenizer(bytes: &[u8]) -> Result<()> {
     let special = special_tokens(&config, &Value::Null);
     if let Some(template) = source.and_then(|source| ChatTemplate::new(&source, special).ok()) {
         use_template(&template)?;
+    }
+    if tokenizer.is_empty() {
+        return Ok(());
     }
     use_tokenizer(&Tokenizer::from_json(parse_json(tokenizer)?)?)
 }

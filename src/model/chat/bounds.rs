@@ -52,3 +52,55 @@ fn on_stack<T: Send>(bytes: usize, job: impl FnOnce() -> T + Send) -> Result<T> 
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::{ChatTemplate, Settings, tests::message};
+
+    fn template(source: &str) -> crate::error::Result<ChatTemplate> {
+        ChatTemplate::new(source, BTreeMap::new())
+    }
+
+    #[test]
+    fn long_chains_are_parsed_on_a_stack_that_is_deep_enough() {
+        for (start, link, end) in [
+            ("{{ 1", "+a", " }}"),
+            ("{{ a", "**a", " }}"),
+            ("{{ ", "not ", "1 }}"),
+            ("{{ ", "-", "1 }}"),
+            ("{{ a", ".b", " }}"),
+            ("{{ a", "|e", " }}"),
+            ("{{ ", "a if a else ", "a }}"),
+            ("{% if a %}", "{%elif a%}", "{% endif %}"),
+        ] {
+            let source = format!("{start}{}{end}", link.repeat(200_000 / link.len()));
+            let parsed = template(&source).unwrap();
+            drop(parsed.render(&[message("user", "x")], &Settings::default()));
+        }
+        let error = template(&"x".repeat(300_000)).unwrap_err().to_string();
+        assert!(error.contains("too long") && error.contains("300000"), "{error}");
+    }
+
+    #[test]
+    fn a_rendering_without_end_runs_out_of_fuel() {
+        let deep = format!("{}ns.x{}", "[".repeat(60), "]".repeat(60));
+        for (times, change, shown) in [
+            (60, "ns.x ~ ns.x ~ 'a'", "ns.x"),
+            (1_400, deep.as_str(), "ns.x"),
+            (1_400, deep.as_str(), "ns.x|tojson"),
+            (30_000, deep.as_str(), "ns.x"),
+        ] {
+            let source = format!(
+                "{{% set ns = namespace(x='') %}}{{% for i in range({times}) %}}{{% set ns.x = {change} %}}\
+                 {{% endfor %}}{{{{ {shown} }}}}"
+            );
+            let parsed = template(&source).unwrap();
+            let rendered = parsed.render(&[message("user", "x")], &Settings::default());
+            if let Err(error) = rendered {
+                assert!(error.to_string().contains("fuel"), "{error}");
+            }
+        }
+    }
+}

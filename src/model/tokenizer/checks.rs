@@ -13,15 +13,77 @@ const MAX_GROWTH: u64 = 256;
 /// Beyond any vocabulary; the ids of added tokens are counted on from there.
 const MAX_ID: u64 = 1 << 30;
 
-const COMPONENTS: [&str; 4] = ["normalizer", "pre_tokenizer", "post_processor", "decoder"];
-/// The keys under which components hold others.
-const NESTED: [&str; 4] = ["normalizers", "pretokenizers", "processors", "decoders"];
+/// A component's key, the key under which its sequences hold others, and the kinds that there are:
+/// the library guesses what an unknown kind could be.
+type Component = (&'static str, &'static str, &'static [&'static str]);
+const COMPONENTS: [Component; 4] = [
+    (
+        "normalizer",
+        "normalizers",
+        &[
+            "BertNormalizer",
+            "ByteLevel",
+            "Lowercase",
+            "NFC",
+            "NFD",
+            "NFKC",
+            "NFKD",
+            "Nmt",
+            "Prepend",
+            "Replace",
+            "Sequence",
+            "Strip",
+            "StripAccents",
+        ],
+    ),
+    (
+        "pre_tokenizer",
+        "pretokenizers",
+        &[
+            "BertPreTokenizer",
+            "ByteLevel",
+            "CharDelimiterSplit",
+            "Digits",
+            "FixedLength",
+            "Metaspace",
+            "Punctuation",
+            "Sequence",
+            "Split",
+            "UnicodeScripts",
+            "Whitespace",
+            "WhitespaceSplit",
+        ],
+    ),
+    (
+        "post_processor",
+        "processors",
+        &["BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing"],
+    ),
+    (
+        "decoder",
+        "decoders",
+        &[
+            "BPEDecoder",
+            "ByteFallback",
+            "ByteLevel",
+            "CTC",
+            "Fuse",
+            "Metaspace",
+            "Replace",
+            "Sequence",
+            "Strip",
+            "WordPiece",
+        ],
+    ),
+];
+const MODELS: [&str; 4] = ["BPE", "Unigram", "WordLevel", "WordPiece"];
 
 /// Refuses a `tokenizer.json` that the library would not survive.
 pub(super) fn check(json: &Value) -> Result<()> {
-    for key in COMPONENTS {
-        if let Some(component) = json.get(key).filter(|component| !component.is_null()) {
-            let growth = check_component(component, MAX_DEPTH).at(|| key.into())?;
+    for component in &COMPONENTS {
+        let key = component.0;
+        if let Some(value) = json.get(key).filter(|value| !value.is_null()) {
+            let growth = check_component(value, component, MAX_DEPTH).at(|| key.into())?;
             if growth > MAX_GROWTH {
                 return Err(refused("a text could become too long")
                     .at(key)
@@ -38,31 +100,39 @@ fn refused(what: &str) -> Error {
         .hint("tokenizer.json is damaged, or of a kind that is not supported")
 }
 
+/// The kind of a component or a model.
+fn kind<'a>(value: &'a Value, known: &[&str]) -> Result<&'a str> {
+    let kind = value.get("type").and_then(Value::as_str);
+    kind.filter(|kind| known.contains(kind)).ok_or_else(|| {
+        let error = refused("a part of it is of an unknown kind").at("type");
+        error.expected(known.join(", ")).got(kind.unwrap_or("none"))
+    })
+}
+
 /// How many times as long a text may become by it.
-fn check_component(component: &Value, depth: usize) -> Result<u64> {
-    let kind = component.get("type").and_then(Value::as_str);
-    let kind = kind.ok_or_else(|| refused("a part of it has no type"))?;
+fn check_component(value: &Value, component: &Component, depth: usize) -> Result<u64> {
+    let (_, nested, kinds) = *component;
+    let kind = kind(value, kinds)?;
     let depth = depth.checked_sub(1).ok_or_else(|| {
-        refused("its parts are nested too deeply").expected(format!("at most {MAX_DEPTH} in another"))
+        let error = refused("its parts are nested too deeply");
+        error.expected(format!("at most {MAX_DEPTH} in each other"))
     })?;
-    let place = || kind.to_owned();
     let mut growth = 1;
-    for part in NESTED.iter().filter_map(|key| component[key].as_array()).flatten() {
-        growth = u64::saturating_mul(growth, check_component(part, depth).at(place)?);
+    for part in value[nested].as_array().into_iter().flatten() {
+        growth = u64::saturating_mul(growth, check_component(part, component, depth)?);
     }
     match kind {
-        "Precompiled" => Err(refused("its table of characters is of a kind that is not read")),
-        "FixedLength" if component["length"] == 0 => Err(refused("pieces of no length")),
-        "Strip" if component.get("stop").is_some_and(|stop| *stop != 0) => {
+        "FixedLength" if value["length"] == 0 => Err(refused("it cuts pieces of no length")),
+        "Strip" if value.get("stop").is_some_and(|stop| *stop != 0) => {
             let error = refused("its decoder takes characters off the end of tokens");
-            Err(error.expected("stop 0").got(&component["stop"]))
+            Err(error.at("stop").expected(0).got(&value["stop"]))
         }
-        "TemplateProcessing" => check_template(component).map(|()| growth),
-        "Replace" => Ok(growth.max(replacement_growth(component))),
+        "Replace" => Ok(growth.max(replacement_growth(value))),
         "ByteLevel" => Ok(growth.max(2)),
+        // The library goes by the fields of a post-processor, whatever it says it is.
+        _ if value.get("single").is_some() => check_template(value).map(|()| growth),
         _ => Ok(growth),
     }
-    .at(place)
 }
 
 /// A match may be empty where the pattern is an expression, or empty.
@@ -77,39 +147,38 @@ fn replacement_growth(component: &Value) -> u64 {
 /// The text stands in a template once; every special token that it names is one that it has, with
 /// as many names as ids.
 fn check_template(component: &Value) -> Result<()> {
-    let is_text = |part: &&Value| match part {
-        Value::String(text) => text.starts_with('$'),
-        _ => part.get("Sequence").is_some(),
-    };
-    let texts = component["single"].as_array().into_iter().flatten().filter(is_text).count();
-    if texts != 1 {
-        let error = refused("its template does not have the text once");
-        return Err(error.expected(1).got(texts));
-    }
     let tokens = &component["special_tokens"];
-    for part in ["single", "pair"].iter().filter_map(|key| component[key].as_array()).flatten() {
-        let named = match part {
-            Value::String(text) => text.split(':').next(),
-            _ => part["SpecialToken"]["id"].as_str(),
-        };
-        let known = |name: &str| name.starts_with('$') || tokens.get(name).is_some();
-        if let Some(name) = named.filter(|name| !known(name)) {
-            return Err(refused("its template names a special token that it does not have").got(name));
-        }
-    }
     for (name, token) in tokens.as_object().into_iter().flatten() {
         let count = |key: &str| token[key].as_array().map(Vec::len);
-        if count("ids") != count("tokens") {
-            return Err(refused("a special token has another number of ids than of names").got(name));
+        if count("ids").is_none() || count("ids") != count("tokens") {
+            let error = refused("a special token has not as many ids as names");
+            return Err(error.at(name.as_str()).at("special_tokens"));
+        }
+    }
+    for (key, texts) in [("single", 1), ("pair", 2)] {
+        let parts = component[key].as_array().map_or(&[][..], Vec::as_slice);
+        let (given, named): (Vec<&Value>, Vec<&Value>) =
+            parts.iter().partition(|part| part.get("Sequence").is_some());
+        if given.len() != texts {
+            let error = refused("its template does not have each text once").at(key);
+            return Err(error.expected(texts).got(given.len()));
+        }
+        let known = |part: &&Value| {
+            part["SpecialToken"]["id"].as_str().is_some_and(|name| tokens.get(name).is_some())
+        };
+        if let Some(part) = named.into_iter().find(|part| !known(part)) {
+            let error = refused("its template names a special token that it does not have").at(key);
+            return Err(error.got(part));
         }
     }
     Ok(())
 }
 
 fn check_model(model: &Value) -> Result<()> {
+    let kind = kind(model, &MODELS)?;
     for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
         let marks = model[key].as_str().is_some_and(|mark| !mark.is_empty());
-        if marks && model["type"] != "WordPiece" {
+        if marks && kind != "WordPiece" {
             return Err(refused("its tokens are marked by their place in a word").at(key));
         }
     }
