@@ -64,5 +64,5 @@ pub fn requests(bytes: &[u8]) -> Result<()> {
 
 /// The most memory, in bytes, that a reader may hold at a time for an input of this length.
 pub fn most_bytes(length: usize) -> u64 {
-    (24 << 20) + 256 * length as u64
+    (64 << 20) + 256 * length as u64
 }

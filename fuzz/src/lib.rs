@@ -10,5 +10,10 @@ use inkling::fuzzing::{Reader, most_bytes};
 pub fn bounded(reader: Reader, bytes: &[u8]) {
     let taken = allocation_counter::measure(|| drop(reader(bytes)));
     let most = most_bytes(bytes.len());
-    assert!(taken.bytes_max <= most, "{} bytes of memory for {} of input", taken.bytes_max, bytes.len());
+    assert!(
+        taken.bytes_max <= most,
+        "{} bytes of memory for {} of input",
+        taken.bytes_max,
+        bytes.len()
+    );
 }

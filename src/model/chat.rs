@@ -1,6 +1,7 @@
 //! Chat templates: messages to the text that the model was trained on, as transformers renders it.
 
 mod bounds;
+mod expressions;
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -68,7 +69,7 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         let template = without_generation(source);
-        bounds::parsing(template.len(), || environment.add_template_owned(NAME, template))?
+        bounds::parsing(&template.clone(), || environment.add_template_owned(NAME, template))?
             .map_err(|error| Error::new(format!("the chat template cannot be parsed: {error}")))?;
         Ok(Self { environment, source: source.to_owned(), special })
     }

@@ -3,6 +3,7 @@
 
 use std::{panic, thread};
 
+use super::expressions;
 use crate::{
     error::{Error, Result},
     request::Message,
@@ -10,6 +11,8 @@ use crate::{
 
 /// Bytes of a template. The longest in use have a sixth of it.
 const MAX_SOURCE: usize = 1 << 18;
+/// One expression of 4,096 tokens, or 6,500 of 50 as in real templates.
+const MAX_WORK: u64 = 1 << 24;
 /// Parsing takes stack with the length of the longest expression or `elif` chain: at most 0.7 KiB
 /// for each byte of it, measured with chains of every operator.
 const STACK_PER_BYTE: usize = 1 << 10;
@@ -29,14 +32,22 @@ pub(super) fn fuel(messages: &[Message]) -> u64 {
     fuel.min(MAX_FUEL)
 }
 
-/// Parses a template of this length, on a stack that is deep enough.
-pub(super) fn parsing<T: Send>(length: usize, job: impl FnOnce() -> T + Send) -> Result<T> {
-    if length > MAX_SOURCE {
+/// Parses a template, on a stack that is deep enough.
+pub(super) fn parsing<T: Send>(source: &str, job: impl FnOnce() -> T + Send) -> Result<T> {
+    if source.len() > MAX_SOURCE {
         return Err(Error::new("the chat template is too long")
             .expected(format!("at most {MAX_SOURCE} bytes"))
-            .got(length));
+            .got(source.len()));
     }
-    on_stack(length * STACK_PER_BYTE, job)
+    let work = expressions::work(source);
+    if work > MAX_WORK {
+        return Err(Error::new("the chat template's expressions are too long")
+            .expected(format!(
+                "at most {MAX_WORK} (the squares of their numbers of tokens, summed)"
+            ))
+            .got(work));
+    }
+    on_stack(source.len() * STACK_PER_BYTE, job)
 }
 
 /// Renders with so much fuel, likewise.
@@ -65,19 +76,26 @@ mod tests {
 
     #[test]
     fn long_chains_are_parsed_on_a_stack_that_is_deep_enough() {
-        for (start, link, end) in [
-            ("{{ 1", "+a", " }}"),
-            ("{{ a", "**a", " }}"),
-            ("{{ ", "not ", "1 }}"),
-            ("{{ ", "-", "1 }}"),
-            ("{{ a", ".b", " }}"),
-            ("{{ a", "|e", " }}"),
-            ("{{ ", "a if a else ", "a }}"),
-            ("{% if a %}", "{%elif a%}", "{% endif %}"),
+        for (start, link, tokens, end) in [
+            ("{{ 1", "+a", 2, " }}"),
+            ("{{ a", "**a", 3, " }}"),
+            ("{{ ", "not ", 1, "1 }}"),
+            ("{{ ", "-", 1, "1 }}"),
+            ("{{ a", ".b", 2, " }}"),
+            ("{{ a", "|e", 2, " }}"),
+            ("{{ ", "a if a else ", 4, "a }}"),
+            ("{% if a %}", "{%elif a%}", 0, "{% endif %}"),
         ] {
-            let source = format!("{start}{}{end}", link.repeat(200_000 / link.len()));
+            // Chains of `elif` are of any length, others are one expression.
+            let count = 4_000_usize.checked_div(tokens).unwrap_or(20_000);
+            let source = format!("{start}{}{end}", link.repeat(count));
             let parsed = template(&source).unwrap();
             drop(parsed.render(&[message("user", "x")], &Settings::default()));
+            if tokens > 0 {
+                let source = format!("{start}{}{end}", link.repeat(2 * count));
+                let error = template(&source).unwrap_err().to_string();
+                assert!(error.contains("expressions are too long"), "{link}: {error}");
+            }
         }
         let error = template(&"x".repeat(300_000)).unwrap_err().to_string();
         assert!(error.contains("too long") && error.contains("300000"), "{error}");

@@ -10,6 +10,9 @@ const MAX_DEPTH: usize = 6;
 /// How many times as long normalizers or decoders may make a text in all. Those that write a blank
 /// as ▁ make it three times as long.
 const MAX_GROWTH: u64 = 256;
+/// Of all regular expressions, in characters. The longest in use have 500; a character such as `\w`
+/// can take 20 KiB once compiled.
+const MAX_EXPRESSIONS: usize = 1 << 11;
 /// Beyond any vocabulary; the ids of added tokens are counted on from there.
 const MAX_ID: u64 = 1 << 30;
 
@@ -92,6 +95,14 @@ pub(super) fn check(json: &Value) -> Result<()> {
             }
         }
     }
+    let expressions = COMPONENTS.iter().filter_map(|(key, ..)| json.get(key));
+    let costs = expressions.map(|value| expressions_cost(value, false));
+    let expressions = costs.fold(0, usize::saturating_add);
+    if expressions > MAX_EXPRESSIONS {
+        return Err(refused("its regular expressions could take too much memory")
+            .expected(format!("{MAX_EXPRESSIONS} characters, {{N}} counted as N squared"))
+            .got(expressions));
+    }
     check_model(&json["model"]).at(|| "model".into())
 }
 
@@ -132,6 +143,30 @@ fn check_component(value: &Value, component: &Component, depth: usize) -> Result
         // The library goes by the fields of a post-processor, whatever it says it is.
         _ if value.get("single").is_some() => check_template(value).map(|()| growth),
         _ => Ok(growth),
+    }
+}
+
+/// Characters, and the square of each count of repetitions: counts in counts multiply.
+fn expressions_cost(value: &Value, expression: bool) -> usize {
+    match value {
+        Value::String(text) if expression => {
+            let count = |rest: &str| {
+                let digits = rest.split(|c: char| !c.is_ascii_digit()).take(2);
+                digits.filter_map(|digits| digits.parse().ok()).max().unwrap_or(0_usize)
+            };
+            let counts = text.split('{').skip(1).map(count);
+            let squares = counts.map(|count| count.saturating_mul(count));
+            squares.fold(text.len(), usize::saturating_add)
+        }
+        Value::Object(fields) => {
+            let costs = fields.iter().map(|(key, field)| expressions_cost(field, key == "Regex"));
+            costs.fold(0, usize::saturating_add)
+        }
+        Value::Array(values) => {
+            let costs = values.iter().map(|value| expressions_cost(value, false));
+            costs.fold(0, usize::saturating_add)
+        }
+        _ => 0,
     }
 }
 
@@ -190,5 +225,91 @@ fn check_model(model: &Value) -> Result<()> {
     match ids.filter_map(|(_, id)| id.as_u64()).find(|id| *id > MAX_ID) {
         Some(id) => Err(refused("a token's id cannot be").at("vocab").got(id)),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn template() -> Value {
+        json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+        })
+    }
+
+    fn check_with(key: &str, value: Value) -> Result<()> {
+        let mut json = json!({"model": {"type": "BPE", "vocab": {"a": 0}}, "normalizer": null});
+        json[key] = value;
+        check(&json)
+    }
+
+    #[test]
+    fn what_models_have_is_accepted() {
+        let marks = json!({"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+        ]});
+        check_with("normalizer", marks).unwrap();
+        let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+        check_with("decoder", json!({"type": "Sequence", "decoders": [strip]})).unwrap();
+        check_with("post_processor", template()).unwrap();
+    }
+
+    #[test]
+    fn what_the_library_would_not_survive_is_refused() {
+        let sequence = |parts: Vec<Value>| json!({"type": "Sequence", "normalizers": parts});
+        let nested = (0..9).fold(json!({"type": "NFC"}), |inner, _| sequence(vec![inner]));
+        let double = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+        let changed = |change: fn(&mut Value)| {
+            let mut template = template();
+            change(&mut template);
+            template
+        };
+        let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}});
+        for (key, value, cause) in [
+            ("normalizer", json!({"type": "Precompiled"}), "unknown kind"),
+            ("normalizer", json!({"normalizers": []}), "unknown kind"),
+            ("normalizer", nested, "nested too deeply"),
+            ("normalizer", sequence(vec![double; 9]), "512 times"),
+            ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "no length"),
+            ("pre_tokenizer", split(r"\\w{90}"), "too much memory"),
+            ("pre_tokenizer", split(&r"(?=\\w)".repeat(500)), "too much memory"),
+            (
+                "decoder",
+                json!({"type": "Strip", "content": "a", "start": 0, "stop": 1}),
+                "the end of",
+            ),
+            ("post_processor", changed(|t| t["type"] = "BertProcesing".into()), "unknown kind"),
+            ("post_processor", changed(|t| t["special_tokens"] = json!({})), "does not have"),
+            (
+                "post_processor",
+                changed(|t| t["single"][0]["SpecialToken"] = json!(["<s>", 0])),
+                "does not have",
+            ),
+            (
+                "post_processor",
+                changed(|t| t["single"][1] = t["single"][0].clone()),
+                "each text once",
+            ),
+            (
+                "post_processor",
+                changed(|t| t["special_tokens"]["<s>"]["ids"] = json!([0, 1])),
+                "not as many ids",
+            ),
+            ("model", json!({"type": "BPE", "dropout": 0.1}), "at random"),
+            ("model", json!({"type": "BPE", "continuing_subword_prefix": "##"}), "their place"),
+            ("model", json!({"type": "BPE", "vocab": {"a": u32::MAX}}), "id cannot be"),
+            ("model", json!({"vocab": {}}), "unknown kind"),
+        ] {
+            let error = check_with(key, value.clone()).unwrap_err().to_string();
+            assert!(error.contains(cause), "{value}: {cause:?} not in {error}");
+        }
     }
 }
