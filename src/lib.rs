@@ -12,6 +12,9 @@ pub mod engine;
 pub mod error;
 pub mod experiment;
 pub mod files;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hub;
 pub mod model;
 pub mod ops;

@@ -17,7 +17,7 @@ mod lens;
 mod output;
 mod progress;
 mod report;
-mod requests;
+pub(crate) mod requests;
 mod run;
 mod table;
 mod tensors;

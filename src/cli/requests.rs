@@ -79,7 +79,7 @@ impl RequestArgs {
 }
 
 impl Requests {
-    fn parse(text: &str, origin: &str, base: PathBuf) -> Result<Self> {
+    pub(crate) fn parse(text: &str, origin: &str, base: PathBuf) -> Result<Self> {
         let mut list = Vec::new();
         let mut places = Vec::new();
         let mut seen = HashMap::new();

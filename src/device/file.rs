@@ -26,6 +26,14 @@ impl MappedFile {
         Ok(Self { path: path.to_owned(), map })
     }
 
+    /// Bytes in place of a file's.
+    #[cfg(any(test, fuzzing))]
+    pub fn of_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let mut map = memmap2::MmapMut::map_anon(bytes.len())?;
+        map.copy_from_slice(bytes);
+        Ok(Self { path: path.to_owned(), map: map.make_read_only()? })
+    }
+
     /// The file's content.
     pub fn bytes(&self) -> &[u8] {
         &self.map

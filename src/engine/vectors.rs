@@ -180,12 +180,17 @@ impl VectorSet {
     /// Reads a set. An error for anything that is not one: other types or shapes, values that are
     /// not finite, a header that does not fit the tensors.
     pub fn load(path: &Path) -> Result<Self> {
+        if !fs::metadata(path)?.is_file() {
+            return Err(Error::new("not a file of vectors")
+                .at(path.display().to_string())
+                .expected("a file, not a folder or a device"));
+        }
         let stem = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
         Self::parse(&fs::read(path)?, &stem).at(|| path.display().to_string())
     }
 
     /// `stem` names the vector of a file that names none.
-    fn parse(bytes: &[u8], stem: &str) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8], stem: &str) -> Result<Self> {
         if npy::is_npy(bytes) {
             let (shape, values) = npy::parse(bytes)?;
             let mut set = Self::default();

@@ -1,5 +1,8 @@
 //! Chat templates: messages to the text that the model was trained on, as transformers renders it.
 
+mod bounds;
+mod expressions;
+
 use std::{collections::BTreeMap, ops::Range};
 
 use minijinja::{
@@ -65,8 +68,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Refusal {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment
-            .add_template_owned(NAME, without_generation(source))
+        let template = without_generation(source);
+        bounds::parsing(&template.clone(), || environment.add_template_owned(NAME, template))?
             .map_err(|error| Error::new(format!("the chat template cannot be parsed: {error}")))?;
         Ok(Self { environment, source: source.to_owned(), special })
     }
@@ -136,11 +139,14 @@ impl ChatTemplate {
             let on = settings.thinking == Thinking::On;
             context.insert("enable_thinking".into(), on.into());
         }
+        let fuel = bounds::fuel(messages);
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
         let date = settings.date;
         let now = move |format: String| strftime_now(date, &format);
         context.insert("strftime_now".into(), Value::from_function(now));
-        let template = self.environment.get_template(NAME).map_err(|error| refused(&error))?;
-        template.render(context).map_err(|error| refused(&error))
+        let rendered = bounds::rendering(fuel, || environment.get_template(NAME)?.render(context))?;
+        rendered.map_err(|error| refused(&error))
     }
 
     /// Finds the contents in `text` by rendering once more with marks around them: what stands

@@ -97,9 +97,18 @@ impl Checkpoint {
     /// Names the tensors of a Hugging Face folder. A tied model may store its output matrix, if it
     /// is the embedding's bytes again.
     pub(super) fn from_folder(folder: &Path, config: &ModelConfig) -> Result<Self> {
+        Self::from_shards(folder, shards::open(folder)?, config)
+    }
+
+    /// Likewise, of files that are opened.
+    pub(super) fn from_shards(
+        folder: &Path,
+        shards: Vec<shards::Opened>,
+        config: &ModelConfig,
+    ) -> Result<Self> {
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
-        for (index, (file, records)) in shards::open(folder)?.into_iter().enumerate() {
+        for (index, (file, records)) in shards.into_iter().enumerate() {
             for (name, record) in records {
                 let Some(name) = names::of_folder(&name, config) else { continue };
                 let shards::TensorRecord { shape, format, bytes } = record;
@@ -199,6 +208,12 @@ impl Checkpoint {
         Err(Error::new("the model has tensors that its architecture does not use")
             .at(self.path.display().to_string())
             .got(format!("{}: {shown}{more}", left.len())))
+    }
+
+    /// All names and shapes.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.tensors.iter().map(|(name, stored)| (name.clone(), stored.shape.clone())).collect()
     }
 
     /// The weight files.

@@ -8,6 +8,8 @@ mod date;
 pub mod files;
 mod format;
 pub mod forward;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub(crate) mod gguf;
 mod names;
 mod origin;
@@ -92,7 +94,10 @@ impl Model {
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
-        let parts = Parts::open(path)?;
+        Self::from_parts(Parts::open(path)?)
+    }
+
+    fn from_parts(parts: Parts) -> Result<Self> {
         let (first, gguf) = parts.first();
         let path = first.path().to_owned();
         let place = || path.display().to_string();
@@ -188,8 +193,9 @@ impl Model {
     ///
     /// It is not there, or has another shape.
     pub fn final_gain(&self) -> Result<Vec<f32>> {
+        let stored = self.checkpoint.look_at("model.norm.weight", &[self.config.dim])?;
         let mut gain = vec![0.0; self.config.dim];
-        self.checkpoint.look_at("model.norm.weight", &[self.config.dim])?.read_vector(&mut gain);
+        stored.read_vector(&mut gain);
         gain.iter_mut().for_each(|gain| *gain += self.config.gain_offset);
         Ok(gain)
     }
@@ -240,8 +246,9 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read_to_string(path)?;
-    serde_json::from_str(&text)
-        .map_err(|error| Error::new(format!("not JSON: {error}")))
-        .at(|| path.display().to_string())
+    parse_json(&fs::read(path)?).at(|| path.display().to_string())
+}
+
+fn parse_json(bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes).map_err(|error| Error::new(format!("not JSON: {error}")))
 }

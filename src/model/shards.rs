@@ -23,7 +23,7 @@ const MAX_HEADER: u64 = 100_000_000;
 const DAMAGED: &str = "the file is truncated or its header is damaged: fetch it again";
 
 /// One tensor of a safetensors file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct TensorRecord {
     /// Row length last.
     pub shape: Vec<usize>,
@@ -33,8 +33,11 @@ pub struct TensorRecord {
     pub bytes: Range<usize>,
 }
 
+/// A file with its tensors by name.
+pub(super) type Opened = (MappedFile, BTreeMap<String, TensorRecord>);
+
 /// The weight files of a folder, each with its tensors by name; no name stands in two files.
-pub fn open(folder: &Path) -> Result<Vec<(MappedFile, BTreeMap<String, TensorRecord>)>> {
+pub fn open(folder: &Path) -> Result<Vec<Opened>> {
     if folder.join(SINGLE).is_file() {
         return Ok(vec![open_file(&folder.join(SINGLE))?]);
     }
@@ -80,7 +83,7 @@ pub fn named(index: &Path) -> Result<Vec<String>> {
     Ok(names.into_iter().cloned().collect())
 }
 
-fn names(map: &BTreeMap<String, String>) -> Result<Vec<&String>> {
+pub(super) fn names(map: &BTreeMap<String, String>) -> Result<Vec<&String>> {
     let mut names: Vec<&String> = map.values().collect();
     names.sort_unstable();
     names.dedup();
@@ -92,25 +95,28 @@ fn names(map: &BTreeMap<String, String>) -> Result<Vec<&String>> {
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    parse_index(&fs::read(path)?).at(|| path.display().to_string())
+}
+
+/// Tensor to shard.
+pub(super) fn parse_index(bytes: &[u8]) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = fs::read_to_string(path)?;
-    let index: Index = serde_json::from_str(&text)
-        .map_err(|error| Error::new(format!("not a safetensors index: {error}")))
-        .at(|| path.display().to_string())?;
+    let index: Index = serde_json::from_slice(bytes)
+        .map_err(|error| Error::new(format!("not a safetensors index: {error}")))?;
     Ok(index.weight_map)
 }
 
-fn open_file(path: &Path) -> Result<(MappedFile, BTreeMap<String, TensorRecord>)> {
+fn open_file(path: &Path) -> Result<Opened> {
     let file = MappedFile::open(path)?;
     let tensors = parse(file.bytes()).at(|| path.display().to_string())?;
     Ok((file, tensors))
 }
 
 /// Parses a whole file's header.
-fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorRecord>> {
+pub(super) fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorRecord>> {
     let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| {
         Error::new("not a safetensors file").got(format!("{} bytes", bytes.len())).hint(DAMAGED)
     })?;

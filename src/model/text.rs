@@ -65,12 +65,7 @@ impl TextSide {
         };
         let config = object("tokenizer_config.json")?;
         let map = object("special_tokens_map.json")?;
-        let mut special = BTreeMap::new();
-        for (name, _) in SPECIAL {
-            if let Some(token) = token_text(&config[name]).or_else(|| token_text(&map[name])) {
-                special.insert(name.to_owned(), token.to_owned());
-            }
-        }
+        let special = special_tokens(&config, &map);
         let path = folder.join("chat_template.jinja");
         let source = if path.is_file() {
             Some(fs::read_to_string(path)?)
@@ -80,6 +75,13 @@ impl TextSide {
         };
         Ok(Self { tokenizer, template: parsed(source.as_deref(), special) })
     }
+}
+
+/// Special tokens by their names in templates, of the first file that has each.
+pub(super) fn special_tokens(config: &Value, map: &Value) -> BTreeMap<String, String> {
+    let text = |name: &str| token_text(&config[name]).or_else(|| token_text(&map[name]));
+    let tokens = SPECIAL.iter().filter_map(|(name, _)| Some((*name, text(name)?)));
+    tokens.map(|(name, token)| (name.to_owned(), token.to_owned())).collect()
 }
 
 /// A template that cannot be parsed is none: prompts of text and token ids do without.
@@ -97,7 +99,7 @@ fn token_text(value: &Value) -> Option<&str> {
 }
 
 /// A template, or the one named `default` of a list.
-fn listed_template(value: &Value) -> Result<Option<String>> {
+pub(super) fn listed_template(value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
         Value::String(source) => Ok(Some(source.clone())),

@@ -1,5 +1,6 @@
 //! Text to token ids and back: a `tokenizer.json`, or the vocabulary inside a GGUF file.
 
+mod checks;
 mod gguf;
 mod rules;
 mod sentencepiece;
@@ -38,6 +39,7 @@ impl Tokenizer {
         if let Some(post) = json.get_mut("post_processor") {
             keep_blanks(post);
         }
+        checks::check(&json)?;
         let decodes = |kind| json.get("decoder").is_some_and(|decoder| has_decoder(decoder, kind));
         let (byte_level, byte_fallback) = (decodes("ByteLevel"), decodes("ByteFallback"));
         let mut inner = tokenizers::Tokenizer::from_bytes(json.to_string())

@@ -18,8 +18,10 @@ const SCORES: &str = "tokenizer.ggml.scores";
 /// Longer pieces are not merged to: no vocabulary has them, and a file that claims to would take
 /// time and memory with the square of their lengths.
 const MAX_PIECE: usize = 256;
-/// Gemma's vocabulary, the largest, has an eighth of that.
-const MAX_MERGES: usize = 1 << 22;
+/// On average. Real vocabularies have two.
+const MAX_MERGES_PER_PIECE: usize = 16;
+/// Of a vocabulary of any size.
+const FREE_MERGES: usize = 1 << 12;
 /// Phi-3's special tokens that do not take the blanks after them, as the others do.
 const PHI3_UNTRIMMED: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
@@ -80,6 +82,7 @@ fn ranking(gguf: &Gguf, tokens: usize, by_id: bool) -> Result<Vec<usize>> {
 fn derived_merges(vocabulary: &Vocabulary, ranking: &[usize]) -> Result<Vec<Value>> {
     let ids: HashMap<&str, usize> =
         vocabulary.tokens.iter().enumerate().map(|(id, token)| (&**token, id)).collect();
+    let most = MAX_MERGES_PER_PIECE * vocabulary.tokens.len() + FREE_MERGES;
     let mut merges = Vec::new();
     for id in ranking {
         let piece = &*vocabulary.tokens[*id];
@@ -91,10 +94,10 @@ fn derived_merges(vocabulary: &Vocabulary, ranking: &[usize]) -> Result<Vec<Valu
                 merges.push(json!([left, right]));
             }
         }
-        if merges.len() > MAX_MERGES {
+        if merges.len() > most {
             return Err(Error::new("the GGUF vocabulary can be merged in too many ways")
                 .at("tokenizer.ggml.tokens")
-                .expected(format!("at most {MAX_MERGES}"))
+                .expected(format!("at most {most}"))
                 .hint("the file is damaged"));
         }
     }

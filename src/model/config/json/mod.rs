@@ -1,5 +1,7 @@
 //! A Hugging Face `config.json`.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 mod families;
@@ -303,7 +305,7 @@ impl<'a> Json<'a> {
             "qwen3_moe" => {
                 let step = self.size("decoder_sparse_step")?.unwrap_or(1);
                 let dense = self.list("mlp_only_layers", "a list of layers", Value::as_u64)?;
-                let dense = dense.unwrap_or_default();
+                let dense: BTreeSet<u64> = dense.into_iter().flatten().collect();
                 let has = |layer: usize| !dense.contains(&(layer as u64 - 1));
                 Ok((1..=layers).map(|layer| has(layer) && layer.is_multiple_of(step)).collect())
             }

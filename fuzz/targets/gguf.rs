@@ -1,0 +1,4 @@
+//! Bytes as `inkling::fuzzing::gguf` reads them.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| inkling_fuzz::bounded(inkling::fuzzing::gguf, bytes));

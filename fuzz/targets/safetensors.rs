@@ -1,0 +1,7 @@
+//! Bytes as `inkling::fuzzing::safetensors` reads them.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| inkling_fuzz::bounded(
+    inkling::fuzzing::safetensors,
+    bytes
+));
