@@ -36,7 +36,7 @@ pub fn gguf(bytes: &[u8]) -> Result<Model> {
         use_tokenizer(tokenizer)?;
     }
     if let Some(template) = &model.template {
-        use_template(template)?;
+        use_template(template);
     }
     Ok(model)
 }
@@ -101,7 +101,7 @@ pub fn tokenizer(bytes: &[u8]) -> Result<()> {
     };
     let special = special_tokens(&config, &Value::Null);
     if let Some(template) = source.and_then(|source| ChatTemplate::new(&source, special).ok()) {
-        use_template(&template)?;
+        use_template(&template);
     }
     if tokenizer.is_empty() {
         return Ok(());
@@ -127,7 +127,7 @@ fn use_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-fn use_template(template: &ChatTemplate) -> Result<()> {
+fn use_template(template: &ChatTemplate) {
     let message =
         |role: &str, content: &str| Message { role: role.into(), content: content.into() };
     let messages =
@@ -142,5 +142,4 @@ fn use_template(template: &ChatTemplate) -> Result<()> {
             }
         }
     }
-    Ok(())
 }

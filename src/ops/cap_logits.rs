@@ -38,17 +38,17 @@ fn on_cpu(cpu: &Cpu, count: usize, scale: f32, cap: Option<f32>, logits: &mut Bu
     cpu.parallel_chunks(count, PART, |range| {
         // SAFETY: each task has its own range.
         let values = unsafe { logits.range(range.start, range.len()) };
-        cpu.isa().run(Cap { values, scale, cap });
+        cpu.isa().run(Capped { values, scale, cap });
     });
 }
 
-struct Cap<'a> {
+struct Capped<'a> {
     values: &'a mut [f32],
     scale: f32,
     cap: Option<f32>,
 }
 
-impl Kernel for Cap<'_> {
+impl Kernel for Capped<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self) {

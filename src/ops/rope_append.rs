@@ -84,7 +84,7 @@ impl Kernel for Rotate<'_> {
 /// Root-mean-square norms of queries and keys, before they are turned.
 pub struct QueryNorms {
     /// (`head_dim`,) for every head by itself (Qwen 3, Gemma 3), (heads · `head_dim`,) for all
-    /// together (OLMo 2).
+    /// together (`OLMo` 2).
     pub q: Buffer<f32>,
     /// Likewise.
     pub k: Buffer<f32>,

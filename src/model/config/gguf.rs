@@ -193,7 +193,7 @@ impl Metadata<'_> {
         let context = most.unwrap_or(context).min(context);
         let mut config = ModelConfig::llama(shape, context, DEFAULT_THETA as f32);
         [config.rope, config.local_rope] = ropes;
-        config.architecture = self.architecture.to_owned();
+        self.architecture.clone_into(&mut config.architecture);
         config.rotary_dim = rotary_dim;
         config.tied_embeddings = !self.parts.has("output.weight");
         let eps = "attention.layer_norm_rms_epsilon";

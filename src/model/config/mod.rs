@@ -105,7 +105,7 @@ pub enum Angles {
 pub enum Norms {
     /// Of what they read (Llama).
     Before,
-    /// Of what they add (OLMo 2); they read the stream itself.
+    /// Of what they add (`OLMo` 2); they read the stream itself.
     After,
     /// Both (Gemma 2).
     Around,
@@ -118,7 +118,7 @@ pub enum QueryNorm {
     None,
     /// Each head's own, with one gain for all (Qwen 3, Gemma 3).
     Heads,
-    /// Of all heads together (OLMo 2).
+    /// Of all heads together (`OLMo` 2).
     Whole,
 }
 

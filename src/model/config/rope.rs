@@ -7,7 +7,7 @@ use std::f64::consts::PI;
 pub struct Rope {
     /// (pairs that are turned,), radians a position.
     pub frequencies: Vec<f32>,
-    /// Of the cosines and sines (YaRN, LongRoPE); 1 otherwise.
+    /// Of the cosines and sines (`YaRN`, `LongRoPE`); 1 otherwise.
     pub scale: f32,
 }
 

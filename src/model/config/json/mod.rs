@@ -52,7 +52,7 @@ impl ModelConfig {
         } else {
             Json::new(outer, name).config()?
         };
-        parsed.architecture = name.to_owned();
+        name.clone_into(&mut parsed.architecture);
         let stops: Vec<(&str, u64)> = stops.into_iter().map(|id| ("eos_token_id", id)).collect();
         parsed.checked(&stops)
     }

@@ -16,8 +16,8 @@ impl Json<'_> {
     pub(super) fn rotary_dim(&self, head_dim: usize) -> Result<usize> {
         let key = "partial_rotary_factor";
         let inner = ["rope_parameters", "rope_scaling"].into_iter();
-        let inner = inner.filter_map(|parameters| self.get(parameters)?.get(key));
-        let part = match inner.filter(|value| !value.is_null()).next() {
+        let mut inner = inner.filter_map(|parameters| self.get(parameters)?.get(key));
+        let part = match inner.find(|value| !value.is_null()) {
             Some(value) => value.as_f64().ok_or_else(|| refused(key, "a number", short(value)))?,
             None => self.float(key)?.unwrap_or(1.0),
         };
