@@ -106,7 +106,7 @@ def one_block(path):
         if name.startswith("blk.") and not name.startswith("blk.0."):
             continue
         if len(dimensions) > 1:
-            dimensions = [1, min(dimensions[1], 24)] + [1] * len(dimensions[2:])
+            dimensions = [1, dimensions[1] if ".attn_" in name else min(dimensions[1], 24)] + [1] * len(dimensions[2:])
         elif name.startswith("blk.0.attn_"):
             dimensions = [min(dimensions[0], 24)]
         tensors.append((name, dimensions, 0, single(dimensions)))
