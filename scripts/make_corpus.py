@@ -106,7 +106,7 @@ def one_block(path):
         if name.startswith("blk.") and not name.startswith("blk.0."):
             continue
         if len(dimensions) > 1:
-            dimensions = [1, min(dimensions[1], 24)] + [1] * len(dimensions[2:])
+            dimensions = [1, dimensions[1] if ".attn_" in name else min(dimensions[1], 24)] + [1] * len(dimensions[2:])
         elif name.startswith("blk.0.attn_"):
             dimensions = [min(dimensions[0], 24)]
         tensors.append((name, dimensions, 0, single(dimensions)))
@@ -280,7 +280,7 @@ SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n
 TOKENIZERS = {
     "byte_level": tokenizer(
         {"type": "BPE", "vocab": {t: n for n, t in enumerate(["<s>", "</s>", "Ġ", "t", "h", "e", "Ġt", "he", "Ġthe"])},
-         "merges": [["Ġ", "t"], "h e", ["Ġt", "he"]], "ignore_merges": True},
+         "merges": [["Ġ", "t"], ["h", "e"], ["Ġt", "he"]], "ignore_merges": True},
         added_tokens=[added(0, "<s>"), added(1, "</s>", lstrip=True, rstrip=True), added(9, "ship", special=False)],
         normalizer={"type": "NFC"},
         pre_tokenizer={"type": "Sequence", "pretokenizers": [
@@ -360,11 +360,24 @@ def make_tokenizers():
         save("tokenizer", f"template_{name}", "\0" + json.dumps({"bos_token": "<s>"}) + "\0" + source)
 
 
+def for_tiny_model(request):
+    """A request that `whole_model` can be asked: one block of width 8."""
+    for injection in request.get("inject", []):
+        injection |= {"vector": "width_8.safetensors#v", "layer": 0}
+        injection.pop("vector_layer", None)
+    for capture in request.get("capture", []):
+        if isinstance(capture.get("layers"), list):
+            capture["layers"] = [0]
+    if "sampling" in request:
+        request["sampling"]["max_tokens"] = 8
+    return json.dumps(request)
+
+
 def make_requests():
-    for path in sorted((ROOT / "examples/requests").glob("*.jsonl")):
-        save("requests", path.name, path.read_text())
-    lines = (GOLDEN / "smollm2/requests.jsonl").read_text().splitlines()
-    save("requests", "chats.jsonl", "\n".join(line for line in lines if len(line) < 1500)[:6000])
+    paths = sorted((ROOT / "examples/requests").glob("*.jsonl"))
+    for path in [*paths, GOLDEN / "plain/generate.jsonl"]:
+        lines = [for_tiny_model(json.loads(line)) for line in path.read_text().splitlines()]
+        save("requests", path.name if path in paths else "sampling.jsonl", "\n".join(lines[:6]))
     one = {
         "id": "all", "messages": [{"role": "user", "content": "the ship"}], "system": "", "prefill": "Ok",
         "thinking": "template", "n": 2, "stop": ["\n"], "logprobs": 3, "score": ["the", [5, 6]],
@@ -373,7 +386,7 @@ def make_requests():
              "strength_mode": "row", "from": {"start_of": {"text": "ship", "turn": "user.first", "nth": 1}},
              "to": "prompt_end", "vector_layer": 0},
             {"vector": [1, 0, 0, 0, 0, 0, 0, 2], "layer": 0, "strength": -1.5, "strength_mode": "reference", "from": -3},
-            {"vector": "width_8.safetensors#v", "layer": 0, "strength": 1, "to": {"end_of": {"text": "the", "turn": -1}}},
+            {"vector": "width_8.safetensors#v", "layer": 0, "strength": 1, "to": {"end_of": {"text": "the", "turn": 1}}},
         ],
         "capture": [{"site": "resid_post", "layers": "all", "positions": [0, -1]}, {"site": "logits", "positions": "last"}],
         "sampling": {"temperature": 0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7, "max_tokens": 9, "ignore_eos": True},

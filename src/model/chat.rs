@@ -145,7 +145,8 @@ impl ChatTemplate {
         let date = settings.date;
         let now = move |format: String| strftime_now(date, &format);
         context.insert("strftime_now".into(), Value::from_function(now));
-        let rendered = bounds::rendering(fuel, || environment.get_template(NAME)?.render(context))?;
+        let render = move || environment.get_template(NAME)?.render(context);
+        let rendered = bounds::rendering(fuel, render)?;
         rendered.map_err(|error| refused(&error))
     }
 

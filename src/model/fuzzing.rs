@@ -59,7 +59,9 @@ fn read_rows(checkpoint: &Checkpoint) -> Result<()> {
 
 /// A file of weights, or the index of several.
 pub fn safetensors(bytes: &[u8]) -> Result<()> {
-    shards::parse_index(bytes).and_then(|map| shards::names(&map).map(drop)).ok();
+    if let Ok(map) = shards::parse_index(bytes) {
+        return shards::names(&map).map(drop);
+    }
     let tensors = shards::parse(bytes)?;
     let file = MappedFile::of_bytes(Path::new("model.safetensors"), bytes)?;
     for family in ["llama", "gemma3", "mixtral"] {

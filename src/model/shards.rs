@@ -171,9 +171,15 @@ fn record(value: &Value, start: usize, size: usize) -> Result<TensorRecord> {
             .got(format!("{from}..{to}"))
             .hint(DAMAGED));
     }
+    if record.shape.is_empty() || record.shape.contains(&0) {
+        return Err(Error::new("a tensor has no numbers")
+            .expected("dimensions above 0")
+            .got(format!("{:?}", record.shape))
+            .hint(DAMAGED));
+    }
     let count = record.shape.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
     let expected = count.and_then(|count| format.bytes(1, count));
-    if record.shape.is_empty() || expected != Some(to - from) {
+    if expected != Some(to - from) {
         return Err(Error::new("a tensor's shape does not fit its bytes")
             .expected(format!("the {} bytes of {from}..{to}", to - from))
             .got(format!("{:?} of type {}", record.shape, format.name()))

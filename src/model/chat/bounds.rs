@@ -1,7 +1,12 @@
 //! How much time, memory and stack a chat template may take: it comes with a model and may be
 //! anything.
 
-use std::{panic, thread};
+use std::{
+    panic,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
 
 use super::expressions;
 use crate::{
@@ -24,6 +29,8 @@ const LEAST_STACK: usize = 1 << 21;
 const LEAST_FUEL: u64 = 100_000;
 const FUEL_PER_MESSAGE: u64 = 1_000;
 const MAX_FUEL: u64 = 1 << 20;
+/// All fuel is used in a tenth of a second.
+const MOST_TIME: Duration = Duration::from_secs(if cfg!(any(test, fuzzing)) { 3 } else { 10 });
 
 /// What a rendering may take. Each byte of the messages' texts may be handled 16 times.
 pub(super) fn fuel(messages: &[Message]) -> u64 {
@@ -47,21 +54,38 @@ pub(super) fn parsing<T: Send>(source: &str, job: impl FnOnce() -> T + Send) -> 
             ))
             .got(work));
     }
-    on_stack(source.len() * STACK_PER_BYTE, job)
+    thread::scope(|scope| {
+        let thread = on_stack(source.len() * STACK_PER_BYTE).spawn_scoped(scope, job)?;
+        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+    })
 }
 
-/// Renders with so much fuel, likewise.
-pub(super) fn rendering<T: Send>(fuel: u64, job: impl FnOnce() -> T + Send) -> Result<T> {
-    on_stack(fuel as usize * STACK_PER_FUEL, job)
+/// Renders with so much fuel, likewise, for a limited time: fuel is not charged for the parts of a
+/// list that holds another twice, which holds another twice, and so on. A rendering that takes longer
+/// is left to itself: the error ends what asked for it.
+pub(super) fn rendering<T: Send + 'static>(
+    fuel: u64,
+    job: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = on_stack(fuel as usize * STACK_PER_FUEL);
+    let thread = thread.spawn(move || drop(sender.send(job())))?;
+    match receiver.recv_timeout(MOST_TIME) {
+        Ok(rendered) => Ok(rendered),
+        Err(RecvTimeoutError::Timeout) => Err(Error::new("the chat template takes too long")
+            .at("messages")
+            .expected(format!("at most {} s", MOST_TIME.as_secs()))
+            .hint("the template is damaged, or made to take time")),
+        Err(RecvTimeoutError::Disconnected) => match thread.join() {
+            Ok(()) => unreachable!("a thread that ends has sent what it made"),
+            Err(cause) => panic::resume_unwind(cause),
+        },
+    }
 }
 
 /// Memory is taken only for the part of a stack that is used.
-fn on_stack<T: Send>(bytes: usize, job: impl FnOnce() -> T + Send) -> Result<T> {
-    thread::scope(|scope| {
-        let builder = thread::Builder::new().name("chat template".into());
-        let thread = builder.stack_size(bytes.max(LEAST_STACK)).spawn_scoped(scope, job)?;
-        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
-    })
+fn on_stack(bytes: usize) -> thread::Builder {
+    thread::Builder::new().name("chat template".into()).stack_size(bytes.max(LEAST_STACK))
 }
 
 #[cfg(test)]
@@ -120,5 +144,16 @@ mod tests {
                 assert!(error.to_string().contains("fuel"), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_rendering_that_takes_long_is_given_up() {
+        let source = "{% set ns = namespace(x=[], y=[]) %}{% for i in range(30) %}\
+                      {% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}\
+                      {{ ns.x == ns.y }}";
+        let rendered =
+            template(source).unwrap().render(&[message("user", "x")], &Settings::default());
+        let error = rendered.unwrap_err().to_string();
+        assert!(error.contains("too long") && error.contains("at most 3 s"), "{error}");
     }
 }
