@@ -190,6 +190,8 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 
 fn model_findings(model: &Model) -> Result<ModelFindings> {
     let config = &model.config;
+    // Sizes that contradict the weights show here first.
+    model.embedding()?;
     Ok(ModelFindings {
         name: model.name.clone(),
         architecture: config.architecture.clone(),

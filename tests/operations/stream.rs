@@ -61,7 +61,7 @@ fn check_enter<T: Stored>(dim: usize) {
         let (scale, resid) = (SCALE, resid_mut);
         let operands = Enter { first, count, sources, embedding, scale, cached, last, resid };
         enter(device, operands).unwrap();
-        vec![read(&resid)]
+        vec![read(resid)]
     };
     let outputs = match dim % 8 {
         0 => on_every_device::<T>(0, run),
