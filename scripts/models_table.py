@@ -178,7 +178,7 @@ def main():
         for folder in sorted(FAMILIES.iterdir()):
             rows.append(family_row(runner, folder, options.kernels))
         for folder in options.folders:
-            rows.append(real_row(runner, folder.resolve(), options.kernels))
+            rows.append(real_row(runner, folder, options.kernels))
     text = table(rows, options.kernels)
     if not options.update:
         print(text)
