@@ -39,6 +39,12 @@ impl Tokenizer {
         if let Some(post) = json.get_mut("post_processor") {
             keep_blanks(post);
         }
+        // Files from before models had a type: merges are BPE's alone.
+        if let Some(model) = json.get_mut("model").and_then(Value::as_object_mut)
+            && model.get("merges").is_some_and(Value::is_array)
+        {
+            model.entry("type").or_insert_with(|| "BPE".into());
+        }
         checks::check(&json)?;
         let decodes = |kind| json.get("decoder").is_some_and(|decoder| has_decoder(decoder, kind));
         let (byte_level, byte_fallback) = (decodes("ByteLevel"), decodes("ByteFallback"));
@@ -228,6 +234,13 @@ pub(super) mod tests {
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_model_without_a_type_but_with_merges_is_bpe() {
+        let model = json!({"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]});
+        let tokenizer = Tokenizer::from_json(json!({"version": "1.0", "model": model})).unwrap();
+        assert_eq!(tokenizer.encode("ab", false).unwrap().tokens, [2]);
     }
 
     #[test]
