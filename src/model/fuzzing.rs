@@ -36,7 +36,7 @@ pub fn gguf(bytes: &[u8]) -> Result<Model> {
         use_tokenizer(tokenizer)?;
     }
     if let Some(template) = &model.template {
-        use_template(template)?;
+        use_template(template);
     }
     Ok(model)
 }
@@ -72,13 +72,9 @@ pub fn safetensors(bytes: &[u8]) -> Result<()> {
         };
         let file = MappedFile::of_bytes(file.path(), bytes)?;
         let shards = vec![(file, tensors.clone())];
-        read_rows(&Checkpoint::from_shards(file_path(), shards, &config)?)?;
+        read_rows(&Checkpoint::from_shards(Path::new("model"), shards, &config)?)?;
     }
     Ok(())
-}
-
-fn file_path() -> &'static Path {
-    Path::new("model")
 }
 
 /// `config.json`, and after a zero byte `generation_config.json`.
@@ -103,7 +99,7 @@ pub fn tokenizer(bytes: &[u8]) -> Result<()> {
     };
     let special = special_tokens(&config, &Value::Null);
     if let Some(template) = source.and_then(|source| ChatTemplate::new(&source, special).ok()) {
-        use_template(&template)?;
+        use_template(&template);
     }
     if tokenizer.is_empty() {
         return Ok(());
@@ -129,7 +125,7 @@ fn use_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-fn use_template(template: &ChatTemplate) -> Result<()> {
+fn use_template(template: &ChatTemplate) {
     let message =
         |role: &str, content: &str| Message { role: role.into(), content: content.into() };
     let messages =
@@ -144,5 +140,4 @@ fn use_template(template: &ChatTemplate) -> Result<()> {
             }
         }
     }
-    Ok(())
 }

@@ -40,7 +40,7 @@ fn tag(bytes: &[u8], end: &[u8]) -> (u64, usize) {
         }
         let is_word = byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80;
         let is_blank = byte.is_ascii_whitespace();
-        tokens += u64::from(!is_blank && !(is_word && in_word));
+        tokens += u64::from(!(is_blank || is_word && in_word));
         in_word = is_word;
         at += 1;
     }
