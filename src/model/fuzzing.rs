@@ -72,13 +72,9 @@ pub fn safetensors(bytes: &[u8]) -> Result<()> {
         };
         let file = MappedFile::of_bytes(file.path(), bytes)?;
         let shards = vec![(file, tensors.clone())];
-        read_rows(&Checkpoint::from_shards(file_path(), shards, &config)?)?;
+        read_rows(&Checkpoint::from_shards(Path::new("model"), shards, &config)?)?;
     }
     Ok(())
-}
-
-fn file_path() -> &'static Path {
-    Path::new("model")
 }
 
 /// `config.json`, and after a zero byte `generation_config.json`.

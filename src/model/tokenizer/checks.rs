@@ -190,21 +190,20 @@ fn check_template(component: &Value) -> Result<()> {
             return Err(error.at(name.as_str()).at("special_tokens"));
         }
     }
-    for (key, texts) in [("single", 1), ("pair", 2)] {
-        let parts = component[key].as_array().map_or(&[][..], Vec::as_slice);
-        let (given, named): (Vec<&Value>, Vec<&Value>) =
-            parts.iter().partition(|part| part.get("Sequence").is_some());
-        if given.len() != texts {
-            let error = refused("its template does not have each text once").at(key);
-            return Err(error.expected(texts).got(given.len()));
-        }
-        let known = |part: &&Value| {
-            part["SpecialToken"]["id"].as_str().is_some_and(|name| tokens.get(name).is_some())
-        };
-        if let Some(part) = named.into_iter().find(|part| !known(part)) {
-            let error = refused("its template names a special token that it does not have").at(key);
-            return Err(error.got(part));
-        }
+    // The template of pairs of texts is never used.
+    let parts = component["single"].as_array().map_or(&[][..], Vec::as_slice);
+    let (texts, named): (Vec<&Value>, Vec<&Value>) =
+        parts.iter().partition(|part| part.get("Sequence").is_some());
+    if texts.len() != 1 {
+        let error = refused("its template does not have the text once").at("single");
+        return Err(error.expected(1).got(texts.len()));
+    }
+    let known = |part: &&Value| {
+        part["SpecialToken"]["id"].as_str().is_some_and(|name| tokens.get(name).is_some())
+    };
+    if let Some(part) = named.into_iter().find(|part| !known(part)) {
+        let error = refused("its template names a special token that it does not have");
+        return Err(error.at("single").got(part));
     }
     Ok(())
 }
@@ -296,7 +295,7 @@ mod tests {
             (
                 "post_processor",
                 changed(|t| t["single"][1] = t["single"][0].clone()),
-                "each text once",
+                "the text once",
             ),
             (
                 "post_processor",
