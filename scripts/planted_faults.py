@@ -145,7 +145,7 @@ FAULTS = [Fault(*fault, *tests) for tests, faults in [
     ]),
     (EXPERTS, [
         ("experts.cu", "an expert is chosen twice",
-         "if (rank < last && rank > best)", "if (rank <= last && rank > best)"),
+         "if ((j == 0 || rank < last) && rank > best)", "if ((j == 0 || rank <= last) && rank > best)"),
         ("experts.cu", "the sum of one logit a lane",
          "        for (int id = lane; id < p.experts; id += WARP) total +=",
          "        for (int id = lane; id < min(p.experts, WARP); id += WARP) total +="),
