@@ -5,7 +5,10 @@ mod gguf;
 mod rules;
 mod sentencepiece;
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    panic::{self, AssertUnwindSafe},
+};
 
 use serde_json::Value;
 
@@ -48,7 +51,8 @@ impl Tokenizer {
         checks::check(&json)?;
         let decodes = |kind| json.get("decoder").is_some_and(|decoder| has_decoder(decoder, kind));
         let (byte_level, byte_fallback) = (decodes("ByteLevel"), decodes("ByteFallback"));
-        let mut inner = tokenizers::Tokenizer::from_bytes(json.to_string())
+        let json = json.to_string();
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json))?
             .map_err(|error| Error::new(format!("not a tokenizer: {error}")))?;
         inner
             .with_padding(None)
@@ -64,9 +68,7 @@ impl Tokenizer {
     ///
     /// The tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Encoding> {
-        let encoding = self
-            .inner
-            .encode(text, special)
+        let encoding = guarded(|| self.inner.encode(text, special))?
             .map_err(|error| Error::new(format!("the text cannot be tokenised: {error}")))?;
         let tokens = encoding.get_ids().to_vec();
         let mut spans: Vec<Range<usize>> =
@@ -93,9 +95,8 @@ impl Tokenizer {
     /// The text of tokens, without special ones; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
         // Fails for no decoder of a byte-level tokenizer.
-        self.inner
-            .decode(tokens, true)
-            .unwrap_or_else(|_| tokens.iter().map(|token| self.piece(*token)).collect())
+        let decoded = guarded(|| self.inner.decode(tokens, true).ok()).ok().flatten();
+        decoded.unwrap_or_else(|| tokens.iter().map(|token| self.piece(*token)).collect())
     }
 
     /// One token for display: special ones by name, parts of characters as `\xf0\x9f`.
@@ -116,6 +117,15 @@ impl Tokenizer {
     pub fn vocab(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+}
+
+/// What the library does, where `checks` may have missed what it does not survive: a panic, whose
+/// message is printed, becomes an error.
+fn guarded<T>(job: impl FnOnce() -> T) -> Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(job)).map_err(|_| {
+        Error::new("the tokenizer library failed")
+            .hint("tokenizer.json is damaged, or of a kind that is not supported")
+    })
 }
 
 /// Post-processors that trim spans to the visible characters are told not to.

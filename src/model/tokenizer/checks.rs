@@ -2,6 +2,7 @@
 //! the process, or take time or memory without bound.
 
 use serde_json::Value;
+use tokenizers::utils::SysRegex;
 
 use crate::error::{Context, Error, Result};
 
@@ -79,10 +80,20 @@ const COMPONENTS: [Component; 4] = [
         ],
     ),
 ];
+/// A text with an edge of every kind.
+const PROBE: &str = "A word, 12 of them\n\n  (naïve) \u{6771}\u{4eac}_x ";
 const MODELS: [&str; 4] = ["BPE", "Unigram", "WordLevel", "WordPiece"];
 
 /// Refuses a `tokenizer.json` that the library would not survive.
 pub(super) fn check(json: &Value) -> Result<()> {
+    let expressions = COMPONENTS.iter().filter_map(|(key, ..)| json.get(key));
+    let costs = expressions.map(|value| expressions_cost(value, false));
+    let expressions = costs.fold(0, usize::saturating_add);
+    if expressions > MAX_EXPRESSIONS {
+        return Err(refused("its regular expressions could take too much memory")
+            .expected(format!("{MAX_EXPRESSIONS} characters, {{N}} counted as N squared"))
+            .got(expressions));
+    }
     for component in &COMPONENTS {
         let key = component.0;
         if let Some(value) = json.get(key).filter(|value| !value.is_null()) {
@@ -94,14 +105,6 @@ pub(super) fn check(json: &Value) -> Result<()> {
                     .got(format!("{growth} times")));
             }
         }
-    }
-    let expressions = COMPONENTS.iter().filter_map(|(key, ..)| json.get(key));
-    let costs = expressions.map(|value| expressions_cost(value, false));
-    let expressions = costs.fold(0, usize::saturating_add);
-    if expressions > MAX_EXPRESSIONS {
-        return Err(refused("its regular expressions could take too much memory")
-            .expected(format!("{MAX_EXPRESSIONS} characters, {{N}} counted as N squared"))
-            .got(expressions));
     }
     check_model(&json["model"]).at(|| "model".into())
 }
@@ -138,6 +141,9 @@ fn check_component(value: &Value, component: &Component, depth: usize) -> Result
             let error = refused("its decoder takes characters off the end of tokens");
             Err(error.at("stop").expected(0).got(&value["stop"]))
         }
+        "Replace" if replaces_nothing(&value["pattern"]) => {
+            Err(refused("it replaces an empty text").at("pattern"))
+        }
         "Replace" => Ok(growth.max(replacement_growth(value))),
         "ByteLevel" => Ok(growth.max(2)),
         // The library goes by the fields of a post-processor, whatever it says it is.
@@ -170,13 +176,20 @@ fn expressions_cost(value: &Value, expression: bool) -> usize {
     }
 }
 
-/// A match may be empty where the pattern is an expression, or empty.
+/// Whether a pattern matches where there is nothing: the library then loses track of what a token
+/// stands for, and fails.
+fn replaces_nothing(pattern: &Value) -> bool {
+    let empty = |regex: SysRegex| {
+        ["", PROBE].iter().any(|text| regex.find_iter(text).any(|(from, to)| from == to))
+    };
+    let expression = pattern["Regex"].as_str();
+    pattern["String"] == "" || expression.is_some_and(|text| SysRegex::new(text).is_ok_and(empty))
+}
+
 fn replacement_growth(component: &Value) -> u64 {
     let content = component["content"].as_str().map_or(0, str::len) as u64;
-    match component["pattern"]["String"].as_str() {
-        Some(pattern) if !pattern.is_empty() => content.div_ceil(pattern.len() as u64).max(1),
-        _ => content + 1,
-    }
+    let pattern = component["pattern"]["String"].as_str().map_or(1, str::len) as u64;
+    content.div_ceil(pattern.max(1)).max(1)
 }
 
 /// The text stands in a template once; every special token that it names is one that it has, with
@@ -277,6 +290,16 @@ mod tests {
             ("normalizer", json!({"normalizers": []}), "unknown kind"),
             ("normalizer", nested, "nested too deeply"),
             ("normalizer", sequence(vec![double; 9]), "512 times"),
+            (
+                "normalizer",
+                json!({"type": "Replace", "pattern": {"String": ""}, "content": "a"}),
+                "an empty text",
+            ),
+            (
+                "normalizer",
+                json!({"type": "Replace", "pattern": {"Regex": "x*"}, "content": "a"}),
+                "an empty text",
+            ),
             ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "no length"),
             ("pre_tokenizer", split(r"\\w{90}"), "too much memory"),
             ("pre_tokenizer", split(&r"(?=\\w)".repeat(500)), "too much memory"),
