@@ -2,7 +2,6 @@
 //! anything.
 
 use std::{
-    panic,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::Duration,
@@ -56,7 +55,7 @@ pub(super) fn parsing<T: Send>(source: &str, job: impl FnOnce() -> T + Send) -> 
     }
     thread::scope(|scope| {
         let thread = on_stack(source.len() * STACK_PER_BYTE).spawn_scoped(scope, job)?;
-        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+        thread.join().map_err(|_| failed())
     })
 }
 
@@ -69,18 +68,22 @@ pub(super) fn rendering<T: Send + 'static>(
 ) -> Result<T> {
     let (sender, receiver) = mpsc::channel();
     let thread = on_stack(fuel as usize * STACK_PER_FUEL);
-    let thread = thread.spawn(move || drop(sender.send(job())))?;
+    thread.spawn(move || drop(sender.send(job())))?;
     match receiver.recv_timeout(MOST_TIME) {
         Ok(rendered) => Ok(rendered),
         Err(RecvTimeoutError::Timeout) => Err(Error::new("the chat template takes too long")
             .at("messages")
             .expected(format!("at most {} s", MOST_TIME.as_secs()))
             .hint("the template is damaged, or made to take time")),
-        Err(RecvTimeoutError::Disconnected) => match thread.join() {
-            Ok(()) => unreachable!("a thread that ends has sent what it made"),
-            Err(cause) => panic::resume_unwind(cause),
-        },
+        Err(RecvTimeoutError::Disconnected) => Err(failed()),
     }
+}
+
+/// A panic of the library, whose message is printed.
+fn failed() -> Error {
+    Error::new("the template library failed")
+        .at("messages")
+        .hint("the chat template is damaged, or asks for what the library cannot do")
 }
 
 /// Memory is taken only for the part of a stack that is used.
@@ -144,6 +147,13 @@ mod tests {
                 assert!(error.to_string().contains("fuel"), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_panic_of_the_library_is_an_error() {
+        let wide = template("{{ '%.70000f' | format(7) }}").unwrap();
+        let error = wide.render(&[message("user", "x")], &Settings::default()).unwrap_err();
+        assert!(error.to_string().contains("library failed"), "{error}");
     }
 
     #[test]
