@@ -48,3 +48,10 @@ __device__ inline float ln_f32(float x) {
     y = fmaf(z, -0.5f, y);
     return fmaf(e, 0.693359375f, m + y);
 }
+
+// 1 / sqrt(mean of squares + eps), by the sum of the squares of `width` values. Values too large for
+// f32 must not pass for zeros.
+__device__ inline float inverse_norm(float squares, int width, float eps) {
+    const float mean = isfinite(squares) ? squares / static_cast<float>(width) : NAN;
+    return 1.0f / sqrtf(mean + eps);
+}

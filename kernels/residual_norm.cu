@@ -26,7 +26,7 @@
 //         order of a row's sums follows from T:
 //           dim <= 256: 32_2   1024: 32_8   2048: 128_4   4096: 256_4   8192: 512_4   16384: 1024_4
 // Needs   dim % 8 == 0; all arrays of rows and vectors 16-byte aligned, entries and receipts 8.
-#include "device.cuh"
+#include "math.cuh"
 
 struct HookOp {
     uint32_t vector;     // row of vectors
@@ -201,16 +201,10 @@ struct Row {
         return sum_of_squares(h, scratch->squares);
     }
 
-    __device__ float inverse_norm(float squares) const {
-        // A row too large for f32 must not pass for one of zeros.
-        const float mean = isfinite(squares) ? squares / static_cast<float>(p.dim) : NAN;
-        return 1.0f / sqrtf(mean + p.eps);
-    }
-
     // What becomes of the branch before it is added.
     __device__ void scale(float4 (&branch)[VECS]) const {
         const float squares = sum_of_squares(branch, scratch->branch_squares);
-        const float factor = p.branch_scale * inverse_norm(squares);
+        const float factor = p.branch_scale * inverse_norm(squares, p.dim, p.eps);
         each([&](int v, int element) {
             const float4 gain = *reinterpret_cast<const float4*>(p.branch_gain + element);
             branch[v] = float4{branch[v].x * factor * gain.x, branch[v].y * factor * gain.y,
@@ -220,7 +214,7 @@ struct Row {
 
     // x, which takes the place of h.
     __device__ void normalise(float4 (&h)[VECS], const float4 (&gain)[VECS], float squares) const {
-        const float inverse = OF_X ? inverse_norm(squares) : 1.0f;
+        const float inverse = OF_X ? inverse_norm(squares, p.dim, p.eps) : 1.0f;
         each([&](int v, int element) {
             if constexpr (OF_X)
                 h[v] = float4{h[v].x * inverse * gain[v].x, h[v].y * inverse * gain[v].y,
@@ -306,74 +300,46 @@ __device__ void residual_norm(const ResidualNormParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, BEFORE>(p); }
+// The bounds are __launch_bounds__': threads, and blocks of a multiprocessor at least.
+#define RESIDUAL_NORM(name, THREADS, VECS, NORMS, ...)                           \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__)                    \
+        name(const __grid_constant__ ResidualNormParams p) {                     \
+        residual_norm<THREADS, VECS, NORMS>(p);                                  \
+    }                                                                            \
+    static_assert(THREADS % WARP == 0, "a row is whole warps")
+RESIDUAL_NORM(residual_norm_32_2, 32, 2, BEFORE, 128);
 EXPORT_KERNEL(residual_norm_32_2, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, BEFORE>(p); }
+RESIDUAL_NORM(residual_norm_32_8, 32, 8, BEFORE, 128);
 EXPORT_KERNEL(residual_norm_32_8, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128, 8)
-residual_norm_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, BEFORE>(p); }
+RESIDUAL_NORM(residual_norm_128_4, 128, 4, BEFORE, 128, 8);
 EXPORT_KERNEL(residual_norm_128_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-residual_norm_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, BEFORE>(p); }
+RESIDUAL_NORM(residual_norm_256_4, 256, 4, BEFORE, 256, 4);
 EXPORT_KERNEL(residual_norm_256_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(512, 2)
-residual_norm_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, BEFORE>(p); }
+RESIDUAL_NORM(residual_norm_512_4, 512, 4, BEFORE, 512, 2);
 EXPORT_KERNEL(residual_norm_512_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(1024)
-residual_norm_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, BEFORE>(p); }
+RESIDUAL_NORM(residual_norm_1024_4, 1024, 4, BEFORE, 1024);
 EXPORT_KERNEL(residual_norm_1024_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_after_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_32_2, 32, 2, AFTER, 128);
 EXPORT_KERNEL(residual_norm_after_32_2, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_after_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_32_8, 32, 8, AFTER, 128);
 EXPORT_KERNEL(residual_norm_after_32_8, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128, 8)
-residual_norm_after_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_128_4, 128, 4, AFTER, 128, 8);
 EXPORT_KERNEL(residual_norm_after_128_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-residual_norm_after_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_256_4, 256, 4, AFTER, 256, 4);
 EXPORT_KERNEL(residual_norm_after_256_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(512, 2)
-residual_norm_after_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_512_4, 512, 4, AFTER, 512, 2);
 EXPORT_KERNEL(residual_norm_after_512_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(1024)
-residual_norm_after_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, AFTER>(p); }
+RESIDUAL_NORM(residual_norm_after_1024_4, 1024, 4, AFTER, 1024);
 EXPORT_KERNEL(residual_norm_after_1024_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_around_32_2(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 2, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_32_2, 32, 2, AROUND, 128);
 EXPORT_KERNEL(residual_norm_around_32_2, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128)
-residual_norm_around_32_8(const __grid_constant__ ResidualNormParams p) { residual_norm<32, 8, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_32_8, 32, 8, AROUND, 128);
 EXPORT_KERNEL(residual_norm_around_32_8, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(128, 8)
-residual_norm_around_128_4(const __grid_constant__ ResidualNormParams p) { residual_norm<128, 4, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_128_4, 128, 4, AROUND, 128, 8);
 EXPORT_KERNEL(residual_norm_around_128_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(256, 4)
-residual_norm_around_256_4(const __grid_constant__ ResidualNormParams p) { residual_norm<256, 4, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_256_4, 256, 4, AROUND, 256, 4);
 EXPORT_KERNEL(residual_norm_around_256_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(512, 2)
-residual_norm_around_512_4(const __grid_constant__ ResidualNormParams p) { residual_norm<512, 4, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_512_4, 512, 4, AROUND, 512, 2);
 EXPORT_KERNEL(residual_norm_around_512_4, ResidualNormParams)
-
-extern "C" __global__ void __launch_bounds__(1024)
-residual_norm_around_1024_4(const __grid_constant__ ResidualNormParams p) { residual_norm<1024, 4, AROUND>(p); }
+RESIDUAL_NORM(residual_norm_around_1024_4, 1024, 4, AROUND, 1024);
 EXPORT_KERNEL(residual_norm_around_1024_4, ResidualNormParams)

@@ -22,7 +22,7 @@
 // Launch  grid = (rows, ceil((heads + 2 kv_heads) * L / 128)), block = 128 threads; L lanes a head:
 //         head_dim / 8 rounded up to a power of two.
 // Needs   head_dim % 8 == 0, at most 256; qkv, cos, sin, norms and pages 16-byte aligned.
-#include "device.cuh"
+#include "math.cuh"
 
 struct RopeAppendParams {
     float*          qkv;
@@ -97,9 +97,7 @@ rope_append(const __grid_constant__ RopeAppendParams p) {
             squares += __shfl_xor_sync(FULL_WARP, squares, offset);
         const float* norm = head < first_k ? p.q_norm : p.k_norm;
         if (is_qk && norm) {
-            // A head too large for f32 must not pass for one of zeros.
-            const float mean = isfinite(squares) ? squares / static_cast<float>(p.head_dim) : NAN;
-            const float inverse = 1.0f / sqrtf(mean + p.eps);
+            const float inverse = inverse_norm(squares, p.head_dim, p.eps);
             low = scaled4(low, inverse, load4(norm + i));
             high = scaled4(high, inverse, load4(norm + half + i));
         }
@@ -148,9 +146,7 @@ normalise_whole(const __grid_constant__ NormaliseWholeParams p) {
     float squares = 0.0f;
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) squares += squares4(load4(row + i));
     squares = block_sum(squares, scratch);
-    // Values too large for f32 must not pass for zeros.
-    const float mean = isfinite(squares) ? squares / static_cast<float>(width) : NAN;
-    const float inverse = 1.0f / sqrtf(mean + p.eps);
+    const float inverse = inverse_norm(squares, width, p.eps);
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x)
         store4(row + i, scaled4(load4(row + i), inverse, load4(norm + i)));
 }

@@ -154,7 +154,8 @@ pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
     if total > config.context {
         return Err(Error::new("longer than the model's context")
             .expected(format!("at most {} tokens", config.context))
-            .got(format!("{prompt} of the prompt and {} to come", total - prompt)));
+            .got(format!("{prompt} of the prompt and {} to come", total - prompt))
+            .hint("--context raises the limit to what the model was made for"));
     }
     let ids = job.tokens.iter().chain(job.score.iter().flatten()).chain(&job.watch);
     if let Some(id) = ids.copied().find(|&id| id as usize >= config.vocab) {

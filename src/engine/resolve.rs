@@ -169,7 +169,10 @@ fn check_context(prompt: usize, continued: usize, limits: Limits) -> Result<()> 
     Err(Error::new("prompt and continuation do not fit the model's context")
         .expected(format!("at most {} tokens", limits.context))
         .got(format!("{prompt} of prompt + {continued} to come"))
-        .hint("shorten the prompt, or lower sampling.max_tokens"))
+        .hint(
+            "shorten the prompt, lower sampling.max_tokens, or raise the limit with --context to \
+             what the model was made for",
+        ))
 }
 
 /// Refuses a window that can touch no row, and a `reference` strength without rows to refer to.

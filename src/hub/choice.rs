@@ -1,9 +1,11 @@
 //! Which files of a repository a model needs.
 
+use std::path::Path;
+
 use super::name::{Name, is_gguf};
 use crate::{
     error::{Error, Result},
-    model::files,
+    model::{files, gguf::parts::PartName},
 };
 
 /// Files that an error lists at most.
@@ -48,7 +50,7 @@ impl Choice {
             let weights = single.then(|| files::SINGLE.to_owned());
             return Ok(Self::Folder { side, weights });
         }
-        let first = |file: &&String| is_gguf(file) && part(file).is_none_or(|(_, n, _)| n == 1);
+        let first = |file: &&String| is_gguf(file) && part(file).is_none_or(|it| it.number == 1);
         let ggufs: Vec<&String> = listed.iter().filter(first).collect();
         match ggufs[..] {
             [file] => gguf(listed, file),
@@ -66,8 +68,8 @@ impl Choice {
 fn gguf(listed: &[String], file: &str) -> Result<Choice> {
     let parts = match part(file) {
         None => vec![file.to_owned()],
-        Some((stem, _, of)) => {
-            (1..=of).map(|part| format!("{stem}-{part:05}-of-{of:05}.gguf")).collect()
+        Some(name) => {
+            (0..name.count).map(|index| name.path(index).to_string_lossy().into_owned()).collect()
         }
     };
     match parts.iter().find(|part| !listed.contains(part)) {
@@ -78,12 +80,8 @@ fn gguf(listed: &[String], file: &str) -> Result<Choice> {
     }
 }
 
-/// Stem, number and count of `STEM-00001-of-00003.gguf`.
-fn part(file: &str) -> Option<(&str, u32, u32)> {
-    let (rest, of) = file.strip_suffix(".gguf")?.rsplit_once("-of-")?;
-    let (stem, part) = rest.rsplit_once('-')?;
-    let number = |digits: &str| (digits.len() == 5).then(|| digits.parse().ok()).flatten();
-    Some((stem, number(part)?, number(of).filter(|of| *of > 0)?))
+fn part(file: &str) -> Option<PartName> {
+    PartName::of(Path::new(file))
 }
 
 fn some_of<'a>(names: impl Iterator<Item = &'a String>) -> String {

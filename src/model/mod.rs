@@ -34,8 +34,8 @@ pub use self::{
     chat::ChatTemplate,
     checkpoint::{Checkpoint, Tensor},
     config::{
-        ARCHITECTURES, Angles, AttentionBias, Block, ExpertSizes, ModelConfig, Norms, QueryNorm,
-        Rope, Shape, check_gguf_architecture,
+        ARCHITECTURES, Angles, AttentionBias, Block, Mixture, ModelConfig, Norms, QueryNorm, Rope,
+        Shape, check_gguf_architecture,
     },
     prompt::Prompt,
     tokenizer::{Encoding, Tokenizer},

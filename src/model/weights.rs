@@ -1,6 +1,6 @@
 //! A checkpoint's tensors, packed for the device.
 
-use super::{AttentionBias, Block, Checkpoint, ExpertSizes, ModelConfig, Norms, QueryNorm, Tensor};
+use super::{AttentionBias, Block, Checkpoint, Mixture, ModelConfig, Norms, QueryNorm, Tensor};
 use crate::{
     device::{Buffer, Device},
     error::Result,
@@ -86,7 +86,7 @@ pub(crate) fn packed_elements(config: &ModelConfig) -> u128 {
     let matrix = |n: usize, k: usize| n.next_multiple_of(PANEL) as u128 * k as u128;
     let (attn, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let mlp = |ffn: usize| 3 * matrix(ffn.next_multiple_of(PANEL), c.dim);
-    let sparse = |e: ExpertSizes| e.count as u128 * mlp(e.ffn_dim) + matrix(e.count, c.dim);
+    let sparse = |e: Mixture| e.count as u128 * mlp(e.ffn_dim) + matrix(e.count, c.dim);
     let block = |block: &Block| {
         let mlp = match c.experts.filter(|_| block.experts) {
             Some(experts) => sparse(experts),
@@ -351,7 +351,7 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn experts(&self, sizes: ExpertSizes, name: &impl Fn(&str) -> String) -> Result<Experts> {
+    fn experts(&self, sizes: Mixture, name: &impl Fn(&str) -> String) -> Result<Experts> {
         let (dim, ffn) = (self.config.dim, sizes.ffn_dim);
         let gate = self.expert_parts("gate_proj", sizes.count, (ffn, dim), name)?;
         let up = self.expert_parts("up_proj", sizes.count, (ffn, dim), name)?;

@@ -90,6 +90,14 @@ pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
     sum_lanes(lanes)
 }
 
+/// 1 / sqrt(mean of squares + eps), by the sum of the squares of `width` values. Values too large
+/// for f32 must not pass for zeros.
+#[inline(always)]
+pub(crate) fn inverse_norm(squares: f32, width: usize, eps: f32) -> f32 {
+    let mean = if squares.is_finite() { squares / width as f32 } else { f32::NAN };
+    1.0 / (mean + eps).sqrt()
+}
+
 /// Largest element; -infinity of nothing. NaN is passed over. (Of zeros of both signs either.)
 #[inline(always)]
 pub(crate) fn max(isa: Isa, x: &[f32]) -> f32 {

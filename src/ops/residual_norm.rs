@@ -12,7 +12,7 @@ use super::{
     Float,
     activations::Activations,
     hooks::{CapturePlan, HookOp, Hooks, destinations},
-    math::sum_of_squares,
+    math::{inverse_norm, sum_of_squares},
     matmul::Dtype,
     rows::{NONE, Rows},
 };
@@ -205,13 +205,6 @@ impl Kernel for Inverse<'_> {
     }
 }
 
-#[inline(always)]
-fn inverse_norm(squares: f32, len: usize, eps: f32) -> f32 {
-    // A row too large for f32 must not pass for one of zeros.
-    let mean = if squares.is_finite() { squares / len as f32 } else { f32::NAN };
-    1.0 / (mean + eps).sqrt()
-}
-
 /// One operation on one row.
 struct Inject<'a> {
     h: &'a mut [f32],
@@ -296,7 +289,7 @@ struct ResidualNormParams {
     has_captures: i32,
     eps: f32,
     branch_scale: f32,
-    padding: i32,
+    unused: i32,
 }
 const _: () = assert!(size_of::<ResidualNormParams>() == 176, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/residual_norm.cu.
@@ -350,7 +343,7 @@ fn launch<T: Float>(cuda: &Cuda, p: ResidualNorm<'_, T>) -> Result<()> {
         has_captures: i32::from(p.captures.any),
         eps: p.eps,
         branch_scale: p.branch_scale,
-        padding: 0,
+        unused: 0,
     };
     let &(_, [before, around, after], row_threads) =
         KERNELS.iter().find(|kernel| kernel.0 >= dim).expect("a kernel for every width");

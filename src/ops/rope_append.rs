@@ -4,7 +4,7 @@
 use super::{
     Float,
     attention::Cache,
-    math::sum_of_squares,
+    math::{inverse_norm, sum_of_squares},
     matmul::Dtype,
     rows::{NONE, Rows},
 };
@@ -191,9 +191,7 @@ impl Kernel for Normalise<'_> {
     #[inline(always)]
     fn run(self) {
         let squares = sum_of_squares(self.values);
-        // Values too large for f32 must not pass for zeros.
-        let mean = if squares.is_finite() { squares / self.values.len() as f32 } else { f32::NAN };
-        let inverse = 1.0 / (mean + self.eps).sqrt();
+        let inverse = inverse_norm(squares, self.values.len(), self.eps);
         for (v, gain) in self.values.iter_mut().zip(self.gain) {
             *v = *v * inverse * gain;
         }

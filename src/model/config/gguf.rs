@@ -1,7 +1,7 @@
 //! GGUF metadata, by llama.cpp's names.
 
 use super::{
-    Angles, AttentionBias, Block, DEFAULT_THETA, ExpertSizes, ModelConfig, Norms, QueryNorm, Rope,
+    Angles, AttentionBias, Block, DEFAULT_THETA, Mixture, ModelConfig, Norms, QueryNorm, Rope,
     Shape, check_widths, checked_layers, checked_theta, in_range, missing, refused,
     rope::{Scaling, Yarn},
     unsupported,
@@ -251,11 +251,11 @@ impl Metadata<'_> {
         in_range(key, self.gguf.texts(key)?.map_or(0, |tokens| tokens.len() as u64))
     }
 
-    fn experts(&self) -> Result<Option<ExpertSizes>> {
+    fn experts(&self) -> Result<Option<Mixture>> {
         let Some(count) = self.gguf.unsigned(&self.key("expert_count"))?.filter(|n| *n > 0) else {
             return Ok(None);
         };
-        Ok(Some(ExpertSizes {
+        Ok(Some(Mixture {
             count: in_range(&self.key("expert_count"), count)?,
             used: self.needed("expert_used_count")?,
             ffn_dim: match self.size("expert_feed_forward_length")? {
@@ -270,14 +270,13 @@ impl Metadata<'_> {
         let key = "attention.sliding_window";
         let window = self.gguf.unsigned(&self.key(key))?.filter(|window| *window > 0);
         let window = window.map(|window| in_range(&self.key(key), window)).transpose()?;
-        let local = self.local(layers)?;
         let window = window.or((self.architecture == "gemma2").then_some(GEMMA2_WINDOW));
-        let block = |local: bool| Block {
-            window: window.filter(|_| local),
-            angles: if local { Angles::Local } else { Angles::Global },
-            experts,
+        let block = |local: bool| {
+            let window = window.filter(|_| local);
+            let angles = if window.is_some() { Angles::Local } else { Angles::Global };
+            Block { window, angles, experts }
         };
-        Ok(local.into_iter().map(block).collect())
+        Ok(self.local(layers)?.into_iter().map(block).collect())
     }
 
     /// Which blocks have the window.

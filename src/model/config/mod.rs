@@ -75,7 +75,7 @@ pub struct ModelConfig {
     /// One a block.
     pub blocks: Vec<Block>,
     /// The experts of the blocks that have them.
-    pub experts: Option<ExpertSizes>,
+    pub experts: Option<Mixture>,
 }
 
 /// What differs between the blocks of a model.
@@ -135,7 +135,7 @@ pub enum AttentionBias {
 
 /// A mixture of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExpertSizes {
+pub struct Mixture {
     /// Experts of a block.
     pub count: usize,
     /// Experts that a row goes through.
@@ -283,7 +283,7 @@ impl ModelConfig {
                 return Err(refused("rope frequency", "a finite number above 0", f).hint(hint));
             }
         }
-        if let Some(ExpertSizes { count, used, .. }) = self.experts
+        if let Some(Mixture { count, used, .. }) = self.experts
             && used > count.min(MOST_USED)
         {
             let expected = format!("at most {MOST_USED}, and the {count} there are");

@@ -1,6 +1,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::model::gguf::parts::Parts;
 
 fn base() -> Value {
     json!({
@@ -97,6 +98,25 @@ fn published_configurations_are_read() {
 
 fn published(text: &str) -> ModelConfig {
     ModelConfig::from_json(&serde_json::from_str(text).unwrap(), None).unwrap()
+}
+
+/// llama.cpp has local blocks only where a file names a window.
+#[test]
+fn a_gguf_file_without_a_window_has_no_local_angles() {
+    let mut bytes = include_bytes!("../../../tests/golden/gguf/olmo3.gguf").to_vec();
+    let folder = tempfile::tempdir().unwrap();
+    let mut blocks = || {
+        let path = folder.path().join("m.gguf");
+        std::fs::write(&path, &bytes).unwrap();
+        let config = ModelConfig::from_gguf(&Parts::open(&path).unwrap()).unwrap();
+        let key = b"olmo2.attention.sliding_window\x04\0\0\0";
+        let at = bytes.windows(key.len()).position(|part| part == key).unwrap() + key.len();
+        bytes[at..at + 4].fill(0);
+        config.blocks.iter().map(|block| (block.window, block.angles)).collect::<Vec<_>>()
+    };
+    let (local, global) = ((Some(30), Angles::Local), (None, Angles::Global));
+    assert_eq!(blocks(), [local, global, local]);
+    assert_eq!(blocks(), [global; 3]);
 }
 
 #[test]

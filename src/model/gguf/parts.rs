@@ -98,28 +98,32 @@ pub fn are_of_one_model(files: &[PathBuf]) -> bool {
 
 /// `folder/prefix-00001-of-00003.gguf`.
 #[derive(Debug, PartialEq, Eq)]
-struct PartName {
+pub struct PartName {
     folder: PathBuf,
     prefix: String,
-    /// From 1.
-    number: u64,
-    count: u64,
+    /// From 1 to `count`.
+    pub number: u64,
+    /// Parts of the model.
+    pub count: u64,
     extension: String,
 }
 
 impl PartName {
-    fn of(path: &Path) -> Option<Self> {
+    /// Of a file that is named as a part.
+    pub fn of(path: &Path) -> Option<Self> {
         let (rest, count) = path.file_stem()?.to_str()?.rsplit_once("-of-")?;
         let (prefix, number) = rest.rsplit_once('-')?;
         let parse = |digits: &str| {
             let plain = digits.len() == 5 && digits.bytes().all(|digit| digit.is_ascii_digit());
             digits.parse().ok().filter(|_| plain)
         };
+        let (number, count) = (parse(number)?, parse(count)?);
+        (1..=count).contains(&number).then_some(())?;
         Some(Self {
             folder: path.parent()?.to_owned(),
             prefix: prefix.to_owned(),
-            number: parse(number)?,
-            count: parse(count)?,
+            number,
+            count,
             extension: path.extension()?.to_str()?.to_owned(),
         })
     }
@@ -129,7 +133,7 @@ impl PartName {
     }
 
     /// The file of a part, counted from 0.
-    fn path(&self, index: u64) -> PathBuf {
+    pub fn path(&self, index: u64) -> PathBuf {
         let Self { prefix, count, extension, .. } = self;
         self.folder.join(format!("{prefix}-{:05}-of-{count:05}.{extension}", index + 1))
     }
@@ -210,7 +214,15 @@ mod tests {
         assert_eq!((name.prefix.as_str(), name.number, name.count), ("m-of-9-Q4_K", 2, 11));
         assert_eq!(name.path(1), path);
         assert_eq!(name.path(10), Path::new("models/m-of-9-Q4_K-00011-of-00011.gguf"));
-        for other in ["m.gguf", "m-1-of-3.gguf", "m-00001-of-+0003.gguf", "m-00001-of-00003"] {
+        for other in [
+            "m.gguf",
+            "m-1-of-3.gguf",
+            "m-00001-of-+0003.gguf",
+            "m-00001-of-00003",
+            "m-00000-of-00000.gguf",
+            "m-00000-of-00003.gguf",
+            "m-00004-of-00003.gguf",
+        ] {
             assert_eq!(PartName::of(Path::new(other)), None, "{other}");
         }
     }

@@ -10,7 +10,7 @@ mod rope;
 use families::{Family, Local};
 
 use super::{
-    ARCHITECTURES, Angles, AttentionBias, Block, DEFAULT_THETA, ExpertSizes, ModelConfig, Shape,
+    ARCHITECTURES, Angles, AttentionBias, Block, DEFAULT_THETA, Mixture, ModelConfig, Shape,
     check_widths, checked_layers, in_range, missing, refused, unsupported,
 };
 use crate::{
@@ -95,7 +95,7 @@ impl<'a> Json<'a> {
             Some(Value::String(name)) if name == expected => {}
             Some(other) => return Err(refused("model_type", expected, short(other))),
         }
-        Ok(Self::new(fields, if outer == "gemma3" { "gemma3_text" } else { "mistral" }))
+        Ok(Self::new(fields, expected))
     }
 
     /// The field, or its default where it is not even null.
@@ -313,16 +313,16 @@ impl<'a> Json<'a> {
         }
     }
 
-    fn experts(&self) -> Result<Option<ExpertSizes>> {
+    fn experts(&self) -> Result<Option<Mixture>> {
         let used = || self.needed("num_experts_per_tok");
         Ok(match self.family.name {
-            "mixtral" => Some(ExpertSizes {
+            "mixtral" => Some(Mixture {
                 count: self.needed("num_local_experts")?,
                 used: used()?,
                 ffn_dim: self.needed("intermediate_size")?,
                 normalise: true,
             }),
-            "qwen3_moe" => Some(ExpertSizes {
+            "qwen3_moe" => Some(Mixture {
                 count: self
                     .size("num_experts")?
                     .map_or_else(|| self.needed("num_local_experts"), Ok)?,
