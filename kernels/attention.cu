@@ -30,8 +30,8 @@
 // Needs   head_dim % 8 == 0; qkv, pages and out aligned to 16 bytes, total and open to 8. K and V of
 //         the positions up to each row's own are written; later ones are not read, nor are table
 //         entries beyond the block of the item's last position.
-// Launch  grid = (items, kv_heads * ceil(heads / kv_heads / 16)), block = 32 * warps,
-//         dynamic shared memory = (128 + 16 * warps) * 2 * (HD + 8) bytes.
+// Launch  grid = (items, kv_heads * ceil(heads / kv_heads / 16)), block = 32 * warps, dynamic shared
+//         memory = (64 * tiles + 16 * warps) * 2 * (HD + 8) bytes, tiles = 1 narrow, 2 wide.
 // Rows >= `rows` (not entered by this layer), NONE in the list and items of count 0 are passed over.
 #include "attention_fold.cuh"
 
@@ -41,8 +41,9 @@ struct AttentionItem {
     uint32_t tiles_below, tiles_above;     // tiles of the prefix: at layers below cut, from cut on
     uint32_t cut;
     uint32_t prefix;                       // 1: fold these tiles; 0: go on after them, to out
+    uint32_t from, last;                   // lowest and highest position of its rows
 };
-static_assert(sizeof(AttentionItem) == 28, "mirror of src/ops/attention.rs");
+static_assert(sizeof(AttentionItem) == 36, "mirror of src/ops/attention/plan.rs");
 
 struct AttentionParams {
     const float*         qkv;
@@ -64,23 +65,6 @@ template <int WARPS>
 __device__ inline void block_barrier() {
     if (WARPS == 1) __syncwarp();
     else __syncthreads();
-}
-
-// Positions of an item's rows.
-struct Span {
-    int first, last;   // last -1: no active row
-};
-
-__device__ inline Span item_span(const AttentionParams& p, const AttentionItem& item) {
-    int last = -1, first = INT32_MAX;
-    for (uint32_t i = threadIdx.x % WARP; i < item.count; i += WARP) {
-        const int row = p.list[item.first + i];
-        if (row < 0 || row >= p.rows) continue;
-        const int position = p.position[row];
-        last = position > last ? position : last;
-        first = position < first ? position : first;
-    }
-    return {__reduce_min_sync(FULL_WARP, first), __reduce_max_sync(FULL_WARP, last)};
 }
 
 // The query head and row of one of a warp's 16 M-rows. row -1: idle.
@@ -184,22 +168,24 @@ template <int HD, int WARPS>
 __device__ __forceinline__ void attend(const AttentionParams& p) {
     const AttentionItem item = p.items[blockIdx.x];
     if (item.count == 0) return;
-    const Span span = item_span(p, item);
-    if (span.last < 0) return;
     const int shared_tiles = static_cast<uint32_t>(p.layer) < item.cut ? item.tiles_below : item.tiles_above;
     if (item.prefix && shared_tiles == 0) return;
 
     // Tiles before `seen` lie before every row's window. If the prefix does too, its states are fresh.
-    const int seen = p.window > 0 && span.first >= p.window ? (span.first - p.window + 1) / TILE : 0;
+    const int from = item.from;
+    const int seen = p.window > 0 && from >= p.window ? (from - p.window + 1) / TILE : 0;
     const bool resumed = !item.prefix && shared_tiles > 0 && seen <= shared_tiles;
     const int begin = item.prefix ? 0 : resumed ? shared_tiles : seen;
-    const int end = item.prefix ? shared_tiles : span.last / TILE + 1;
-    const int last = item.prefix ? end * TILE - 1 : span.last;   // position that may be read
+    const int end = item.prefix ? shared_tiles : item.last / TILE + 1;
+    const int last = item.prefix ? end * TILE - 1 : item.last;   // position that may be read
 
+    // A single warp has room for one tile at a time: keys, then values. So many warps share a
+    // multiprocessor that some always wait for memory while others compute.
+    constexpr bool IN_TURN = WARPS == 1;
     DYNAMIC_SMEM(bf16, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     bf16* const k = shared;
-    bf16* const v = k + TILE * ROW_ELEMENTS<HD>;
+    bf16* const v = IN_TURN ? k : k + TILE * ROW_ELEMENTS<HD>;
     bf16* const q = v + TILE * ROW_ELEMENTS<HD> + warp * M_ROWS * ROW_ELEMENTS<HD>;
 
     const int slices = (p.heads / p.kv_heads + M_ROWS - 1) / M_ROWS;
@@ -209,14 +195,17 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
     const uint32_t* const table =
         p.tables + (static_cast<int64_t>(item.slot) * p.layers + p.layer) * p.blocks;
 
-    // Copies are committed in the order K, V, K, V ...: all but the latest one have arrived after
-    // cp_async_wait<1>.
-    uint32_t page[4 / WARPS];
+    // Copies are committed in the order K, V, K, V ...: what is read next has arrived when at most
+    // AHEAD of them are under way.
+    constexpr int AHEAD = IN_TURN ? 0 : 1;
+    uint32_t page[4 / WARPS], next[4 / WARPS];   // of this tile, of the next one
     look_up<WARPS>(page, table, begin, last);
     copy_tile<HD, WARPS>(k, keys, page, begin * TILE, last, p);
     cp_async_commit();
-    copy_tile<HD, WARPS>(v, values, page, begin * TILE, last, p);
-    cp_async_commit();
+    if (!IN_TURN) {
+        copy_tile<HD, WARPS>(v, values, page, begin * TILE, last, p);
+        cp_async_commit();
+    }
 
     const Owner mine = owner(p, item, lane % M_ROWS, warp);
     stage_queries<HD>(q, mine, p);
@@ -254,21 +243,25 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
         if (tile % CHUNK_TILES == 0 && tile > begin) close_chunk();
         const int start = tile * TILE;
         const bool more = tile + 1 < end;
-        if (more) look_up<WARPS>(page, table, tile + 1, last);
-        cp_async_wait<1>();
+        look_up<WARPS>(next, table, tile + 1, last);
+        cp_async_wait<AHEAD>();
         block_barrier<WARPS>();
         float scores[TILE / 8][4];
         score_tile<HD>(scores, q, k);
         block_barrier<WARPS>();
-        if (more) copy_tile<HD, WARPS>(k, keys, page, start + TILE, last, p);
+        if (IN_TURN) copy_tile<HD, WARPS>(v, values, page, start, last, p);
+        else if (more) copy_tile<HD, WARPS>(k, keys, next, start + TILE, last, p);
         cp_async_commit();
         uint32_t weights[TILE / 8][2];
         weigh_tile(state, weights, scores, visible, start, halves);
-        cp_async_wait<1>();
+        cp_async_wait<AHEAD>();
         block_barrier<WARPS>();
         add_values<HD>(state, weights, v);
         block_barrier<WARPS>();
-        if (more) copy_tile<HD, WARPS>(v, values, page, start + TILE, last, p);
+        if (more) {
+            copy_tile<HD, WARPS>(IN_TURN ? k : v, IN_TURN ? keys : values, next, start + TILE, last, p);
+            for (int b = 0; b < 4 / WARPS; b++) page[b] = next[b];
+        }
         cp_async_commit();
     }
 

@@ -134,13 +134,13 @@ __device__ inline void weigh_tile(State<HD>& state, uint32_t (&w)[TILE / 8][2], 
         max = fmaxf(max, __shfl_xor_sync(FULL_WARP, max, 2));
         max = fmaxf(max, state.max[half]);
         const float base = finite(max);
-        keep[half] = exp_f32(state.max[half] - base);
+        keep[half] = exp_approx(state.max[half] - base);
         state.max[half] = max;
         // The sum is of the rounded weights, those that the values are multiplied with.
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < TILE / 8; j++) {
-            w[j][half] = pack_bf16(exp_f32(s[j][2 * half] - base), exp_f32(s[j][2 * half + 1] - base));
+            w[j][half] = pack_bf16(exp_approx(s[j][2 * half] - base), exp_approx(s[j][2 * half + 1] - base));
             sum += low_bf16(w[j][half]);
             sum += high_bf16(w[j][half]);
         }

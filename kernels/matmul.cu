@@ -17,149 +17,99 @@
 //         neither on the other rows, nor on the number of tokens of the tile, nor on the grid.
 //         (The two families may differ in the last bit: tensor cores add the 16 products in their
 //         own way.)
-// Launch  kernels named *_wgmma_T need sm_90a, *_mma_T run anywhere; T = tokens of a tile. A block
-//         takes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; any grid is correct, the best is
-//         min(tiles, blocks resident at once), tiles = ceil(rows / T) * ceil(n / features).
+// Launch  kernels named *_wgmma_FxT need sm_90a, *_mma_FxT run anywhere; a tile has F features and T
+//         tokens. A block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; any grid is correct, the
+//         best is min(tiles, blocks resident at once), tiles = ceil(rows / T) * ceil(n / F).
 //         Alignment 128 bytes of weights and x, 16 of out; n >= 1; k_tiles >= 1.
 //
-//         kernel     features  threads  dynamic shared memory  blocks per multiprocessor
-//         wgmma_8          64      160                 111296  2
-//         wgmma_16         64      160                 113840  2
-//         wgmma_32         64      160                 112784  2
-//         wgmma_64         64      160                 102496  2
-//         wgmma_128       128      288                 213088  1
-//         wgmma_256       128      288                 229440  1
-//         mma_16           64      128                  81920  2 where 164 KiB are shared
-//         mma_64           64      128                  65536  2
-//         mma_128         128      256                  98304  1
+//         kernel         threads  dynamic shared memory  blocks per multiprocessor
+//         wgmma_64x8         160                 111296  2
+//         wgmma_64x16        160                 113840  2
+//         wgmma_64x32        160                 112784  2
+//         wgmma_64x64        160                 102496  2
+//         wgmma_64x128       160                 204928  1
+//         wgmma_128x128      288                 213088  1
+//         wgmma_192x128      416                 229456  1
+//         wgmma_128x256      288                 229440  1
+//         mma_64x16          128                  81920  2 where 164 KiB are shared
+//         mma_64x64          128                  65536  2
+//         mma_128x128        256                  98304  1
 #include "matmul_mma.cuh"
 #include "matmul_wgmma.cuh"
 
 // The small tiles are bound by memory: they need many bytes under way. Two blocks share a
 // multiprocessor, so that one loads while the other starts or stores.
-using Wgmma8 = WgmmaShape<8, 1, 12>;
-using Wgmma16 = WgmmaShape<16, 1, 11>;
-using Wgmma32 = WgmmaShape<32, 1, 9>;
-using Wgmma64 = WgmmaShape<64, 1, 6>;
-using Wgmma128 = WgmmaShape<128, 2, 6>;
-using Wgmma256 = WgmmaShape<256, 2, 4>;
-using Mma16 = MmaShape<16, 1, 1, 8>;
-using Mma64 = MmaShape<64, 1, 2, 4>;
-using Mma128 = MmaShape<128, 2, 4, 3>;
+using Wgmma64x8 = WgmmaShape<8, 1, 12>;
+using Wgmma64x16 = WgmmaShape<16, 1, 11>;
+using Wgmma64x32 = WgmmaShape<32, 1, 9>;
+using Wgmma64x64 = WgmmaShape<64, 1, 6>;
+using Wgmma64x128 = WgmmaShape<128, 1, 8>;
+using Wgmma128x128 = WgmmaShape<128, 2, 6>;
+using Wgmma192x128 = WgmmaShape<128, 3, 5>;
+using Wgmma128x256 = WgmmaShape<256, 2, 4>;
+using Mma64x16 = MmaShape<16, 1, 1, 8>;
+using Mma64x64 = MmaShape<64, 1, 2, 4>;
+using Mma128x128 = MmaShape<128, 2, 4, 3>;
 
 constexpr int HALF_SMEM = 113 << 10, FULL_SMEM = 227 << 10;   // a block's share of Hopper's 228 KiB
-static_assert(Wgmma8::SMEM == 111296 && Wgmma8::SMEM <= HALF_SMEM, "table above");
-static_assert(Wgmma16::SMEM == 113840 && Wgmma16::SMEM <= HALF_SMEM, "table above");
-static_assert(Wgmma32::SMEM == 112784 && Wgmma32::SMEM <= HALF_SMEM, "table above");
-static_assert(Wgmma64::SMEM == 102496 && Wgmma64::SMEM <= HALF_SMEM, "table above");
-static_assert(Wgmma128::SMEM == 213088 && Wgmma128::SMEM <= FULL_SMEM, "table above");
-static_assert(Wgmma256::SMEM == 229440 && Wgmma256::SMEM <= FULL_SMEM, "table above");
-static_assert(Mma16::SMEM == 81920 && Mma64::SMEM == 65536 && Mma128::SMEM == 98304, "table above");
+static_assert(Wgmma64x8::SMEM == 111296 && Wgmma64x8::SMEM <= HALF_SMEM, "table above");
+static_assert(Wgmma64x16::SMEM == 113840 && Wgmma64x16::SMEM <= HALF_SMEM, "table above");
+static_assert(Wgmma64x32::SMEM == 112784 && Wgmma64x32::SMEM <= HALF_SMEM, "table above");
+static_assert(Wgmma64x64::SMEM == 102496 && Wgmma64x64::SMEM <= HALF_SMEM, "table above");
+static_assert(Wgmma64x128::SMEM == 204928 && Wgmma64x128::SMEM <= FULL_SMEM, "table above");
+static_assert(Wgmma128x128::SMEM == 213088 && Wgmma128x128::SMEM <= FULL_SMEM, "table above");
+static_assert(Wgmma192x128::SMEM == 229456 && Wgmma192x128::SMEM <= FULL_SMEM, "table above");
+static_assert(Wgmma128x256::SMEM == 229440 && Wgmma128x256::SMEM <= FULL_SMEM, "table above");
+static_assert(Mma64x16::SMEM == 81920 && Mma64x64::SMEM == 65536 && Mma128x128::SMEM == 98304, "table above");
 
-extern "C" __global__ void __launch_bounds__(Wgmma8::THREADS, 2)
-matmul_wgmma_8(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma8, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_8, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma8::THREADS, 2)
-gated_wgmma_8(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma8, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_8, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma16::THREADS, 2)
-matmul_wgmma_16(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma16, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_16, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma16::THREADS, 2)
-gated_wgmma_16(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma16, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_16, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma32::THREADS, 2)
-matmul_wgmma_32(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma32, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_32, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma32::THREADS, 2)
-gated_wgmma_32(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma32, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_32, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma64::THREADS, 2)
-matmul_wgmma_64(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma64, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_64, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma64::THREADS, 2)
-gated_wgmma_64(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma64, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_64, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma128::THREADS, 1)
-matmul_wgmma_128(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma128, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_128, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma128::THREADS, 1)
-gated_wgmma_128(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma128, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_128, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma256::THREADS, 1)
-matmul_wgmma_256(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma256, false>(p);
-}
-EXPORT_KERNEL(matmul_wgmma_256, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Wgmma256::THREADS, 1)
-gated_wgmma_256(const __grid_constant__ MatmulParams p) {
-    wgmma_matmul<Wgmma256, true>(p);
-}
-EXPORT_KERNEL(gated_wgmma_256, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma16::THREADS, 2)
-matmul_mma_16(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma16, false>(p);
-}
-EXPORT_KERNEL(matmul_mma_16, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma16::THREADS, 2)
-gated_mma_16(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma16, true>(p);
-}
-EXPORT_KERNEL(gated_mma_16, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma64::THREADS, 2)
-matmul_mma_64(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma64, false>(p);
-}
-EXPORT_KERNEL(matmul_mma_64, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma64::THREADS, 2)
-gated_mma_64(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma64, true>(p);
-}
-EXPORT_KERNEL(gated_mma_64, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma128::THREADS, 1)
-matmul_mma_128(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma128, false>(p);
-}
-EXPORT_KERNEL(matmul_mma_128, MatmulParams)
-
-extern "C" __global__ void __launch_bounds__(Mma128::THREADS, 1)
-gated_mma_128(const __grid_constant__ MatmulParams p) {
-    mma_matmul<Mma128, true>(p);
-}
-EXPORT_KERNEL(gated_mma_128, MatmulParams)
+// RESIDENT: blocks of a multiprocessor at least.
+#define PRODUCT(name, product, Shape, GATED, RESIDENT)                           \
+    extern "C" __global__ void __launch_bounds__(Shape::THREADS, RESIDENT)       \
+        name(const __grid_constant__ MatmulParams p) {                           \
+        product<Shape, GATED>(p);                                                \
+    }                                                                            \
+    static_assert(Shape::THREADS <= 1024, "a block")
+PRODUCT(matmul_wgmma_64x8, wgmma_matmul, Wgmma64x8, false, 2);
+EXPORT_KERNEL(matmul_wgmma_64x8, MatmulParams)
+PRODUCT(gated_wgmma_64x8, wgmma_matmul, Wgmma64x8, true, 2);
+EXPORT_KERNEL(gated_wgmma_64x8, MatmulParams)
+PRODUCT(matmul_wgmma_64x16, wgmma_matmul, Wgmma64x16, false, 2);
+EXPORT_KERNEL(matmul_wgmma_64x16, MatmulParams)
+PRODUCT(gated_wgmma_64x16, wgmma_matmul, Wgmma64x16, true, 2);
+EXPORT_KERNEL(gated_wgmma_64x16, MatmulParams)
+PRODUCT(matmul_wgmma_64x32, wgmma_matmul, Wgmma64x32, false, 2);
+EXPORT_KERNEL(matmul_wgmma_64x32, MatmulParams)
+PRODUCT(gated_wgmma_64x32, wgmma_matmul, Wgmma64x32, true, 2);
+EXPORT_KERNEL(gated_wgmma_64x32, MatmulParams)
+PRODUCT(matmul_wgmma_64x64, wgmma_matmul, Wgmma64x64, false, 2);
+EXPORT_KERNEL(matmul_wgmma_64x64, MatmulParams)
+PRODUCT(gated_wgmma_64x64, wgmma_matmul, Wgmma64x64, true, 2);
+EXPORT_KERNEL(gated_wgmma_64x64, MatmulParams)
+PRODUCT(matmul_wgmma_64x128, wgmma_matmul, Wgmma64x128, false, 1);
+EXPORT_KERNEL(matmul_wgmma_64x128, MatmulParams)
+PRODUCT(gated_wgmma_64x128, wgmma_matmul, Wgmma64x128, true, 1);
+EXPORT_KERNEL(gated_wgmma_64x128, MatmulParams)
+PRODUCT(matmul_wgmma_128x128, wgmma_matmul, Wgmma128x128, false, 1);
+EXPORT_KERNEL(matmul_wgmma_128x128, MatmulParams)
+PRODUCT(gated_wgmma_128x128, wgmma_matmul, Wgmma128x128, true, 1);
+EXPORT_KERNEL(gated_wgmma_128x128, MatmulParams)
+PRODUCT(matmul_wgmma_192x128, wgmma_matmul, Wgmma192x128, false, 1);
+EXPORT_KERNEL(matmul_wgmma_192x128, MatmulParams)
+PRODUCT(gated_wgmma_192x128, wgmma_matmul, Wgmma192x128, true, 1);
+EXPORT_KERNEL(gated_wgmma_192x128, MatmulParams)
+PRODUCT(matmul_wgmma_128x256, wgmma_matmul, Wgmma128x256, false, 1);
+EXPORT_KERNEL(matmul_wgmma_128x256, MatmulParams)
+PRODUCT(gated_wgmma_128x256, wgmma_matmul, Wgmma128x256, true, 1);
+EXPORT_KERNEL(gated_wgmma_128x256, MatmulParams)
+PRODUCT(matmul_mma_64x16, mma_matmul, Mma64x16, false, 2);
+EXPORT_KERNEL(matmul_mma_64x16, MatmulParams)
+PRODUCT(gated_mma_64x16, mma_matmul, Mma64x16, true, 2);
+EXPORT_KERNEL(gated_mma_64x16, MatmulParams)
+PRODUCT(matmul_mma_64x64, mma_matmul, Mma64x64, false, 2);
+EXPORT_KERNEL(matmul_mma_64x64, MatmulParams)
+PRODUCT(gated_mma_64x64, mma_matmul, Mma64x64, true, 2);
+EXPORT_KERNEL(gated_mma_64x64, MatmulParams)
+PRODUCT(matmul_mma_128x128, mma_matmul, Mma128x128, false, 1);
+EXPORT_KERNEL(matmul_mma_128x128, MatmulParams)
+PRODUCT(gated_mma_128x128, mma_matmul, Mma128x128, true, 1);
+EXPORT_KERNEL(gated_mma_128x128, MatmulParams)

@@ -72,7 +72,7 @@ __device__ inline float gate(float linear, int activation) {
     float z = linear;
     if (activation == ACTIVATION_GELU_TANH)
         z = 1.5957691216f * (linear + 0.044715f * linear * linear * linear);   // 2 sqrt(2 / pi)
-    return linear / (1.0f + exp_f32(-z));
+    return divide_approx(linear, 1.0f + exp_approx(-z));
 }
 
 template <int TOKENS>

@@ -14,6 +14,30 @@
 __device__ inline unsigned smem_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 #endif
 
+// ---- Approximations that the multi-function unit makes, for what is rounded to bf16 next. The processor is
+// a little nearer to the truth, so it has other bits.
+
+// e^x, within 2^-21 (1 + |x|) of it; 1 at 0, 0 far below.
+__device__ inline float exp_approx(float x) {
+#if defined(__CUDACC__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896340736f));
+    return y;
+#else
+    return expf(x);
+#endif
+}
+// x / y, within 2 ulp; 0 where |y| is 2^126 or more.
+__device__ inline float divide_approx(float x, float y) {
+#if defined(__CUDACC__)
+    float quotient;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+    return quotient;
+#else
+    return x / y;
+#endif
+}
+
 // ---- Matrix fragments: g = lane / 4, q = lane % 4, two bf16 per register, lower index in the low half.
 
 // D(16,8) += A(16,16) * B(16,8), bf16 in, f32 accumulate.

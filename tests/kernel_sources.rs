@@ -115,13 +115,15 @@ fn kernel_files_begin_with_their_contract() {
     }
 }
 
-/// Of the kernels that a macro names by its arguments, `shape!("wgmma", 8, ...)`.
+/// Of the kernels that a macro names by its arguments, `shape!("wgmma", 64, 8, ...)`.
 fn shaped(operations: &str) -> Vec<String> {
     let mut names = Vec::new();
     for rest in operations.split("shape!(\"").skip(1) {
-        let (path, rest) = rest.split_once("\", ").expect("a path, then tokens");
-        let tokens = rest.split(',').next().expect("tokens");
-        names.extend(["matmul", "gated"].map(|kind| format!("{kind}_{path}_{tokens}")));
+        let (path, rest) = rest.split_once("\", ").expect("a path, then features");
+        let mut sizes = rest.split(", ");
+        let mut size = || sizes.next().expect("features, then tokens");
+        let (features, tokens) = (size(), size());
+        names.extend(["matmul", "gated"].map(|kind| format!("{kind}_{path}_{features}x{tokens}")));
     }
     names
 }
@@ -166,9 +168,11 @@ fn parameters_have_the_same_size_on_both_sides() {
     }
 }
 
-/// Approximations differ from the processor's results; `exp_f32` and `ln_f32` do not.
+/// Approximations differ from the processor's results; `exp_f32` and `ln_f32` do not. Two are allowed,
+/// in what is rounded to bf16 next.
 #[test]
-fn nothing_is_approximated() {
+fn only_what_is_rounded_is_approximated() {
+    const USERS: [&str; 3] = ["ptx.cuh", "attention_fold.cuh", "matmul_epilogue.cuh"];
     const WORDS: &str = "__expf __exp10f __logf __log2f __log10f __powf __sinf __cosf __tanf __tanhf \
         __sincosf __fdividef __saturatef __frsqrt_rn rsqrtf expf exp2f exp10f expm1f logf log2f \
         log10f log1pf powf sinf cosf tanf tanhf";
@@ -177,10 +181,12 @@ fn nothing_is_approximated() {
         let code = source.code();
         for (word, _) in Source::words(&code) {
             let approximates = WORDS.split_whitespace().any(|other| other == word);
-            assert!(!approximates, "{}: {word}", source.name);
+            assert!(!approximates || source.name == "ptx.cuh", "{}: {word}", source.name);
+            let allowed = USERS.contains(&source.name.as_str());
+            assert!(allowed || !word.ends_with("_approx"), "{}: {word}", source.name);
         }
         for text in TEXTS {
-            assert!(!code.contains(text), "{}: {text}", source.name);
+            assert!(!code.contains(text) || source.name == "ptx.cuh", "{}: {text}", source.name);
         }
     }
     let build = fs_err::read_to_string(folder("build.rs")).unwrap();

@@ -11,6 +11,7 @@ use std::time::Instant;
 use crate::{
     device::{Buffer, Device},
     error::Result,
+    ops::probe::{Probe, probe},
 };
 
 /// Enough to empty the largest L2 cache.
@@ -31,7 +32,40 @@ pub struct Timing {
 /// Times operations on a device, with what they read out of its caches.
 pub struct Bench<'a> {
     device: &'a Device,
-    flush: Option<[Buffer<f32>; 2]>,
+    flush: Option<Flush>,
+}
+
+/// What is read to empty the caches. Reading leaves nothing that an operation would have to write
+/// back first.
+struct Flush {
+    /// (rows, dim)
+    values: Buffer<f32>,
+    /// (rows,), all of them.
+    rows: Buffer<u32>,
+    /// (rows,), their norms.
+    norms: Buffer<f32>,
+}
+
+impl Flush {
+    const DIM: usize = 4096;
+
+    fn new(device: &Device) -> Result<Self> {
+        let rows: Vec<u32> = (0..(FLUSH_BYTES / 4 / Self::DIM) as u32).collect();
+        Ok(Self {
+            values: Buffer::zeroed(device, rows.len() * Self::DIM)?,
+            norms: Buffer::zeroed(device, rows.len())?,
+            rows: Buffer::upload(device, &rows)?,
+        })
+    }
+
+    fn run(&mut self, device: &Device) -> Result<()> {
+        let Self { values, rows, norms } = self;
+        let (count, dim) = (rows.len(), Self::DIM);
+        probe(
+            device,
+            Probe { count, rows, resid: values, vectors: values, probes: 0, dim, out: norms },
+        )
+    }
 }
 
 impl<'a> Bench<'a> {
@@ -40,12 +74,8 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// There is not enough memory.
     pub fn new(device: &'a Device) -> Result<Self> {
-        let buffer = || Buffer::zeroed(device, FLUSH_BYTES / 4);
         // The processor's caches are small beside what operations read.
-        let flush = match device.is_asynchronous() {
-            true => Some([buffer()?, buffer()?]),
-            false => None,
-        };
+        let flush = device.is_asynchronous().then(|| Flush::new(device)).transpose()?;
         Ok(Self { device, flush })
     }
 
@@ -62,8 +92,8 @@ impl<'a> Bench<'a> {
         while seconds.len() < least
             || seconds.len() < most && start.elapsed().as_secs_f64() < SECONDS
         {
-            if let Some([from, to]) = &mut self.flush {
-                to.copy_from(self.device, from)?;
+            if let Some(flush) = &mut self.flush {
+                flush.run(self.device)?;
             }
             let begin = self.device.mark()?;
             run()?;

@@ -75,7 +75,14 @@ impl<T: Float> Core<T> {
         self.slots.iter().position(Option::is_none)
     }
 
-    /// Starts what can start: continuations first, then waiting jobs in order.
+    /// Rows of prompts in slots that no step has taken yet.
+    fn waiting_rows(&self) -> usize {
+        let prompts = self.slots.iter().flatten().filter(|s| !matches!(s.role, Role::Sample(_)));
+        prompts.map(|s| s.tokens.len() - s.next).sum()
+    }
+
+    /// Starts what can start: continuations first, then waiting jobs in order, no more than the
+    /// next step has rows for: the others start while that one runs.
     pub(super) fn admit(&mut self) -> Result<()> {
         while let Some(child) = self.children.pop_front() {
             if let Some(child) = self.start_child(child)? {
@@ -84,7 +91,7 @@ impl<T: Float> Core<T> {
             }
         }
         let mut at = 0;
-        while at < self.queue.len().min(LOOK_AHEAD) {
+        while at < self.queue.len().min(LOOK_AHEAD) && self.waiting_rows() < self.limits.rows {
             let pending = &self.queue[at];
             if pending.needs_clean {
                 let (key, own, job) = (pending.key.clone(), pending.own, Arc::clone(&pending.job));

@@ -258,15 +258,15 @@ fn launch<T: Float>(cuda: &Cuda, p: Attention<'_, T>) -> Result<()> {
         };
     let [narrow_items, wide_items] = p.plan.active(p.rows);
     // The shared parts first: items of their rows go on from there.
-    for (kernel, warps, items, count) in [
-        (wide, 4, &p.plan.prefix, p.plan.prefixes),
-        (wide, 4, &p.plan.wide, wide_items),
-        (narrow, 1, &p.plan.narrow, narrow_items),
+    for (kernel, (warps, tiles), items, count) in [
+        (wide, (4, 2), &p.plan.prefix, p.plan.prefixes),
+        (wide, (4, 2), &p.plan.wide, wide_items),
+        (narrow, (1, 1), &p.plan.narrow, narrow_items),
     ] {
         let launch = Launch {
             grid: [count as u32, (shape.kv_heads * group.div_ceil(16)) as u32, 1],
             block: 32 * warps,
-            shared: (128 + 16 * warps) * 2 * (width as u32 + 8),
+            shared: (64 * tiles + 16 * warps) * 2 * (width as u32 + 8),
         };
         // SAFETY: the lengths were checked; items name rows of the step, whose slots and
         // positions lie inside the tables, and `Cache::set_tables` keeps pages inside the cache.

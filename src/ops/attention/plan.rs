@@ -36,6 +36,9 @@ pub(super) struct Item {
     pub cut: u32,
     /// 1: fold only these tiles, for other items to go on.
     pub prefix: u32,
+    /// Lowest and highest position of its rows; of no meaning where only shared tiles are folded.
+    pub from: u32,
+    pub last: u32,
 }
 // SAFETY: plain numbers without padding.
 unsafe impl Element for Item {}
@@ -87,6 +90,8 @@ impl Items {
                 first: (first + start) as u32,
                 count: count as u32,
                 slot,
+                from: rows.position[first + start],
+                last: rows.position[first + start + count.max(1) - 1],
                 ..Item::default()
             };
             if slot == NONE {
@@ -128,19 +133,21 @@ impl Items {
             }
             for some in group.chunks(most) {
                 let (SharedPrefix { tiles_below, tiles_above, cut, .. }, representative) = some[0];
-                let numbers = Item { tiles_below, tiles_above, cut, ..Item::default() };
                 self.prefix.push(Item {
                     first: (capacity + self.sharers.len()) as u32,
                     count: some.len() as u32,
                     slot: rows.slot[representative as usize],
+                    tiles_below,
+                    tiles_above,
+                    cut,
                     prefix: 1,
-                    ..numbers
+                    ..Item::default()
                 });
                 for &(_, row) in some {
                     self.sharers.push(row);
                     let at = self.narrow.partition_point(|item| item.first < row);
-                    let Item { first, count, slot, .. } = self.narrow[at];
-                    self.narrow[at] = Item { first, count, slot, ..numbers };
+                    let own = self.narrow[at];
+                    self.narrow[at] = Item { tiles_below, tiles_above, cut, ..own };
                 }
             }
         }

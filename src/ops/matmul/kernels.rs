@@ -91,30 +91,32 @@ pub(super) struct Shape {
 }
 
 macro_rules! shape {
-    ($path:literal, $tokens:literal, $features:literal, $threads:literal, $shared:literal, $resident:literal) => {
+    ($path:literal, $features:literal, $tokens:literal, $threads:literal, $shared:literal, $resident:literal) => {
         Shape {
             tokens: $tokens,
             features: $features,
             threads: $threads,
             shared: $shared,
             resident: $resident,
-            matmul: concat!("matmul_", $path, "_", $tokens),
-            gated: concat!("gated_", $path, "_", $tokens),
+            matmul: concat!("matmul_", $path, "_", $features, "x", $tokens),
+            gated: concat!("gated_", $path, "_", $features, "x", $tokens),
         }
     };
 }
 
 /// As in the table of kernels/matmul.cu.
-const WGMMA: [Shape; 6] = [
-    shape!("wgmma", 8, 64, 160, 111_296, 2),
-    shape!("wgmma", 16, 64, 160, 113_840, 2),
-    shape!("wgmma", 32, 64, 160, 112_784, 2),
+const WGMMA: [Shape; 8] = [
+    shape!("wgmma", 64, 8, 160, 111_296, 2),
+    shape!("wgmma", 64, 16, 160, 113_840, 2),
+    shape!("wgmma", 64, 32, 160, 112_784, 2),
     shape!("wgmma", 64, 64, 160, 102_496, 2),
+    shape!("wgmma", 64, 128, 160, 204_928, 1),
     shape!("wgmma", 128, 128, 288, 213_088, 1),
-    shape!("wgmma", 256, 128, 288, 229_440, 1),
+    shape!("wgmma", 192, 128, 416, 229_456, 1),
+    shape!("wgmma", 128, 256, 288, 229_440, 1),
 ];
 const MMA: [Shape; 3] = [
-    shape!("mma", 16, 64, 128, 81_920, 2),
+    shape!("mma", 64, 16, 128, 81_920, 2),
     shape!("mma", 64, 64, 128, 65_536, 2),
     shape!("mma", 128, 128, 256, 98_304, 1),
 ];
@@ -147,8 +149,8 @@ impl Shape {
     fn cycles(&self, cuda: &Cuda, token_blocks: usize, (n, k): (usize, usize)) -> usize {
         let tiles = token_blocks * n.div_ceil(self.features);
         let waves = tiles.div_ceil(self.resident * cuda.multiprocessors());
-        // A step of 64 k: 128 of tokens x features a cycle and multiprocessor.
-        let products = self.features * self.tokens * ATOM / 4096;
+        // A step of 64 k: Hopper's tensor cores do 2048 products and sums a cycle and multiprocessor.
+        let products = self.features * self.tokens * ATOM / 2048;
         let loads = (self.features + self.tokens) * ATOM * 2 / L2_BYTES;
         let step = products.max(loads) * self.resident;
         waves * (k.div_ceil(ATOM) * step + BLOCK_CYCLES)
