@@ -2,18 +2,27 @@
 //
 //   branch = branch * c                 (rows below branch_rows)    branch_gain not null:
 //                                       branch / sqrt(mean(branch^2) + eps) * branch_gain * c
-//   branch captured (tap 2 site + 1)    h += branch
-//   h += scale * v                      each operation of the row's slot at this site whose window
-//                                       from <= position < to holds; relative: scale * |h|;
-//                                       receipt = (|h| before, |change|)
-//   h captured (tap 2 site), |h| stored
+//   operations on the branch, which is then captured (tap 2 site + 1)       h += branch
+//   operations on h, which is then captured (tap 2 site), and |h| stored
 //   x = h / sqrt(mean(h^2) + eps) * gain            is_final: also captured in f32 (tap 2 site + 2)
 //   x = h                                           where gain is null
 //
+// Operations  those of the row's slot at the tap, in order, for which from <= position < to and
+//         (position - from) % every == 0. With r = |h| where RELATIVE, else 1, and c = unit * h.v:
+//           ADD         h + scale r v
+//           COORDINATE  h + (clamp(c, low r, high r) - c) unit v
+//           REPLACE     scale r v
+//           SCALE       scale h                                       v is not read
+//           GATE        h; the row meets condition `gate` if low < c / r < high
+//         and with KEEP_NORM that times |h| / |h'|, where |h'| > 2^-16 |h|. gate not NONE (but for GATE): only
+//         if the row has met that condition, or with LATCHED if a row of its slot up to its position
+//         has: such a gate is at an earlier site. receipt = (|h|^2 before, |change|^2), of a GATE (c / r, met).
+//
 // Shapes  resid, branch, captured: (.., dim) f32    gains: (dim)    vectors: (vectors, dim) f32
 //         x: bf16 Tiles of x_row_groups * 8 rows    norms: (rows), this site's
-//         slot, position, receipt: (rows)           first: (slots, sites + 1)
-//         ops: (slots, ops_per_slot); those of slot s at site i are first[s, i]..first[s, i + 1]
+//         slot, position, receipt, met: (rows)      first: (slots, taps + 1)   latched: (slots, 8)
+//         ops: (slots, ops_per_slot); those of slot s at tap i are first[s, i]..first[s, i + 1]
+//         met: a bit for each condition             latched: the lowest position that met each
 //         receipts: pairs; a row's start at receipt[row], one for each of its slot's operations
 //         tap_first: (taps + 1); entries: (row, row of captured), by tap, then row; a row may have
 //         several entries of a tap, or none
@@ -29,12 +38,16 @@
 #include "math.cuh"
 
 struct HookOp {
-    uint32_t vector;     // row of vectors
-    uint32_t from, to;   // positions
-    float    scale;
-    uint32_t relative;   // 0 or 1
+    uint32_t vector;              // row of vectors
+    uint32_t from, to, every;     // positions
+    uint32_t kind, flags, gate;
+    float    scale, low, high;
+    float    unit;                // 1 / |v|
 };
-static_assert(sizeof(HookOp) == 20, "mirror of src/ops/hooks.rs");
+static_assert(sizeof(HookOp) == 44, "mirror of src/ops/hooks.rs");
+enum : uint32_t { ADD, COORDINATE, REPLACE, SCALE, GATE };                      // kinds
+constexpr uint32_t RELATIVE = 1, KEEP_NORM = 2, LATCHED = 4;                    // flags
+constexpr int GATES = 8;                                                        // of a slot
 
 struct ResidualNormParams {
     float*          resid;
@@ -53,22 +66,32 @@ struct ResidualNormParams {
     float*          captured;
     float*          norms;
     float*          receipts;
-    int             rows, branch_rows, dim, site, sites, ops_per_slot, x_row_groups;
+    uint32_t*       met;
+    uint32_t*       latched;
+    int             rows, branch_rows, dim, site, taps, ops_per_slot, x_row_groups;
     int             is_final, has_captures;
     float           eps;
     float           branch_scale;   // c
     int             unused;         // fills the struct up to its alignment
 };
-static_assert(sizeof(ResidualNormParams) == 176, "mirror of src/ops/residual_norm.rs");
+static_assert(sizeof(ResidualNormParams) == 192, "mirror of src/ops/residual_norm.rs");
 
 namespace {
 
+// The sums over a row. Those of one operation have different places, and a barrier parts operations: so nobody
+// writes what others still read.
+enum Sum { OF_SQUARES, OF_BRANCH_SQUARES, OF_PRODUCTS, OF_KEPT, OF_CHANGE, SUMS };
+
 // Threads of a row that is longer than a warp meet here.
 struct Scratch {
-    double   changes[WARP];
-    float    squares[WARP];
-    float    branch_squares[WARP];
+    double   partial[SUMS][3][WARP];
     uint32_t found[3];
+};
+
+// A sum over a row that may not have been made yet.
+struct Squares {
+    float sum;
+    bool  known;
 };
 
 // What is normalised: x, the branch, or both.
@@ -104,25 +127,33 @@ struct Row {
         each([&](int v, int element) { *reinterpret_cast<float4*>(to + element) = values[v]; });
     }
 
-    // Sum over the row's threads, which all get it. Successive calls alternate between two arrays:
-    // the barrier of the one then parts the reads of the other from its next writes.
-    template <class T>
-    __device__ T sum(T value, T* partial) const {
-        for (int offset = WARP / 2; offset > 0; offset /= 2)
-            value += __shfl_xor_sync(FULL_WARP, value, offset);
-        if constexpr (THREADS > WARP) {
-            constexpr int WARPS = THREADS / WARP;
-            const int lane = threadIdx.x % WARP;
-            if (lane == 0) partial[threadIdx.x / WARP] = value;
-            __syncthreads();
-            value = partial[lane % WARPS];
-            for (int offset = WARPS / 2; offset > 0; offset /= 2)
-                value += __shfl_xor_sync(FULL_WARP, value, offset);
-        }
-        return value;
+    __device__ static void add(float4& to, const float4& v) {
+        to = float4{to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w};
     }
 
-    __device__ float sum_of_squares(const float4 (&h)[VECS], float* partial) const {
+    // Sums over the row's threads, which all get them.
+    template <Sum WHICH, class... T>
+    __device__ void sum(T&... values) const {
+        auto add = [](auto& value, int lanes) {
+            for (int offset = lanes / 2; offset > 0; offset /= 2)
+                value += __shfl_xor_sync(FULL_WARP, value, offset);
+        };
+        (add(values, WARP), ...);
+        if constexpr (THREADS > WARP) {
+            constexpr int WARPS = THREADS / WARP;
+            const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+            auto& partial = scratch->partial[WHICH];
+            int at = 0;
+            if (lane == 0) ((partial[at++][warp] = values), ...);
+            __syncthreads();
+            at = 0;
+            ((values = static_cast<T>(partial[at++][lane % WARPS])), ...);
+            (add(values, WARPS), ...);
+        }
+    }
+
+    template <Sum WHICH = OF_SQUARES>
+    __device__ float sum_of_squares(const float4 (&h)[VECS]) const {
         float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
         each([&](int v, int) {
             sums.x = fmaf(h[v].x, h[v].x, sums.x);
@@ -130,7 +161,9 @@ struct Row {
             sums.z = fmaf(h[v].z, h[v].z, sums.z);
             sums.w = fmaf(h[v].w, h[v].w, sums.w);
         });
-        return sum((sums.x + sums.y) + (sums.z + sums.w), partial);
+        float squares = (sums.x + sums.y) + (sums.z + sums.w);
+        sum<WHICH>(squares);
+        return squares;
     }
 
     // First entry of a tap that is not of a lower row. The whole warp searches: each round leaves
@@ -138,6 +171,14 @@ struct Row {
     __device__ uint32_t search(int tap) const {
         const uint2* entries = reinterpret_cast<const uint2*>(p.entries);
         uint32_t begin = p.tap_first[tap], end = p.tap_first[tap + 1];
+        // Mostly they are consecutive rows, once each.
+        if (begin < end) {
+            const uint32_t start = entries[begin].x, wanted = static_cast<uint32_t>(row);
+            const uint32_t at = begin + wanted - start;
+            if (wanted >= start && at < end && entries[at].x == wanted &&
+                (at == begin || entries[at - 1].x < wanted))
+                return at;
+        }
         while (begin < end) {
             const uint32_t step = (end - begin + WARP - 1) / WARP;
             const uint32_t at = begin + threadIdx.x % WARP * step;
@@ -151,23 +192,26 @@ struct Row {
         return begin;
     }
 
-    // Where the row's captures of taps 2 site + i start.
+    // Finds where the row's captures of taps 2 site + i start: a warp a tap, if a row has several, which
+    // then are at least four. What they find waits in shared memory: registers are few.
     __device__ void find_captures(uint32_t (&found)[3]) const {
         const int taps = p.is_final ? 3 : 2;
         if constexpr (THREADS == WARP) {
             for (int i = 0; i < taps; i++) found[i] = search(2 * p.site + i);
         } else {
             const int warp = threadIdx.x / WARP;
-            if (warp < taps) {   // a warp a tap: a row of several warps has at least four
+            if (warp < taps) {
                 const uint32_t at = search(2 * p.site + warp);
                 if (threadIdx.x % WARP == 0) scratch->found[warp] = at;
             }
             __syncthreads();
-            for (int i = 0; i < taps; i++) found[i] = scratch->found[i];
         }
     }
 
-    __device__ void capture(int tap, uint32_t at, const float4 (&values)[VECS]) const {
+    // of: 0 the stream, 1 the branch, 2 the final norm.
+    __device__ void capture(int of, const uint32_t (&found)[3], const float4 (&values)[VECS]) const {
+        const int tap = 2 * p.site + of;
+        uint32_t at = THREADS == WARP ? found[of] : scratch->found[of];
         const uint2* entries = reinterpret_cast<const uint2*>(p.entries);
         for (const uint32_t end = p.tap_first[tap + 1]; at < end; at++) {
             const uint2 entry = entries[at];
@@ -176,34 +220,106 @@ struct Row {
         }
     }
 
-    // One operation; gives the new sum of squares.
-    __device__ float inject(float4 (&h)[VECS], const HookOp& op, float squares, int receipt) const {
-        const float* vector = p.vectors + static_cast<int64_t>(op.vector) * p.dim;
-        const float before = sqrtf(squares);
-        const float scale = op.relative ? op.scale * before : op.scale;
+    // sum + a.b, one component after the other: registers are few.
+    __device__ static float add_products(float sum, const float4& a, const float4& b) {
+        return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+    }
+
+    // One operation; gives its receipt.
+    __device__ float2 change(float4 (&h)[VECS], const HookOp& op, const float* vector, Squares& squares) const {
+        const uint32_t kind = op.kind;
+        const bool relative = op.flags & RELATIVE, keeps = op.flags & KEEP_NORM;
+        if ((relative || keeps) && !squares.known) squares = {sum_of_squares(h), true};
+        const float size = relative ? squares.sum * inverse_root(squares.sum) : 1.0f;
+        float add = op.scale * size;   // of SCALE: the factor itself
+        if (kind == COORDINATE || kind == GATE) {
+            float c = 0.0f;
+            each([&](int v, int element) {
+                c = add_products(c, h[v], *reinterpret_cast<const float4*>(vector + element));
+            });
+            sum<OF_PRODUCTS>(c);
+            c *= op.unit;
+            if (kind == GATE) {
+                if (relative) c *= inverse_root(squares.sum);
+                return {c, op.low < c && c < op.high ? 1.0f : 0.0f};
+            }
+            add = (fminf(fmaxf(c, op.low * size), op.high * size) - c) * op.unit;
+        }
+        auto changed = [=](const float4& h, int element) {
+            if (kind == SCALE) return float4{add * h.x, add * h.y, add * h.z, add * h.w};
+            const float4 v = *reinterpret_cast<const float4*>(vector + element);
+            if (kind == REPLACE) return float4{add * v.x, add * v.y, add * v.z, add * v.w};
+            return float4{fmaf(add, v.x, h.x), fmaf(add, v.y, h.y), fmaf(add, v.z, h.z), fmaf(add, v.w, h.w)};
+        };
+        float factor = 1.0f;
+        if (keeps) {
+            float after = 0.0f;
+            each([&](int v, int element) {
+                const float4 to = changed(h[v], element);
+                after = add_products(after, to, to);
+            });
+            sum<OF_KEPT>(after);
+            factor = after > 0x1p-32f * squares.sum ? squares.sum * inverse_root(squares.sum) * inverse_root(after) : 1.0f;
+        }
+        // The squares before, where they are not known, are summed with the rest: one barrier less.
         double change = 0.0;
-        auto add = [&](float& h, float v) {
-            const float after = fmaf(scale, v, h);
-            const double delta = after - h;
+        float before = 0.0f, after = 0.0f;
+        auto step = [&](float& from, float to) {
+            to *= factor;
+            const double delta = to - from;
             change += delta * delta;
-            h = after;
+            from = to;
         };
         each([&](int v, int element) {
-            const float4 values = *reinterpret_cast<const float4*>(vector + element);
-            add(h[v].x, values.x);
-            add(h[v].y, values.y);
-            add(h[v].z, values.z);
-            add(h[v].w, values.w);
+            before = add_products(before, h[v], h[v]);
+            const float4 to = changed(h[v], element);
+            step(h[v].x, to.x);
+            step(h[v].y, to.y);
+            step(h[v].z, to.z);
+            step(h[v].w, to.w);
+            after = add_products(after, h[v], h[v]);
         });
-        change = sum(change, scratch->changes);
-        if (threadIdx.x % THREADS == 0)
-            reinterpret_cast<float2*>(p.receipts)[receipt] = float2{before, static_cast<float>(sqrt(change))};
-        return sum_of_squares(h, scratch->squares);
+        sum<OF_CHANGE>(change, before, after);
+        if (squares.known) before = squares.sum;
+        squares = {after, true};
+        return {before, static_cast<float>(change)};
+    }
+
+    // The row's operations `op`.. on what their tap shows; gives the sum of squares, where it is known. The row's place in the
+    // tables is read again for each: registers are few.
+    __device__ Squares operate(float4 (&h)[VECS], uint32_t op, uint32_t ops) const {
+        Squares squares = {0.0f, false};
+        uint32_t met = p.met[row];
+        for (; op < ops; op++) {
+            const uint32_t slot = p.slot[row], position = p.position[row];
+            const HookOp& it = p.ops[static_cast<int64_t>(slot) * p.ops_per_slot + op];
+            const float* vector = p.vectors + static_cast<int64_t>(it.vector) * p.dim;
+            const bool seen = it.from <= position && position < it.to && (position - it.from) % it.every == 0;
+            const bool is_gate = it.kind == GATE;
+            if (!is_gate && (!seen || !(it.gate == NONE || (it.flags & LATCHED
+                                                            ? p.latched[slot * GATES + it.gate] <= position
+                                                            : met >> it.gate & 1))))
+                continue;
+            float2 what = {0.0f, 0.0f};
+            if (seen) what = change(h, it, vector, squares);
+            if (is_gate) {
+                // What the row that stood here before has met is nothing to this one.
+                met = (met & ~(1u << it.gate)) | static_cast<uint32_t>(what.y) << it.gate;
+                if (threadIdx.x % THREADS == 0) {
+                    p.met[row] = met;   // for later sites
+                    if (what.y > 0.0f) atomicMin(p.latched + slot * GATES + it.gate, position);
+                }
+            }
+            if (seen && threadIdx.x % THREADS == 0)
+                reinterpret_cast<float2*>(p.receipts)[p.receipt[row] + static_cast<int>(op)] = what;
+            if (THREADS > WARP && op + 1 < ops) __syncthreads();   // the next one sums in the same places
+        }
+        return squares;
     }
 
     // What becomes of the branch before it is added.
     __device__ void scale(float4 (&branch)[VECS]) const {
-        const float squares = sum_of_squares(branch, scratch->branch_squares);
+        const float squares = sum_of_squares<OF_BRANCH_SQUARES>(branch);
         const float factor = p.branch_scale * inverse_norm(squares, p.dim, p.eps);
         each([&](int v, int element) {
             const float4 gain = *reinterpret_cast<const float4*>(p.branch_gain + element);
@@ -224,69 +340,83 @@ struct Row {
         });
     }
 
+    __device__ float* stream() const { return p.resid + static_cast<int64_t>(row) * p.dim; }
+
     __device__ void run() const {
         const uint32_t slot = p.slot[row];
         const int receipt = p.receipt[row];
         const bool has_branch = row < p.branch_rows;
-        float* resid = p.resid + static_cast<int64_t>(row) * p.dim;
         // Under way before anything depends on the row's tables.
         float4 h[VECS], branch[OF_BRANCH ? 1 : VECS];
         const float* from = p.branch + static_cast<int64_t>(row) * p.dim;
         if constexpr (OF_BRANCH) {
-            load(h, has_branch ? from : resid);   // in turn: there is no room for both
+            load(h, has_branch ? from : stream());   // in turn: there is no room for both
         } else {
-            load(h, resid);
+            load(h, stream());
             if (has_branch) load(branch, from);
         }
         if (slot == NONE) return;
 
+        // Operations of the stream are from op to ops, where the branch's begin.
         uint32_t op = 0, ops = 0;
         if (receipt >= 0) {
-            const uint32_t* first = p.first + static_cast<int64_t>(slot) * (p.sites + 1) + p.site;
+            const uint32_t* first = p.first + static_cast<int64_t>(slot) * (p.taps + 1) + 2 * p.site;
             op = first[0];
             ops = first[1];
         }
         uint32_t found[3];
         if (p.has_captures) find_captures(found);
+        uint32_t branch_ops = ops;
+        if (receipt >= 0)
+            branch_ops = p.first[static_cast<int64_t>(slot) * (p.taps + 1) + 2 * p.site + 2];
+        bool of_branch = has_branch && ops < branch_ops;   // operations on it come first
+        auto add_stream = [&] {
+            each([&](int v, int element) { add(h[v], *reinterpret_cast<const float4*>(stream() + element)); });
+        };
         if (has_branch) {
-            auto add = [](float4& to, const float4& v) {
-                to = float4{to.x + v.x, to.y + v.y, to.z + v.z, to.w + v.w};
-            };
             if constexpr (OF_BRANCH) {
                 scale(h);
-                if (p.has_captures) capture(2 * p.site + 1, found[1], h);
-                each([&](int v, int element) {
-                    add(h[v], *reinterpret_cast<const float4*>(resid + element));
-                });
+                if (!of_branch) {
+                    if (p.has_captures) capture(1, found, h);
+                    add_stream();
+                }
             } else {
+                const float factor = p.branch_scale;
                 each([&](int v, int) {
-                    const float factor = p.branch_scale;
                     branch[v] = float4{branch[v].x * factor, branch[v].y * factor, branch[v].z * factor,
                                        branch[v].w * factor};
                 });
-                if (p.has_captures) capture(2 * p.site + 1, found[1], branch);
-                each([&](int v, int) { add(h[v], branch[v]); });
+                if (of_branch) {
+                    each([&](int v, int) { h[v] = branch[v]; });   // in turn here too
+                } else {
+                    if (p.has_captures) capture(1, found, branch);
+                    each([&](int v, int) { add(h[v], branch[v]); });
+                }
             }
         }
         float4 gain[VECS];   // on its way while the row is summed, in the registers of the branch
-        if constexpr (OF_X) load(gain, p.gain);
-        const bool writes = has_branch || op < ops;
-        float squares = sum_of_squares(h, scratch->squares);
-        if (op < ops) {
-            for (; op < ops; op++) {
-                const HookOp& it = p.ops[static_cast<int64_t>(slot) * p.ops_per_slot + op];
-                const uint32_t position = p.position[row];
-                if (it.from <= position && position < it.to)
-                    squares = inject(h, it, squares, receipt + static_cast<int>(op));
+        float squares;
+        if (of_branch || op < ops) {
+            Squares changed;
+#pragma unroll 1   // one copy of the operations' code, or it would not fit into the registers
+            for (;; of_branch = false) {
+                changed = operate(h, of_branch ? ops : op, of_branch ? branch_ops : ops);
+                if (!of_branch) break;
+                if constexpr (THREADS > WARP) __syncthreads();   // likewise
+                if (p.has_captures) capture(1, found, h);
+                add_stream();
             }
-            // Again: kept through the loop, it would not fit into the registers.
             if constexpr (OF_X) load(gain, p.gain);
+            squares = changed.known ? changed.sum : sum_of_squares(h);
+        } else {
+            if constexpr (OF_X) load(gain, p.gain);
+            squares = sum_of_squares(h);
         }
-        if (writes) store(resid, h);
-        if (p.has_captures) capture(2 * p.site, found[0], h);
+        if (has_branch || op < ops) store(stream(), h);
+        if (p.has_captures) capture(0, found, h);
         if (threadIdx.x % THREADS == 0) p.norms[row] = sqrtf(squares);
         normalise(h, gain, squares);
-        if (p.has_captures && p.is_final) capture(2 * p.site + 2, found[2], h);
+        if (p.has_captures && p.is_final) capture(2, found, h);
     }
 };
 
@@ -307,9 +437,9 @@ __device__ void residual_norm(const ResidualNormParams& p) {
         residual_norm<THREADS, VECS, NORMS>(p);                                  \
     }                                                                            \
     static_assert(THREADS % WARP == 0, "a row is whole warps")
-RESIDUAL_NORM(residual_norm_32_2, 32, 2, BEFORE, 128);
+RESIDUAL_NORM(residual_norm_32_2, 32, 2, BEFORE, 128, 4);
 EXPORT_KERNEL(residual_norm_32_2, ResidualNormParams)
-RESIDUAL_NORM(residual_norm_32_8, 32, 8, BEFORE, 128);
+RESIDUAL_NORM(residual_norm_32_8, 32, 8, BEFORE, 128, 4);
 EXPORT_KERNEL(residual_norm_32_8, ResidualNormParams)
 RESIDUAL_NORM(residual_norm_128_4, 128, 4, BEFORE, 128, 8);
 EXPORT_KERNEL(residual_norm_128_4, ResidualNormParams)
@@ -319,9 +449,9 @@ RESIDUAL_NORM(residual_norm_512_4, 512, 4, BEFORE, 512, 2);
 EXPORT_KERNEL(residual_norm_512_4, ResidualNormParams)
 RESIDUAL_NORM(residual_norm_1024_4, 1024, 4, BEFORE, 1024);
 EXPORT_KERNEL(residual_norm_1024_4, ResidualNormParams)
-RESIDUAL_NORM(residual_norm_after_32_2, 32, 2, AFTER, 128);
+RESIDUAL_NORM(residual_norm_after_32_2, 32, 2, AFTER, 128, 4);
 EXPORT_KERNEL(residual_norm_after_32_2, ResidualNormParams)
-RESIDUAL_NORM(residual_norm_after_32_8, 32, 8, AFTER, 128);
+RESIDUAL_NORM(residual_norm_after_32_8, 32, 8, AFTER, 128, 4);
 EXPORT_KERNEL(residual_norm_after_32_8, ResidualNormParams)
 RESIDUAL_NORM(residual_norm_after_128_4, 128, 4, AFTER, 128, 8);
 EXPORT_KERNEL(residual_norm_after_128_4, ResidualNormParams)
@@ -331,9 +461,9 @@ RESIDUAL_NORM(residual_norm_after_512_4, 512, 4, AFTER, 512, 2);
 EXPORT_KERNEL(residual_norm_after_512_4, ResidualNormParams)
 RESIDUAL_NORM(residual_norm_after_1024_4, 1024, 4, AFTER, 1024);
 EXPORT_KERNEL(residual_norm_after_1024_4, ResidualNormParams)
-RESIDUAL_NORM(residual_norm_around_32_2, 32, 2, AROUND, 128);
+RESIDUAL_NORM(residual_norm_around_32_2, 32, 2, AROUND, 128, 4);
 EXPORT_KERNEL(residual_norm_around_32_2, ResidualNormParams)
-RESIDUAL_NORM(residual_norm_around_32_8, 32, 8, AROUND, 128);
+RESIDUAL_NORM(residual_norm_around_32_8, 32, 8, AROUND, 128, 4);
 EXPORT_KERNEL(residual_norm_around_32_8, ResidualNormParams)
 RESIDUAL_NORM(residual_norm_around_128_4, 128, 4, AROUND, 128, 8);
 EXPORT_KERNEL(residual_norm_around_128_4, ResidualNormParams)

@@ -87,8 +87,9 @@ pub enum Thinking {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Injection {
-    /// What is added.
-    pub vector: VectorRef,
+    /// The direction; none for `scale`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector: Option<VectorRef>,
     /// Blocks, counted from 0.
     pub layer: OneOrMany,
     /// Which point of the block.
@@ -97,20 +98,58 @@ pub struct Injection {
     /// What is done with the vector.
     #[serde(default)]
     pub op: Op,
-    /// s, in units of `strength_mode`.
-    pub strength: f32,
-    /// The unit of the strength.
+    /// s, in units of `strength_mode`; none for `project_out` and `clamp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f32>,
+    /// The unit of the strength and the bounds.
     #[serde(default)]
     pub strength_mode: StrengthMode,
+    /// Of `clamp`: the least coordinate; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<f32>,
+    /// Of `clamp`: the greatest coordinate; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<f32>,
+    /// Scale the row back to the norm it had.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub keep_norm: bool,
     /// First token of the window; absent: 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Position>,
     /// End of the window (not in it); absent: through every generated token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<Position>,
+    /// Instead of `from` and `to`: one window or several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Windows>,
+    /// Act only on rows that meet a condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<Condition>,
     /// Use a vector that its file's header says is of another layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vector_layer: Option<usize>,
+}
+
+impl Injection {
+    /// strength · vector is added to the output of a block, everywhere.
+    pub fn add(vector: VectorRef, layer: usize, strength: f32) -> Self {
+        Self {
+            vector: Some(vector),
+            layer: OneOrMany::One(layer),
+            site: Site::default(),
+            op: Op::default(),
+            strength: Some(strength),
+            strength_mode: StrengthMode::default(),
+            min: None,
+            max: None,
+            keep_norm: false,
+            from: None,
+            to: None,
+            window: None,
+            when: None,
+            vector_layer: None,
+        }
+    }
 }
 
 /// Where a vector comes from.
@@ -125,7 +164,7 @@ pub enum VectorRef {
     Values(Vec<f32>),
 }
 
-/// A layer or a list of layers.
+/// A layer, a list of layers, a range of them, or all.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum OneOrMany {
@@ -133,9 +172,127 @@ pub enum OneOrMany {
     One(usize),
     /// Several.
     Many(Vec<usize>),
+    /// From the first to the last.
+    Range(LayerRange),
+    /// `"all"`.
+    All(All),
 }
 
-/// Points of the residual stream that can be injected at.
+/// Blocks that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRange {
+    /// The first.
+    pub first: usize,
+    /// The last, in the range.
+    pub last: usize,
+}
+
+/// One window or several.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Windows {
+    /// One.
+    One(Window),
+    /// Several, which have no token in common; each has a receipt of its own.
+    Many(Vec<Window>),
+}
+
+/// Tokens of a sequence.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum Window {
+    /// One of the words.
+    Named(NamedWindow),
+    /// Every turn of a role.
+    Role(RoleWindow),
+    /// Tokens one after the other, or every so many of them.
+    Range(Box<RangeWindow>),
+}
+
+/// Windows with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NamedWindow {
+    /// Every token.
+    All,
+    /// The prompt.
+    Prompt,
+    /// What follows the prompt.
+    Generated,
+    /// The prompt's last token.
+    Last,
+}
+
+/// `{"role": "user"}`: the text of every turn of a role, as rendered.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoleWindow {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+}
+
+/// `{"from": .., "to": .., "every": k}`, `{"at": ..}` or `{"turn": ..}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RangeWindow {
+    /// The first; absent: the first of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Position>,
+    /// The end (not in it); absent: through every generated token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Position>,
+    /// A single position, instead of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Position>,
+    /// A turn's text, instead of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turn: Option<Turn>,
+    /// Every so many of them, from the first on; absent: each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<usize>,
+}
+
+/// What a row must show at a site.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Condition {
+    /// The direction that is looked for.
+    pub vector: VectorRef,
+    /// Block, counted from 0.
+    pub layer: usize,
+    /// Which point of the block.
+    #[serde(default)]
+    pub site: Site,
+    /// What is compared.
+    #[serde(default)]
+    pub measure: Measure,
+    /// It must be greater than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub above: Option<f32>,
+    /// It must be less than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub below: Option<f32>,
+    /// Once met, it holds for the rest of the sequence.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub latch: bool,
+    /// As of an injection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector_layer: Option<usize>,
+}
+
+/// What a condition compares.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// h·v / (‖h‖ ‖v‖).
+    #[default]
+    Cosine,
+    /// h·v / ‖v‖.
+    Coordinate,
+}
+
+/// Points of the residual stream, and of what is added to it, that can be injected at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -147,6 +304,17 @@ pub enum Site {
     /// The block's output; `resid_post.L` is `resid_pre.L+1`.
     #[default]
     ResidPost,
+    /// What attention adds to the stream.
+    AttnOut,
+    /// What the MLP adds to the stream.
+    MlpOut,
+}
+
+impl Site {
+    /// Whether it is what is added to the stream, not the stream.
+    pub fn is_branch(self) -> bool {
+        matches!(self, Self::AttnOut | Self::MlpOut)
+    }
 }
 
 /// What is done to a row h with a vector v.
@@ -156,6 +324,30 @@ pub enum Op {
     /// h += change.
     #[default]
     Add,
+    /// h −= (h·v̂) v̂.
+    ProjectOut,
+    /// The coordinate h·v̂ becomes s.
+    Set,
+    /// The coordinate h·v̂ is moved to the nearest value from `min` to `max`.
+    Clamp,
+    /// h = s·v.
+    Replace,
+    /// h = s·h.
+    Scale,
+}
+
+impl Op {
+    /// The name used in requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::ProjectOut => "project_out",
+            Self::Set => "set",
+            Self::Clamp => "clamp",
+            Self::Replace => "replace",
+            Self::Scale => "scale",
+        }
+    }
 }
 
 /// The unit of a strength s.
@@ -184,8 +376,19 @@ pub enum Position {
     Index(i64),
     /// `"prompt_end"`: the prompt's length.
     Named(NamedPosition),
+    /// A token after the prompt.
+    Generated(GeneratedPosition),
     /// A place in the text of a turn.
     Marker(Marker),
+}
+
+/// `{"generated": n}`: the position of the generated token with this index, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct GeneratedPosition {
+    /// Counted from 0.
+    pub generated: usize,
 }
 
 /// Positions with a name.
@@ -276,6 +479,8 @@ impl From<Site> for CaptureSite {
             Site::ResidPre => Self::ResidPre,
             Site::ResidMid => Self::ResidMid,
             Site::ResidPost => Self::ResidPost,
+            Site::AttnOut => Self::AttnOut,
+            Site::MlpOut => Self::MlpOut,
         }
     }
 }

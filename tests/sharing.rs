@@ -10,9 +10,9 @@ use std::sync::Arc;
 use common::golden;
 use inkling::{
     device::{DeviceKind, cuda::has_host_kernels},
-    engine::{Capture, Dtype, Engine, Finished, Injection, Job, Options},
+    engine::{Capture, Condition, Dtype, Engine, Finished, Injection, Job, Options},
     model::{Model, ModelConfig},
-    request::{CaptureSite, Op, Sampling, Site, StrengthMode},
+    request::{CaptureSite, Measure, Op, Sampling, Site, StrengthMode},
 };
 
 /// A stream of random choices.
@@ -64,15 +64,46 @@ fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]
     // A reference needs a position of the prompt other than the first.
     let mode =
         if from < prompt && to > 1 && prompt > 1 { dice.pick(&modes) } else { StrengthMode::Raw };
+    let stream = [Site::ResidPre, Site::ResidMid, Site::ResidPost];
+    let (branch, layer) = ([Site::AttnOut, Site::MlpOut], dice.roll(layers));
+    let site = if mode == StrengthMode::Reference || dice.happens(70) {
+        dice.pick(&stream)
+    } else {
+        dice.pick(&branch)
+    };
+    let op = match dice.happens(50) {
+        true => Op::Add,
+        false => dice.pick(&[Op::ProjectOut, Op::Set, Op::Clamp, Op::Replace, Op::Scale]),
+    };
+    let vector = match op {
+        Op::Scale => Arc::default(),
+        _ => Arc::clone(&vectors[dice.roll(vectors.len())]),
+    };
+    let latch = layer > 0 && dice.happens(50);
+    let when = (site != Site::ResidPre && dice.happens(25)).then(|| {
+        Arc::new(Condition {
+            vector: Arc::clone(&vectors[dice.roll(vectors.len())]),
+            site: Site::ResidPre,
+            layer: if latch { dice.roll(layer) } else { layer },
+            measure: dice.pick(&[Measure::Cosine, Measure::Coordinate]),
+            above: dice.pick(&[0.0, -0.1]),
+            below: f32::INFINITY,
+            latch,
+        })
+    });
     Injection {
-        vector: Arc::clone(&vectors[dice.roll(vectors.len())]),
-        site: dice.pick(&[Site::ResidPre, Site::ResidMid, Site::ResidPost]),
-        layer: dice.roll(layers),
-        op: Op::Add,
+        vector,
+        site,
+        layer,
+        op,
         strength: dice.pick(&[0.0, 0.5, 1.0, -2.0]),
         mode,
+        bounds: (-0.5, dice.pick(&[-0.5, 0.25, f32::INFINITY])),
+        keep_norm: op != Op::Scale && dice.happens(20),
         from,
         to: dice.happens(60).then_some(to),
+        every: dice.pick(&[1, 1, 1, 3]),
+        when,
     }
 }
 
@@ -143,6 +174,8 @@ fn jobs(dice: &mut Dice, config: &ModelConfig, count: usize) -> Vec<Job> {
                 let idle = injection(dice, again.tokens.len(), config.layers, &vectors);
                 let from = idle.from.min(again.tokens.len() - 1);
                 let mode = StrengthMode::Raw;
+                let vector = Arc::clone(&vectors[0]);
+                let idle = Injection { vector, op: Op::Add, keep_norm: false, when: None, ..idle };
                 again.inject.insert(0, Injection { strength: 0.0, from, to: None, mode, ..idle });
             }
             _ => {}
@@ -237,13 +270,11 @@ fn equal_prompts_are_computed_once() {
     let vectors = vectors(&mut dice, config.dim);
     let tokens: Vec<u32> = (0..40).map(|at| at * 3 % 131).collect();
     let inject = Injection {
-        site: Site::ResidPost,
+        vector: Arc::clone(&vectors[0]),
         layer: 1,
         strength: 1.0,
-        mode: StrengthMode::Raw,
         from: 20,
-        to: None,
-        ..injection(&mut dice, 40, config.layers, &vectors)
+        ..Injection::default()
     };
     let sampling = Sampling { max_tokens: 5, ignore_eos: true, ..Sampling::default() };
     let one = Job { tokens, inject: vec![inject], sampling, n: 1, ..Job::default() };

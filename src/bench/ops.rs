@@ -16,7 +16,7 @@ use crate::{
             attention, kernel_head_dim,
         },
         experts::{Experts, Routed, experts},
-        hooks::{CapturePlan, HookOp, Hooks, tap_count},
+        hooks::{CapturePlan, GATES, HookOp, Hooks, tap_count},
         matmul::{Activation, Dtype, PANEL, Weight, WeightSet, gated_matmul, matmul},
         residual_norm::{ResidualNorm, residual_norm},
         rope_append::{RopeAppend, RopeTable, rope_append},
@@ -295,18 +295,13 @@ impl Run<'_> {
         let mut captured = Buffer::zeroed(device, rows * dim)?;
         let mut norms = Buffer::zeroed(device, rows)?;
         let mut receipts = Buffer::zeroed(device, rows)?;
+        let mut met = Buffer::zeroed(device, rows)?;
         let gain = Buffer::upload(device, &vec![1.0; dim])?;
         let mut x: Activations<bf16> = Activations::zeroed(device, rows, dim)?;
         for hooked in [false, true] {
             if hooked {
-                let op = |slot: usize| HookOp {
-                    vector: slot as u32,
-                    from: 0,
-                    to: u32::MAX,
-                    scale: 0.5,
-                    relative: 0,
-                };
-                (0..slots).try_for_each(|slot| hooks.set(slot, &[(1, op(slot))]))?;
+                let op = |slot: usize| (2, HookOp::add(slot as u32, 0, 0.5));
+                (0..slots).try_for_each(|slot| hooks.set(slot, &[op(slot)], &[NONE; GATES]))?;
                 captures.set(&(0..rows as u32).map(|row| (2, row, row)).collect::<Vec<_>>())?;
             }
             let timing = self.bench.time(|| {
@@ -317,7 +312,8 @@ impl Run<'_> {
                         branch_rows: rows,
                         resid: &mut resid,
                         branch: &branch,
-                        hooks: &hooks,
+                        hooks: &mut hooks,
+                        met: &mut met,
                         at: &at,
                         site: 1,
                         captures: &captures,

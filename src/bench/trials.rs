@@ -134,7 +134,7 @@ impl Workload {
             strength: 0.1,
             mode: StrengthMode::Raw,
             from: self.start,
-            to: None,
+            ..Injection::default()
         });
         let capture = |&layer: &usize| Capture {
             site: CaptureSite::ResidPost,

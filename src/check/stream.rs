@@ -6,7 +6,7 @@ use crate::{
     error::Result,
     ops::{
         activations::Activations,
-        hooks::{CapturePlan, HookOp, Hooks, tap_count},
+        hooks::{CapturePlan, GATES, HookOp, Hooks, tap_count},
         residual_norm::{ResidualNorm, residual_norm},
         rows::{NONE, RowList, Rows},
         select_rows::select_rows,
@@ -30,9 +30,12 @@ pub fn stream(cpu: &Device, device: &Device, dim: usize, of: Norms) -> Result<Ve
     let run = |device: &Device| -> Result<[Vec<f32>; 4]> {
         let mut hooks = Hooks::new(device, (1, dim), 4, 2, 3)?;
         hooks.vectors.write(0, &numbers(3 * dim, 9))?;
-        let op = |vector, relative| HookOp { vector, from: 2, to: 15, scale: 0.5, relative };
-        (0..3).try_for_each(|slot| hooks.set(slot, &[(1, op(0, 0)), (1, op(slot as u32, 1))]))?;
-        hooks.set(3, &[])?;
+        let op = |vector, flags| HookOp { to: 15, flags, ..HookOp::add(vector, 2, 0.5) };
+        for slot in 0..3 {
+            let ops = [(2, op(0, 0)), (2, op(slot as u32, HookOp::RELATIVE))];
+            hooks.set(slot, &ops, &[NONE; GATES])?;
+        }
+        hooks.set(3, &[], &[NONE; GATES])?;
         let list = RowList {
             slot: (0..rows).map(|row| if row == 7 { NONE } else { row % 4 }).collect(),
             position: (0..rows).collect(),
@@ -50,13 +53,15 @@ pub fn stream(cpu: &Device, device: &Device, dim: usize, of: Norms) -> Result<Ve
         let mut captured = Buffer::zeroed(device, 2 * rows * dim)?;
         let mut norms = Buffer::zeroed(device, rows)?;
         let mut receipts = Buffer::zeroed(device, 2 * rows)?;
+        let mut met = Buffer::zeroed(device, rows)?;
         let mut x = Activations::zeroed(device, rows, dim)?;
         let operands = ResidualNorm {
             rows,
             branch_rows: 18,
             resid: &mut resid,
             branch: &branch,
-            hooks: &hooks,
+            hooks: &mut hooks,
+            met: &mut met,
             at: &at,
             site: 1,
             captures: &captures,

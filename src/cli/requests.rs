@@ -13,7 +13,7 @@ use crate::{
     engine::{Job, resolve::resolve, vectors::VectorFiles},
     error::{Context, Error, Result},
     model::Model,
-    request::{Injection, Message, OneOrMany, Op, Request, Site, StrengthMode, VectorRef},
+    request::{Injection, Message, Request, VectorRef},
 };
 
 /// Where requests come from.
@@ -124,15 +124,24 @@ impl Requests {
 }
 
 /// What may stand in a field that has several forms; serde only names the type.
-const FORMS: [(&str, &str); 7] = [
+const FORMS: [(&str, &str); 10] = [
     ("VectorRef", "\"FILE#NAME\", {\"FILE#NAME\": weight, ...} or a list of numbers"),
     ("OneOrMany", "a layer or a list of layers"),
-    ("Position", "a token index, \"prompt_end\", {\"start_of\": SPAN} or {\"end_of\": SPAN}"),
+    (
+        "Position",
+        "a token index, \"prompt_end\", {\"generated\": N}, {\"start_of\": SPAN} or {\"end_of\": SPAN}",
+    ),
+    ("Windows", WINDOWS),
+    ("Window", WINDOWS),
+    ("OneOrMany", "a layer, a list of layers, {\"first\": L, \"last\": L} or \"all\""),
     ("Turn", "an index or \"ROLE.first\", \"ROLE.last\", \"ROLE.N\""),
     ("Layers", "a list of layers or \"all\""),
     ("Positions", "a list of positions, \"all\" or \"last\""),
     ("Continuation", "text or a list of token ids"),
 ];
+
+const WINDOWS: &str = "\"all\", \"prompt\", \"generated\", \"last\", {\"role\": ROLE}, {\"turn\": TURN}, \
+    {\"at\": POSITION}, {\"from\": POSITION, \"to\": POSITION, \"every\": N}, or a list of such";
 
 fn malformed(error: &serde_json::Error) -> Error {
     let message = error.to_string();
@@ -155,17 +164,7 @@ fn parse_injection(text: &str) -> std::result::Result<Injection, String> {
     });
     let (vector, layer, strength) =
         parts.ok_or("expected FILE#NAME@LAYER*STRENGTH, e.g. set.safetensors#ocean@20*4")?;
-    Ok(Injection {
-        vector: VectorRef::Named(vector.to_owned()),
-        layer: OneOrMany::One(layer),
-        site: Site::ResidPost,
-        op: Op::Add,
-        strength,
-        strength_mode: StrengthMode::Raw,
-        from: None,
-        to: None,
-        vector_layer: None,
-    })
+    Ok(Injection::add(VectorRef::Named(vector.to_owned()), layer, strength))
 }
 
 #[cfg(test)]
@@ -175,8 +174,8 @@ mod tests {
     #[test]
     fn injections_in_short() {
         let injection = parse_injection("sets/a#1.safetensors#ocean@20*-4.5").unwrap();
-        assert_eq!(injection.vector, VectorRef::Named("sets/a#1.safetensors#ocean".into()));
-        assert_eq!((injection.layer, injection.strength), (OneOrMany::One(20), -4.5));
+        let vector = VectorRef::Named("sets/a#1.safetensors#ocean".into());
+        assert_eq!(injection, Injection::add(vector, 20, -4.5));
         for bad in ["", "a#b", "a#b@20", "a#b*4", "a#b@x*4", "a#b@-1*4", "a#b@20*much"] {
             assert!(parse_injection(bad).is_err(), "{bad}");
         }

@@ -67,6 +67,8 @@ fn clean() -> Trial {
 fn injected(id: &str, dose: f64) -> Trial {
     let receipt = Receipt {
         site: "resid_post.24".into(),
+        op: crate::request::Op::Add,
+        every: 1,
         strength: dose as f32,
         mode: StrengthMode::Reference,
         from: 7,

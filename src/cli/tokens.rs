@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     error::{Context, Result},
-    model::{Model, Prompt},
+    model::{Model, Prompt, TokenWindow},
     request::Request,
 };
 
@@ -36,6 +36,14 @@ struct Shown<'a> {
     windows: Vec<Window>,
 }
 
+/// Of one of the request's injections.
+#[derive(Serialize)]
+struct Window {
+    inject: usize,
+    #[serde(flatten)]
+    tokens: TokenWindow,
+}
+
 #[derive(Serialize)]
 struct Token<'a> {
     index: usize,
@@ -43,19 +51,6 @@ struct Token<'a> {
     piece: &'a str,
     /// The injections that act on it.
     inject: Vec<usize>,
-}
-
-/// `to` absent: through every generated token.
-#[derive(Serialize)]
-struct Window {
-    from: usize,
-    to: Option<usize>,
-}
-
-impl Window {
-    fn holds(&self, position: usize) -> bool {
-        position >= self.from && self.to.is_none_or(|to| position < to)
-    }
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
@@ -79,18 +74,16 @@ fn rendered(request: &Request, model: &Model) -> Result<(Prompt, Vec<Window>)> {
     let prompt = model.render(request)?;
     let mut windows = Vec::new();
     for (i, injection) in request.inject.iter().enumerate() {
-        let (from, to) = prompt
-            .window(injection.from.as_ref(), injection.to.as_ref())
-            .at(|| format!("inject[{i}]"))?;
-        windows.push(Window { from, to });
+        let found = prompt.windows(injection).at(|| format!("inject[{i}]"))?;
+        windows.extend(found.into_iter().map(|tokens| Window { inject: i, tokens }));
     }
     Ok((prompt, windows))
 }
 
 fn shown<'a>(id: &'a str, prompt: &'a Prompt, windows: Vec<Window>) -> Shown<'a> {
     let acting = |position: usize| {
-        let acting = windows.iter().enumerate().filter(|(_, window)| window.holds(position));
-        acting.map(|(i, _)| i).collect()
+        let acting = windows.iter().filter(|window| window.tokens.holds(position));
+        acting.map(|window| window.inject).collect()
     };
     let token = |(index, (id, piece)): (usize, (&u32, &'a String))| Token {
         index,
@@ -114,9 +107,8 @@ fn lines(shown: &Shown) -> Vec<String> {
         rows.push(vec![token.index.to_string(), token.id.to_string(), piece, marks(&token.inject)]);
     }
     let end = shown.tokens.len();
-    let after: Vec<usize> = (0..shown.windows.len())
-        .filter(|i| shown.windows[*i].to.is_none_or(|to| to > end))
-        .collect();
+    let after = shown.windows.iter().filter(|window| window.tokens.to.is_none_or(|to| to > end));
+    let after: Vec<usize> = after.map(|window| window.inject).collect();
     if !after.is_empty() {
         rows.push(vec![format!("{end}.."), String::new(), "(generated)".into(), marks(&after)]);
     }
@@ -137,11 +129,12 @@ mod tests {
             piece,
             inject: inject.to_vec(),
         };
+        let window = |inject, to| Window { inject, tokens: TokenWindow { from: 1, to, every: 1 } };
         let shown = Shown {
             id: "a",
             text: "Hi\n!",
             tokens: vec![token(0, "Hi", &[]), token(1, "\n", &[0, 1]), token(2, "!", &[1])],
-            windows: vec![Window { from: 1, to: Some(2) }, Window { from: 1, to: None }],
+            windows: vec![window(0, Some(2)), window(1, None)],
         };
         let want = [
             "a: 3 tokens",
@@ -151,6 +144,6 @@ mod tests {
             "3..      (generated)  inject[1]",
         ];
         assert_eq!(lines(&shown), want);
-        assert!(shown.windows[1].holds(9) && !shown.windows[0].holds(2));
+        assert!(shown.windows[1].tokens.holds(9) && !shown.windows[0].tokens.holds(2));
     }
 }

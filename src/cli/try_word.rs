@@ -19,8 +19,8 @@ use crate::{
     },
     model::Model,
     request::{
-        Injection, Marker, Message, OneOrMany, Op, Position, Request, Sampling, Span, StrengthMode,
-        Turn, VectorRef,
+        Injection, Marker, Message, Position, Request, Sampling, Span, StrengthMode, Turn,
+        VectorRef,
     },
 };
 
@@ -127,15 +127,10 @@ impl Args {
         let prompt = self.prompt.trim();
         let span = Span { text: prompt.to_owned(), turn: Some(Turn::Index(-1)), nth: None };
         let injection = Injection {
-            vector: VectorRef::Values(vector.to_vec()),
-            layer: OneOrMany::One(layer),
             site: SITE,
-            op: Op::Add,
-            strength: dose,
             strength_mode: StrengthMode::Reference,
             from: Some(Position::Marker(Marker::StartOf(span))),
-            to: None,
-            vector_layer: None,
+            ..Injection::add(VectorRef::Values(vector.to_vec()), layer, dose)
         };
         Request {
             id: format!("dose {dose}"),
@@ -256,6 +251,8 @@ mod tests {
     fn receipts_stand_below_the_reply() {
         let receipt = Receipt {
             site: "resid_post.24".into(),
+            op: crate::request::Op::Add,
+            every: 1,
             strength: 0.25,
             mode: StrengthMode::Reference,
             from: 3,

@@ -195,13 +195,15 @@ impl Cuda {
             let module = module.map_err(|error| load(kernels[0], error))?;
             for &kernel in kernels {
                 let function = module.load_function(kernel).map_err(|e| load(kernel, e))?;
-                use CUfunction_attribute as Attribute;
-                let fixed = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+                let fixed = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
                 let fixed = function.get_attribute(fixed).map_err(|e| load(kernel, e))?;
                 // All the same division of a multiprocessor's memory, the one that holds most blocks.
                 for (attribute, value) in [
-                    (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - fixed),
-                    (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+                    (
+                        CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        most - fixed,
+                    ),
+                    (CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
                 ] {
                     function.set_attribute(attribute, value).map_err(|e| load(kernel, e))?;
                 }

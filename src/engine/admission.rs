@@ -18,7 +18,8 @@ use crate::{
         Float,
         attention::{Cache, PAGE, SharedPrefix, TILE},
         copy_pages::copy_pages,
-        hooks::site_count,
+        hooks::{GATES, site_count},
+        rows::NONE,
     },
     request::CaptureSite,
 };
@@ -240,7 +241,7 @@ impl<T: Float> Core<T> {
         let (job, key, own) = (Arc::clone(&pending.job), pending.key.clone(), pending.own);
         let room = self.room(own, &group);
         let wanted = room.fresh + room.child + self.reserved;
-        if self.bank.available() < hooks::live(&job).count()
+        if self.bank.available() < hooks::operations(&job)
             || !self.prompts.make_room(&mut self.pool, wanted, &key)
         {
             return Ok(false);
@@ -311,7 +312,7 @@ impl<T: Float> Core<T> {
         let role = Role::Trunk(self.next_trunk);
         let sequence = Sequence::new(role, job.tokens.clone(), own.start, pages, tally.clone());
         self.occupy(slot, Sequence { shared: prompt_shared, ..sequence })?;
-        self.write_ops(slot, &planned)?;
+        self.write_ops(slot, &planned, &[NONE; GATES])?;
         let shared = if room.is_sole {
             prompt_shared
         } else {
@@ -327,6 +328,7 @@ impl<T: Float> Core<T> {
             planned,
             shared,
             tally,
+            latched: [NONE; GATES],
             captures,
             pages: None,
             is_sole: room.is_sole,
@@ -357,7 +359,7 @@ impl<T: Float> Core<T> {
         let clean = self.prompts.get(key).filter(|clean| clean.running.is_none());
         let clean = clean.map(|clean| clean.norms(key.len()));
         // Refusals come before the bank is touched.
-        let mut planned = match hooks::plan(job, clean, |_| 0) {
+        let mut planned = match hooks::plan(job, clean) {
             Ok(planned) => planned,
             Err(error) => return Ok(Err(error)),
         };
@@ -365,21 +367,25 @@ impl<T: Float> Core<T> {
             planned.clear();
         }
         let dim = self.config.dim;
-        let vectors: Vec<_> = hooks::live(job).map(|injection| &injection.vector).collect();
-        for op in &mut planned {
-            let vector = vectors[op.injection];
+        for Planned { vector, op, .. } in &mut planned {
+            let Some(vector) = vector else { continue };
             let (row, new) = self.bank.take(vector);
             if new {
                 self.hooks.vectors.write(row as usize * dim, vector)?;
             }
-            op.op.vector = row;
+            op.vector = row;
         }
         Ok(Ok(planned))
     }
 
-    fn write_ops(&mut self, slot: usize, planned: &[Planned]) -> Result<()> {
-        let ops: Vec<_> = planned.iter().map(|p| (p.site, p.op)).collect();
-        self.hooks.set(slot, &ops)
+    fn write_ops(
+        &mut self,
+        slot: usize,
+        planned: &[Planned],
+        latched: &[u32; GATES],
+    ) -> Result<()> {
+        let ops: Vec<_> = planned.iter().map(|p| (p.tap, p.op)).collect();
+        self.hooks.set(slot, &ops, latched)
     }
 
     fn occupy(&mut self, slot: usize, sequence: Sequence) -> Result<()> {
@@ -411,7 +417,7 @@ impl<T: Float> Core<T> {
             pages
         };
         active.waiting -= 1;
-        let (planned, shared) = (trunk.planned.clone(), trunk.shared);
+        let (planned, shared, latched) = (trunk.planned.clone(), trunk.shared, trunk.latched);
         self.settle_trunk(id);
         let tally = vec![Tally::default(); planned.len()];
         let mut tokens = job.tokens.clone();
@@ -422,7 +428,7 @@ impl<T: Float> Core<T> {
         let role = if is_score { Role::Score(child) } else { Role::Sample(child) };
         let sequence = Sequence::new(role, tokens, prompt, pages, tally);
         self.occupy(slot, Sequence { shared, ..sequence })?;
-        self.write_ops(slot, &planned)?;
+        self.write_ops(slot, &planned, &latched)?;
         Ok(None)
     }
 }

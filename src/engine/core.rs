@@ -321,9 +321,8 @@ impl<T: Float> Core<T> {
         let Some(trunk) = self.trunks.get(&id).filter(|trunk| trunk.jobs.is_empty()) else {
             return;
         };
-        let vectors: Vec<_> = hooks::live(&trunk.job).map(|live| &live.vector).collect();
-        for planned in &trunk.planned {
-            self.bank.release(vectors[planned.injection]);
+        for vector in trunk.planned.iter().filter_map(|planned| planned.vector.as_ref()) {
+            self.bank.release(vector);
         }
         self.trunks.remove(&id);
     }

@@ -3,31 +3,40 @@
 
 use std::sync::Arc;
 
-use super::types::{Capture, Injection, Job, Receipt};
+use super::types::{Capture, Condition, Injection, Job, Receipt};
 use crate::{
     error::{Error, Result},
     model::ModelConfig,
-    ops::hooks::HookOp,
-    request::{CaptureSite, Site, StrengthMode},
+    ops::{
+        hooks::{GATES, HookOp},
+        rows::NONE,
+    },
+    request::{CaptureSite, Measure, Op, Site, StrengthMode},
 };
 
-/// The number of a site along the stream, see `ops::hooks::site_count`.
+/// The number of a site along the stream, see `ops::hooks::site_count`; of a branch, the site that it
+/// is added at.
 pub fn site_index(site: Site, layer: usize) -> usize {
     match site {
         Site::ResidPre => 2 * layer,
-        Site::ResidMid => 2 * layer + 1,
-        Site::ResidPost => 2 * layer + 2,
+        Site::ResidMid | Site::AttnOut => 2 * layer + 1,
+        Site::ResidPost | Site::MlpOut => 2 * layer + 2,
     }
+}
+
+/// The tap that shows a site, see `ops::hooks::tap_count`.
+fn tap(site: Site, layer: usize) -> usize {
+    2 * site_index(site, layer) + usize::from(site.is_branch())
+}
+
+/// The first layer that computes what is behind a site: the block itself for a branch.
+fn cut(site: Site, layer: usize) -> usize {
+    if site.is_branch() { layer } else { site_index(site, layer) / 2 }
 }
 
 /// `resid_post.20` and the like.
 pub fn site_name(site: Site, layer: usize) -> String {
-    let name = match site {
-        Site::ResidPre => "resid_pre",
-        Site::ResidMid => "resid_mid",
-        Site::ResidPost => "resid_post",
-    };
-    format!("{name}.{layer}")
+    format!("{}.{layer}", CaptureSite::from(site).name())
 }
 
 /// The tap of a capture, see `ops::hooks::tap_count`; `None` for logits.
@@ -57,7 +66,7 @@ pub struct Own {
 
 /// Whether an injection changes anything: a zero-strength `add` does not.
 pub fn is_live(injection: &Injection) -> bool {
-    injection.strength != 0.0
+    injection.op != Op::Add || injection.strength != 0.0 || injection.keep_norm
 }
 
 /// The injections that change something, in their order.
@@ -66,9 +75,13 @@ pub fn live(job: &Job) -> impl Iterator<Item = &Injection> {
 }
 
 fn is_same_injection(a: &Injection, b: &Injection) -> bool {
-    let what = |i: &Injection| (i.site, i.layer, i.op, i.mode, i.from, i.to, i.strength.to_bits());
+    let what = |i: &Injection| {
+        let numbers = [i.strength, i.bounds.0, i.bounds.1].map(f32::to_bits);
+        ((i.site, i.layer, i.op, i.mode, i.keep_norm), (i.from, i.to, i.every), numbers)
+    };
     let bits = |v: &f32| v.to_bits();
     what(a) == what(b)
+        && a.when == b.when
         && (Arc::ptr_eq(&a.vector, &b.vector)
             || a.vector.iter().map(bits).eq(b.vector.iter().map(bits)))
 }
@@ -129,7 +142,10 @@ pub fn own_part(job: &Job, layers: usize, share: bool) -> Own {
     let mut own = Own { start: prompt - 1, cut: layers };
     for injection in live(job).filter(|injection| injection.from < prompt) {
         own.start = own.start.min(injection.from);
-        own.cut = own.cut.min(site_index(injection.site, injection.layer) / 2);
+        own.cut = own.cut.min(cut(injection.site, injection.layer));
+        // The rows that a condition looks at are computed, not read.
+        let when = injection.when.as_ref().map_or(layers, |when| cut(when.site, when.layer));
+        own.cut = own.cut.min(when);
     }
     // Clean runs keep rows of the stream, not what the head makes of them.
     let ends = job.capture.iter().filter(|capture| !capture.site.has_layer());
@@ -190,29 +206,87 @@ pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
 }
 
 fn check_injection(injection: &Injection, config: &ModelConfig, rows: usize) -> Result<()> {
+    let Injection { vector, op, mode, .. } = injection;
     if injection.layer >= config.layers {
         return Err(out_of_range(injection.layer, config));
     }
-    if injection.vector.len() != config.dim {
+    let wanted = if *op == Op::Scale { 0 } else { config.dim };
+    if vector.len() != wanted {
         return Err(Error::new("vector of the wrong length")
-            .expected(format!("{} (the model's width)", config.dim))
-            .got(injection.vector.len()));
+            .expected(match wanted {
+                0 => "none: the operation has no vector".into(),
+                dim => format!("{dim} (the model's width)"),
+            })
+            .got(vector.len()));
     }
-    if !injection.vector.iter().all(|v| v.is_finite()) || !injection.strength.is_finite() {
+    let (low, high) = injection.bounds;
+    if !vector.iter().all(|v| v.is_finite()) || !injection.strength.is_finite() {
         return Err(
             Error::new("NaN or infinity in a vector or strength").expected("finite numbers")
         );
     }
-    if injection.mode != StrengthMode::Raw && norm(&injection.vector) == 0.0 {
+    if low.is_nan() || high.is_nan() || low > high {
+        return Err(Error::new("bounds of a clamp")
+            .expected("min <= max")
+            .got(format!("{low}..{high}")));
+    }
+    let is_direction =
+        !matches!(op, Op::Add | Op::Replace | Op::Scale) || *mode != StrengthMode::Raw;
+    if *op != Op::Scale && is_direction && norm(vector) == 0.0 {
         return Err(Error::new("a vector of length 0 has no direction")
-            .hint("only strength_mode raw takes it"));
+            .hint("only add and replace with strength_mode raw take it"));
+    }
+    if *mode == StrengthMode::Reference && injection.site.is_branch() {
+        return Err(Error::new("strength_mode reference is of the stream's norm")
+            .at(site_name(injection.site, injection.layer))
+            .hint("use raw, unit or row here"));
     }
     if injection.from >= injection.to.unwrap_or(usize::MAX) || injection.from >= rows {
         return Err(Error::new("the window touches no token: nothing would be injected")
             .expected(format!("from < to, and from < {rows}"))
             .got(format!("from {}, to {:?}", injection.from, injection.to)));
     }
-    Ok(())
+    if injection.every == 0 {
+        return Err(Error::new("every 0th token").at("every").expected("1 or more"));
+    }
+    injection.when.as_ref().map_or(Ok(()), |when| check_condition(when, injection, config))
+}
+
+fn check_condition(when: &Condition, injection: &Injection, config: &ModelConfig) -> Result<()> {
+    let when_error = |error: Error| error.at("when");
+    if when.layer >= config.layers {
+        return Err(when_error(out_of_range(when.layer, config)));
+    }
+    if when.vector.len() != config.dim || !when.vector.iter().all(|v| v.is_finite()) {
+        return Err(when_error(
+            Error::new("a vector that cannot be looked for")
+                .expected(format!("{} finite numbers (the model's width)", config.dim))
+                .got(when.vector.len()),
+        ));
+    }
+    if norm(&when.vector) == 0.0 {
+        return Err(when_error(Error::new("a vector of length 0 has no direction")));
+    }
+    if when.above.is_nan() || when.below.is_nan() || when.above >= when.below {
+        return Err(when_error(
+            Error::new("a condition that nothing meets")
+                .expected("above < below")
+                .got(format!("above {}, below {}", when.above, when.below)),
+        ));
+    }
+    // In the order in which a row meets them.
+    let order = |site: Site, layer| (site_index(site, layer), !site.is_branch());
+    let (seen, acts) = (order(when.site, when.layer), order(injection.site, injection.layer));
+    let fits = if when.latch { seen.0 < acts.0 } else { seen <= acts };
+    if fits {
+        return Ok(());
+    }
+    let rule = if when.latch { "a site before it" } else { "its site, or one before it" };
+    Err(when_error(
+        Error::new("the condition is decided too late for the injection")
+            .expected(format!("{rule}: {}", site_name(injection.site, injection.layer)))
+            .got(site_name(when.site, when.layer)),
+    ))
 }
 
 fn check_capture(capture: &Capture, config: &ModelConfig, prompt: usize) -> Result<()> {
@@ -285,16 +359,14 @@ impl CleanNorms<'_> {
     }
 }
 
-/// The scale s of `h += s·v` (or `h += s·‖h‖·v`), and whether it is relative to the row.
-pub fn scale(injection: &Injection, clean: Option<CleanNorms>) -> Result<(f32, bool)> {
-    let s = f64::from(injection.strength);
-    let length = norm(&injection.vector);
+/// What a strength of 1 is: a factor, and whether the row's own norm is one too.
+fn size_of(injection: &Injection, clean: Option<CleanNorms>) -> Result<(f64, bool)> {
     Ok(match injection.mode {
-        StrengthMode::Raw => (injection.strength, false),
-        StrengthMode::Unit => ((s / length) as f32, false),
+        StrengthMode::Raw | StrengthMode::Unit => (1.0, false),
         StrengthMode::Row => {
+            let clean = clean.filter(|_| !injection.site.is_branch());
             clean.map_or(Ok(()), |clean| clean.check_rows(injection))?;
-            ((s / length) as f32, true)
+            (1.0, true)
         }
         StrengthMode::Reference => {
             let n = clean.and_then(|clean| clean.reference(injection)).ok_or_else(|| {
@@ -303,67 +375,181 @@ pub fn scale(injection: &Injection, clean: Option<CleanNorms>) -> Result<(f32, b
                     .got(format!("from {}, to {:?}", injection.from, injection.to))
                     .hint("use strength_mode raw or row for generated tokens only")
             })?;
-            ((s * n / length) as f32, false)
+            (n, false)
         }
     })
 }
 
-/// An operation with what the device does not need: the injection it came from.
-#[derive(Clone, Copy, Debug)]
+/// An injection as the device does it.
+fn operation(injection: &Injection, clean: Option<CleanNorms>) -> Result<HookOp> {
+    let (size, relative) = size_of(injection, clean)?;
+    let unit = match norm(&injection.vector) {
+        0.0 => 1.0,
+        length => 1.0 / length,
+    };
+    let strength = f64::from(injection.strength);
+    let direction = if injection.mode == StrengthMode::Raw { 1.0 } else { unit };
+    let bounds = |low: f64, high: f64| ((low * size) as f32, (high * size) as f32);
+    let (kind, scale, (low, high)) = match injection.op {
+        Op::Add => (HookOp::ADD, strength * size * direction, (0.0, 0.0)),
+        Op::Replace => (HookOp::REPLACE, strength * size * direction, (0.0, 0.0)),
+        Op::Scale => (HookOp::SCALE, strength, (0.0, 0.0)),
+        Op::ProjectOut => (HookOp::COORDINATE, 0.0, (0.0, 0.0)),
+        Op::Set => (HookOp::COORDINATE, 0.0, bounds(strength, strength)),
+        Op::Clamp => {
+            let (low, high) = injection.bounds;
+            (HookOp::COORDINATE, 0.0, bounds(f64::from(low), f64::from(high)))
+        }
+    };
+    let mut flags = if relative { HookOp::RELATIVE } else { 0 };
+    flags |= if injection.keep_norm { HookOp::KEEP_NORM } else { 0 };
+    Ok(HookOp {
+        to: end(injection),
+        every: injection.every as u32,
+        kind,
+        flags,
+        low,
+        high,
+        unit: unit as f32,
+        ..HookOp::add(0, injection.from as u32, scale as f32)
+    })
+}
+
+fn end(injection: &Injection) -> u32 {
+    injection.to.map_or(u32::MAX, |to| u32::try_from(to).unwrap_or(u32::MAX))
+}
+
+/// What decides a condition, for the rows of an injection's window.
+fn gate_of(when: &Condition, injection: &Injection, gate: u32) -> HookOp {
+    let is_cosine = when.measure == Measure::Cosine;
+    HookOp {
+        to: end(injection),
+        kind: HookOp::GATE,
+        flags: if is_cosine { HookOp::RELATIVE } else { 0 },
+        gate,
+        low: when.above,
+        high: when.below,
+        unit: (1.0 / norm(&when.vector)) as f32,
+        ..HookOp::add(0, injection.from as u32, 0.0)
+    }
+}
+
+/// An operation with what the device does not need.
+#[derive(Clone, Debug)]
 pub struct Planned {
-    /// Site along the stream.
-    pub site: usize,
-    /// Which of the job's live injections.
+    /// The tap it acts on.
+    pub tap: usize,
+    /// Which of the job's live injections it comes from.
     pub injection: usize,
-    /// For the device.
+    /// Its vector, if it has one: in the bank while the operation may act.
+    pub vector: Option<Arc<[f32]>>,
+    /// For the device, but for the vector's row.
     pub op: HookOp,
 }
 
-/// The operations of a job by site (in the order of its injections at each), with `row(i)` the
-/// bank row of the vector of live injection i.
-pub fn plan(
-    job: &Job,
-    clean: Option<CleanNorms>,
-    mut row: impl FnMut(usize) -> u32,
-) -> Result<Vec<Planned>> {
-    let mut planned = Vec::new();
+/// The operations of a job by tap: at each, conditions first, then injections in their order.
+pub fn plan(job: &Job, clean: Option<CleanNorms>) -> Result<Vec<Planned>> {
+    let (mut gates, mut planned): (Vec<Planned>, Vec<Planned>) = (Vec::new(), Vec::new());
     let injections = job.inject.iter().enumerate().filter(|(_, injection)| is_live(injection));
     for (number, (at, injection)) in injections.enumerate() {
-        let (scale, relative) =
-            scale(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
-        let to = injection.to.map_or(u32::MAX, |to| u32::try_from(to).unwrap_or(u32::MAX));
-        let relative = u32::from(relative);
-        let op = HookOp { vector: row(number), from: injection.from as u32, to, scale, relative };
+        let mut op = operation(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
+        if let Some(when) = &injection.when {
+            let gate = Planned {
+                tap: tap(when.site, when.layer),
+                injection: number,
+                vector: Some(Arc::clone(&when.vector)),
+                op: gate_of(when, injection, gates.len() as u32),
+            };
+            let same = |other: &&Planned| {
+                let vector = other.vector.as_ref().is_some_and(|v| Arc::ptr_eq(v, &when.vector));
+                vector
+                    && other.tap == gate.tap
+                    && HookOp { gate: gate.op.gate, ..other.op } == gate.op
+            };
+            op.gate = gates.iter().find(same).map_or(gate.op.gate, |other| other.op.gate);
+            op.flags |= if when.latch { HookOp::LATCHED } else { 0 };
+            if op.gate == gate.op.gate {
+                gates.push(gate);
+            }
+        }
+        let vector = (injection.op != Op::Scale).then(|| Arc::clone(&injection.vector));
         planned.push(Planned {
-            site: site_index(injection.site, injection.layer),
+            tap: tap(injection.site, injection.layer),
             injection: number,
+            vector,
             op,
         });
     }
-    planned.sort_by_key(|p| p.site);
-    Ok(planned)
+    if gates.len() > GATES {
+        return Err(Error::new("too many conditions in one request")
+            .expected(format!("at most {GATES} with their windows"))
+            .got(gates.len()));
+    }
+    gates.append(&mut planned);
+    gates.sort_by_key(|p| p.tap);
+    Ok(gates)
+}
+
+/// The most operations and vectors that a job takes.
+pub fn operations(job: &Job) -> usize {
+    live(job).map(|injection| 1 + usize::from(injection.when.is_some())).sum()
+}
+
+/// Where a prompt's rows first met each condition, for its continuations.
+pub fn latched(planned: &[Planned], tallies: &[Tally]) -> [u32; GATES] {
+    let mut latched = [NONE; GATES];
+    for (planned, tally) in planned.iter().zip(tallies) {
+        if planned.op.kind == HookOp::GATE {
+            latched[planned.op.gate as usize] = tally.first_met;
+        }
+    }
+    latched
 }
 
 /// What one sequence saw of one operation, added up in the order of positions.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tally {
     /// Rows in the window.
     pub expected: u64,
-    /// Rows changed.
+    /// Rows changed; of a condition, rows that met it.
     pub touched: u64,
     /// Sum of ‖h‖ before.
     pub before: f64,
     /// Sum of ‖h after − h before‖.
     pub change: f64,
+    /// The first position that met a condition, or [`NONE`].
+    pub first_met: u32,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { expected: 0, touched: 0, before: 0.0, change: 0.0, first_met: NONE }
+    }
 }
 
 impl Tally {
+    /// Adds what an operation did to a row, as squares.
+    pub fn see_change(&mut self, before: f64, change: f64) {
+        self.touched += 1;
+        self.before += before.sqrt();
+        self.change += change.sqrt();
+    }
+
+    /// Adds whether a row met a condition.
+    pub fn see_gate(&mut self, position: u32, is_met: bool) {
+        if is_met {
+            self.touched += 1;
+            self.first_met = self.first_met.min(position);
+        }
+    }
+
     /// Adds another sequence's.
     pub fn add(&mut self, other: &Self) {
         self.expected += other.expected;
         self.touched += other.touched;
         self.before += other.before;
         self.change += other.change;
+        self.first_met = self.first_met.min(other.first_met);
     }
 }
 
@@ -376,30 +562,37 @@ pub fn receipts(
 ) -> Vec<Receipt> {
     let receipt = |(at, injection): (usize, &Injection)| {
         let number = job.inject[..at].iter().filter(|injection| is_live(injection)).count();
-        let planned = planned.iter().position(|p| p.injection == number && is_live(injection));
-        let tally = planned.map(|p| tallies[p]).unwrap_or_default();
+        let is_own = |p: &Planned| p.injection == number && p.op.kind != HookOp::GATE;
+        let at_tap = planned.iter().position(|p| is_own(p) && is_live(injection));
+        let tally = at_tap.map(|p| tallies[p]).unwrap_or_default();
         let mean = |sum: f64| (tally.touched > 0).then(|| (sum / tally.touched as f64) as f32);
         let (s, length) = (f64::from(injection.strength.abs()), norm(&injection.vector));
         let reference = references[at];
         let before = mean(tally.before);
-        let planned = match injection.mode {
+        let change = match injection.mode {
+            _ if injection.op != Op::Add || injection.keep_norm => None,
             StrengthMode::Raw => Some((s * length) as f32),
             StrengthMode::Unit => Some(s as f32),
             StrengthMode::Reference => reference.map(|n| (s * n) as f32),
             StrengthMode::Row => before.map(|before| (s * f64::from(before)) as f32),
         };
+        // A row that does not meet the condition is not expected to be changed; one of a latched
+        // condition is where it was met before.
+        let is_conditional = injection.when.is_some();
         Receipt {
             site: site_name(injection.site, injection.layer),
+            op: injection.op,
             strength: injection.strength,
             mode: injection.mode,
             from: injection.from,
             to: injection.to,
+            every: injection.every,
             vector_norm: length as f32,
             reference_norm: reference.map(|n| n as f32),
             norm_before: before,
-            planned: if is_live(injection) { planned } else { Some(0.0) },
+            planned: if is_live(injection) { change } else { Some(0.0) },
             measured: if is_live(injection) { mean(tally.change) } else { Some(0.0) },
-            rows_expected: tally.expected,
+            rows_expected: if is_conditional { tally.touched } else { tally.expected },
             rows_touched: tally.touched,
         }
     };

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 
 use super::{
-    Capture, Injection, Job,
+    Capture, Condition, Injection, Job,
     vectors::{Header, VectorFiles, norm},
 };
 use crate::{
     error::{Context, Error, Result},
-    model::{Model, ModelConfig, Prompt, Tokenizer},
+    model::{Model, ModelConfig, Prompt, TokenWindow, Tokenizer},
     request::{
-        self, Continuation, Layers, NamedPositions, OneOrMany, Positions, Request, Sampling, Site,
-        StrengthMode, VectorRef,
+        self, Continuation, LayerRange, Layers, NamedPositions, OneOrMany, Op, Positions, Request,
+        Sampling, Site, StrengthMode, VectorRef,
     },
 };
 
@@ -55,11 +55,12 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
     let mut inject = Vec::new();
     for (i, injection) in request.inject.iter().enumerate() {
         let field = format!("inject[{i}]");
-        let window =
-            prompt.window(injection.from.as_ref(), injection.to.as_ref()).at(|| field.clone())?;
-        check_window(injection.strength_mode, window, prompt.tokens.len(), rows, &field)?;
+        let windows = prompt.windows(injection).at(|| field.clone())?;
+        for window in &windows {
+            check_window(injection.strength_mode, *window, prompt.tokens.len(), rows, &field)?;
+        }
         let mut source = Source { limits, model_hash: &|| model.hash(), files };
-        inject.extend(injections(injection, window, &mut source, &field)?);
+        inject.extend(injections(injection, &windows, &mut source, &field)?);
     }
     let mut capture = Vec::new();
     for (i, wanted) in request.capture.iter().enumerate() {
@@ -178,7 +179,7 @@ fn check_context(prompt: usize, continued: usize, limits: Limits) -> Result<()> 
 /// Refuses a window that can touch no row, and a `reference` strength without rows to refer to.
 fn check_window(
     mode: StrengthMode,
-    (from, to): (usize, Option<usize>),
+    TokenWindow { from, to, .. }: TokenWindow,
     prompt: usize,
     rows: usize,
     field: &str,
@@ -213,37 +214,126 @@ struct Source<'a> {
     files: &'a mut VectorFiles,
 }
 
-/// One injection for each of its layers.
+/// One injection for each of its layers and windows.
 fn injections(
     wanted: &request::Injection,
-    (from, to): (usize, Option<usize>),
+    windows: &[TokenWindow],
     source: &mut Source,
     field: &str,
 ) -> Result<Vec<Injection>> {
-    if !wanted.strength.is_finite() {
-        return Err(Error::new("not a finite number")
-            .at(format!("{field}.strength"))
-            .got(wanted.strength));
-    }
-    let layers = match &wanted.layer {
-        OneOrMany::One(layer) => std::slice::from_ref(layer),
-        OneOrMany::Many(layers) => layers,
+    let strength = check_operation(wanted).at(|| field.to_owned())?;
+    let layers = layers_of(&wanted.layer, source.limits, &format!("{field}.layer"))?;
+    let when = match &wanted.when {
+        Some(when) => Some(Arc::new(condition(when, source).at(|| format!("{field}.when"))?)),
+        None => None,
     };
-    check_layers(layers, source.limits, &format!("{field}.layer"))?;
-    let one = |layer: &usize| {
-        let vector = source.vector(wanted, *layer).at(|| format!("{field}.vector"))?;
-        Ok(Injection {
-            vector,
+    let mut all = Vec::new();
+    for layer in layers {
+        let vector = match &wanted.vector {
+            Some(vector) => source
+                .vector(vector, (wanted.site, layer), wanted.vector_layer)
+                .at(|| format!("{field}.vector"))?,
+            None => Arc::default(),
+        };
+        all.extend(windows.iter().map(|window| Injection {
+            vector: Arc::clone(&vector),
             site: wanted.site,
-            layer: *layer,
+            layer,
             op: wanted.op,
-            strength: wanted.strength,
+            strength,
             mode: wanted.strength_mode,
-            from,
-            to,
-        })
+            bounds: (wanted.min.unwrap_or(f32::NEG_INFINITY), wanted.max.unwrap_or(f32::INFINITY)),
+            keep_norm: wanted.keep_norm,
+            from: window.from,
+            to: window.to,
+            every: window.every,
+            when: when.clone(),
+        }));
+    }
+    Ok(all)
+}
+
+/// Refuses fields that an operation does not have, and the want of those that it needs; gives the
+/// strength, 0 where it has none.
+fn check_operation(wanted: &request::Injection) -> Result<f32> {
+    let op = wanted.op;
+    let is_clamp = op == Op::Clamp;
+    let presence = |name: &str, is_there: bool, is_wanted: bool| match (is_there, is_wanted) {
+        (true, false) => {
+            Err(Error::new(format!("{} has no {name}", op.name())).at(name).hint("leave it out"))
+        }
+        (false, true) => Err(Error::new(format!("{} needs a {name}", op.name())).at(name)),
+        _ => Ok(()),
     };
-    layers.iter().map(one).collect()
+    presence("vector", wanted.vector.is_some(), op != Op::Scale)?;
+    let has_strength = !matches!(op, Op::ProjectOut | Op::Clamp);
+    presence("strength", wanted.strength.is_some(), has_strength)?;
+    if !is_clamp {
+        presence("min", wanted.min.is_some(), false)?;
+        presence("max", wanted.max.is_some(), false)?;
+    } else if wanted.min.is_none() && wanted.max.is_none() {
+        return Err(Error::new("clamp needs a min, a max or both"));
+    }
+    let has_mode = !matches!(op, Op::ProjectOut | Op::Scale);
+    if !has_mode && wanted.strength_mode != StrengthMode::Raw {
+        return Err(Error::new(format!("{} has no strength_mode", op.name()))
+            .at("strength_mode")
+            .hint("leave it out"));
+    }
+    if op == Op::Scale && wanted.keep_norm {
+        return Err(Error::new("scale with keep_norm changes nothing").at("keep_norm"));
+    }
+    for (name, number) in [("strength", wanted.strength), ("min", wanted.min), ("max", wanted.max)]
+    {
+        if let Some(number) = number.filter(|number| !number.is_finite()) {
+            return Err(Error::new("not a finite number").at(name).got(number));
+        }
+    }
+    if let (Some(min), Some(max)) = (wanted.min, wanted.max)
+        && min > max
+    {
+        return Err(Error::new("min is above max").at("min").got(format!("{min} and {max}")));
+    }
+    Ok(wanted.strength.unwrap_or(0.0))
+}
+
+fn condition(wanted: &request::Condition, source: &mut Source) -> Result<Condition> {
+    check_layers(&[wanted.layer], source.limits, "layer")?;
+    let place = (wanted.site, wanted.layer);
+    let vector =
+        source.vector(&wanted.vector, place, wanted.vector_layer).at(|| "vector".into())?;
+    if wanted.above.is_none() && wanted.below.is_none() {
+        return Err(Error::new("a condition needs above, below or both"));
+    }
+    Ok(Condition {
+        vector,
+        site: wanted.site,
+        layer: wanted.layer,
+        measure: wanted.measure,
+        above: wanted.above.unwrap_or(f32::NEG_INFINITY),
+        below: wanted.below.unwrap_or(f32::INFINITY),
+        latch: wanted.latch,
+    })
+}
+
+fn layers_of(wanted: &OneOrMany, limits: Limits, field: &str) -> Result<Vec<usize>> {
+    let layers = match wanted {
+        OneOrMany::One(layer) => vec![*layer],
+        OneOrMany::Many(layers) => layers.clone(),
+        OneOrMany::Range(LayerRange { first, last }) if first > last => {
+            return Err(Error::new("a reversed range of layers")
+                .at(field)
+                .expected("first <= last")
+                .got(format!("{first} and {last}")));
+        }
+        OneOrMany::Range(LayerRange { first, last }) => {
+            check_layers(&[*last], limits, field)?;
+            (*first..=*last).collect()
+        }
+        OneOrMany::All(_) => (0..limits.layers).collect(),
+    };
+    check_layers(&layers, limits, field)?;
+    Ok(layers)
 }
 
 fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
@@ -270,20 +360,25 @@ fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
 }
 
 impl Source<'_> {
-    /// The vector to inject at `layer`, (dim,), finite and not zero.
-    fn vector(&mut self, wanted: &request::Injection, layer: usize) -> Result<Arc<[f32]>> {
-        let vector = match &wanted.vector {
-            VectorRef::Named(name) => self.named(name, wanted, layer)?,
+    /// The vector to use at a point, (dim,), finite and not zero.
+    fn vector(
+        &mut self,
+        wanted: &VectorRef,
+        place: (Site, usize),
+        vector_layer: Option<usize>,
+    ) -> Result<Arc<[f32]>> {
+        let vector = match wanted {
+            VectorRef::Named(name) => self.named(name, place, vector_layer)?,
             VectorRef::Sum(terms) => {
                 let mut sum = vec![0.0_f32; self.limits.dim];
                 for (name, weight) in terms {
-                    let term = self.named(name, wanted, layer)?;
+                    let term = self.named(name, place, vector_layer)?;
                     self.check_dim(&term).at(|| name.clone())?;
                     sum.iter_mut().zip(term.iter()).for_each(|(s, v)| *s += weight * v);
                 }
                 Arc::from(sum)
             }
-            VectorRef::Values(_) if wanted.vector_layer.is_some() => {
+            VectorRef::Values(_) if vector_layer.is_some() => {
                 return Err(Error::new("vector_layer is for vectors from files")
                     .got("numbers and a vector_layer"));
             }
@@ -314,8 +409,8 @@ impl Source<'_> {
     fn named(
         &mut self,
         reference: &str,
-        wanted: &request::Injection,
-        layer: usize,
+        (site, layer): (Site, usize),
+        vector_layer: Option<usize>,
     ) -> Result<Arc<[f32]>> {
         let parts = reference.rsplit_once('#').filter(|(f, n)| !f.is_empty() && !n.is_empty());
         let (file, name) = parts.ok_or_else(|| {
@@ -325,7 +420,7 @@ impl Source<'_> {
         })?;
         let set = self.files.get(file)?;
         let place = || reference.to_owned();
-        let found = match wanted.vector_layer {
+        let found = match vector_layer {
             Some(layer) => layer,
             None => {
                 self.check_model(&set.header).at(place)?;
@@ -337,7 +432,7 @@ impl Source<'_> {
                         .got(rows.unwrap_or_default())
                         .hint("name the row to use with vector_layer"));
                 }
-                file_layer(&set.header, wanted.site, layer).at(place)?
+                file_layer(&set.header, site, layer).at(place)?
             }
         };
         set.get(name, Some(found)).at(|| file.to_owned()).map_err(|error| {

@@ -15,23 +15,17 @@ fn refused<T>(result: Result<T>, want: &[&str]) {
 }
 
 fn injection(vector: VectorRef, layer: OneOrMany) -> request::Injection {
-    request::Injection {
-        vector,
-        layer,
-        site: Site::ResidPost,
-        op: request::Op::Add,
-        strength: 1.0,
-        strength_mode: StrengthMode::Raw,
-        from: None,
-        to: None,
-        vector_layer: None,
-    }
+    request::Injection { layer, ..request::Injection::add(vector, 0, 1.0) }
 }
 
 /// Resolves one injection over the whole sequence against a model whose hash is `abc`.
 fn inject(wanted: &request::Injection, files: &mut VectorFiles) -> Result<Vec<Injection>> {
     let mut source = Source { limits: LIMITS, model_hash: &|| Ok("abc".into()), files };
-    injections(wanted, (0, None), &mut source, "inject[0]")
+    injections(wanted, &[window(0, None)], &mut source, "inject[0]")
+}
+
+fn window(from: usize, to: Option<usize>) -> TokenWindow {
+    TokenWindow { from, to, every: 1 }
 }
 
 fn values(values: &[f32]) -> VectorRef {
@@ -93,12 +87,15 @@ fn counts_tokens_and_context_are_checked() {
 fn windows_must_touch_rows() {
     let (raw, reference) = (StrengthMode::Raw, StrengthMode::Reference);
     // Five prompt rows and three of generated tokens.
-    check_window(raw, (7, None), 5, 8, "inject[0]").unwrap();
-    refused(check_window(raw, (8, None), 5, 8, "inject[0]"), &["inject[0].from", "before 8"]);
-    check_window(reference, (4, None), 5, 8, "inject[0]").unwrap();
-    check_window(reference, (0, Some(2)), 5, 8, "inject[0]").unwrap();
-    refused(check_window(reference, (5, None), 5, 8, "inject[0]"), &["strength_mode"]);
-    refused(check_window(reference, (0, Some(1)), 5, 8, "inject[0]"), &["strength_mode", "0..1"]);
+    check_window(raw, window(7, None), 5, 8, "inject[0]").unwrap();
+    refused(check_window(raw, window(8, None), 5, 8, "inject[0]"), &["inject[0].from", "before 8"]);
+    check_window(reference, window(4, None), 5, 8, "inject[0]").unwrap();
+    check_window(reference, window(0, Some(2)), 5, 8, "inject[0]").unwrap();
+    refused(check_window(reference, window(5, None), 5, 8, "inject[0]"), &["strength_mode"]);
+    refused(
+        check_window(reference, window(0, Some(1)), 5, 8, "inject[0]"),
+        &["strength_mode", "0..1"],
+    );
 }
 
 #[test]
@@ -116,8 +113,8 @@ fn numbers_as_vectors() {
     refused(check(layers(OneOrMany::One(4))), &["inject[0].layer", "0..=3", "4 blocks"]);
     refused(check(layers(OneOrMany::Many(vec![]))), &["inject[0].layer", "no layers"]);
     refused(check(layers(OneOrMany::Many(vec![1, 1]))), &["inject[0].layer", "twice"]);
-    let strength = request::Injection { strength: f32::INFINITY, ..one(&[1.0, 1.0]) };
-    refused(check(strength), &["inject[0].strength"]);
+    let strength = request::Injection { strength: Some(f32::INFINITY), ..one(&[1.0, 1.0]) };
+    refused(check(strength), &["inject[0]", "strength"]);
     let layered = request::Injection { vector_layer: Some(1), ..one(&[1.0, 1.0]) };
     refused(check(layered), &["inject[0].vector", "vector_layer"]);
 }

@@ -8,7 +8,7 @@ use super::{
     prompts::Key,
     types::{Event, FirstToken, Job, Sample, Score, TokenLogprob},
 };
-use crate::ops::attention::SharedPrefix;
+use crate::ops::{attention::SharedPrefix, hooks::GATES};
 
 /// Where a job's events go.
 pub type Events = mpsc::Sender<(u64, Event)>;
@@ -51,6 +51,8 @@ pub struct Trunk {
     pub shared: SharedPrefix,
     /// What its rows saw.
     pub tally: Vec<Tally>,
+    /// Where its rows first met each condition.
+    pub latched: [u32; GATES],
     /// One for each of the jobs' captures.
     pub captures: Vec<Vec<f32>>,
     /// Pages of the prompt, from its end to the last continuation's start.

@@ -216,10 +216,11 @@ impl Limits {
                 .expected(format!("at most {} samples and {} ids in all", self.draws, self.ids))
                 .got(format!("{} samples and {ids} ids", job.n)));
         }
-        if job.inject.len() > self.ops {
-            return Err(Error::new("too many injections in one request")
+        let operations = super::hooks::operations(job);
+        if operations > self.ops {
+            return Err(Error::new("too many injections and conditions in one request")
                 .expected(format!("at most {}", self.ops))
-                .got(job.inject.len()));
+                .got(operations));
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use super::{
     batch::{PlannedRow, bucket, build, fill_up},
     captures::Take,
     core::Core,
+    hooks::latched,
     logits::HeadChunk,
     sequence::{Child, Role, Sequence, samples},
     types::{Event, Finish, Sample, Score},
@@ -15,7 +16,7 @@ use crate::{
     ops::{
         Float,
         attention::{Items, SharedPrefix},
-        hooks::site_count,
+        hooks::{HookOp, site_count},
         rows::{NONE, Source},
         sample::{Draw, NO_TOKEN, sample},
         summarize::summarize,
@@ -118,7 +119,7 @@ impl<T: Float> Core<T> {
             self.run_recorded(&step, &chunks[0], &place, turn)?;
         } else {
             let cache = &mut self.cache;
-            let (hooks, last) = (&self.hooks, &self.draws.last);
+            let (hooks, last) = (&mut self.hooks, &self.draws.last);
             let (device, weights) = (&self.device, &self.weights);
             forward(
                 device,
@@ -199,10 +200,10 @@ impl<T: Float> Core<T> {
         let key = (rows as u64) << 1 | u64::from(step.items.shares());
         let vocab = self.config.vocab;
         let (device, config, weights) = (&self.device, &self.config, &self.weights);
-        let (hooks, state) = (&self.hooks, &mut self.state);
+        let (hooks, state) = (&mut self.hooks, &mut self.state);
         let (cache, draws) = (&mut self.cache, &mut self.draws);
         let mut work = || {
-            let inputs = (hooks, &draws.last);
+            let inputs = (&mut *hooks, &draws.last);
             forward(device, config, weights, inputs, &step.active, cache, state)?;
             head(device, config, weights, rows, state)?;
             sample(device, vocab, &state.logits, draws)
@@ -376,12 +377,14 @@ impl<T: Float> Core<T> {
             let planned = &self.trunks[&trunk].planned;
             for (at, (tally, planned)) in sequence.tally.iter_mut().zip(planned).enumerate() {
                 let [before, change] = outputs.receipts.get()[step.receipts[place] as usize + at];
-                tally.expected +=
-                    u64::from((planned.op.from..planned.op.to).contains(&row.position));
-                if !before.is_nan() {
-                    tally.touched += 1;
-                    tally.before += f64::from(before);
-                    tally.change += f64::from(change);
+                tally.expected += u64::from(planned.op.holds(row.position));
+                if before.is_nan() {
+                    continue;
+                }
+                if planned.op.kind == HookOp::GATE {
+                    tally.see_gate(row.position, change > 0.0);
+                } else {
+                    tally.see_change(f64::from(before), f64::from(change));
                 }
             }
         }
@@ -492,6 +495,7 @@ impl<T: Float> Core<T> {
         tally: Vec<super::hooks::Tally>,
     ) {
         let Some(trunk) = self.trunks.get_mut(&id) else { return };
+        trunk.latched = latched(&trunk.planned, &tally);
         trunk.tally = tally;
         trunk.pages = Some(pages);
         let jobs = trunk.jobs.clone();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::request::{CaptureSite, Op, Sampling, Site, StrengthMode};
+use crate::request::{CaptureSite, Measure, Op, Sampling, Site, StrengthMode};
 
 /// A request checked against the model: token ids, vectors in memory, windows as indices.
 #[derive(Clone, Debug, Default)]
@@ -32,7 +32,7 @@ pub struct Job {
 /// Vector, site, operation, strength and window.
 #[derive(Clone, Debug)]
 pub struct Injection {
-    /// (dim,) finite.
+    /// (dim,) finite; empty for an operation without one.
     pub vector: Arc<[f32]>,
     /// Which point of the block.
     pub site: Site,
@@ -40,14 +40,61 @@ pub struct Injection {
     pub layer: usize,
     /// What is done.
     pub op: Op,
-    /// s, in units of `mode`.
+    /// s, in units of `mode`; 0 where the operation has none.
     pub strength: f32,
-    /// The unit of the strength.
+    /// The unit of the strength and the bounds.
     pub mode: StrengthMode,
+    /// Of [`Op::Clamp`]: the least and the greatest coordinate; infinite: none.
+    pub bounds: (f32, f32),
+    /// Whether the row is scaled back to its norm.
+    pub keep_norm: bool,
     /// First position of the window.
     pub from: usize,
     /// End of the window (not in it); `None`: through every generated token.
     pub to: Option<usize>,
+    /// Of the window's positions every so many, from the first on; at least 1.
+    pub every: usize,
+    /// Acts only where it is met.
+    pub when: Option<Arc<Condition>>,
+}
+
+impl Default for Injection {
+    /// Adds nothing to `resid_post.0`, everywhere.
+    fn default() -> Self {
+        Self {
+            vector: Arc::default(),
+            site: Site::default(),
+            layer: 0,
+            op: Op::default(),
+            strength: 0.0,
+            mode: StrengthMode::default(),
+            bounds: (f32::NEG_INFINITY, f32::INFINITY),
+            keep_norm: false,
+            from: 0,
+            to: None,
+            every: 1,
+            when: None,
+        }
+    }
+}
+
+/// What a row must show at a site for an injection to act.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Condition {
+    /// (dim,) finite, not zero.
+    pub vector: Arc<[f32]>,
+    /// Which point of the block.
+    pub site: Site,
+    /// Block, from 0.
+    pub layer: usize,
+    /// What is compared.
+    pub measure: Measure,
+    /// It must be greater.
+    pub above: f32,
+    /// It must be less.
+    pub below: f32,
+    /// Once met, it holds for the rest of the sequence.
+    pub latch: bool,
 }
 
 /// Rows of one site to be copied out.
@@ -156,7 +203,10 @@ pub struct FirstToken {
 pub struct Receipt {
     /// `resid_post.20` and the like.
     pub site: String,
-    /// s as asked for.
+    /// What was done.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub op: Op,
+    /// s as asked for; 0 where the operation has none.
     pub strength: f32,
     /// The unit of s.
     pub mode: StrengthMode,
@@ -164,6 +214,9 @@ pub struct Receipt {
     pub from: usize,
     /// Its end; `None`: through every generated token.
     pub to: Option<usize>,
+    /// Of the window's positions every so many.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub every: usize,
     /// ‖v‖.
     pub vector_norm: f32,
     /// N of mode `reference`: the mean clean ‖h‖ over the window's prompt positions but the first
@@ -171,12 +224,27 @@ pub struct Receipt {
     pub reference_norm: Option<f32>,
     /// Mean ‖h‖ of the touched rows before the change.
     pub norm_before: Option<f32>,
-    /// ‖change‖ as planned: s·‖v‖, s, s·N or s·mean ‖h‖.
+    /// ‖change‖ of an `add` as planned: s·‖v‖, s, s·N or s·mean ‖h‖. What other operations change
+    /// depends on the row.
     pub planned: Option<f32>,
     /// Mean measured ‖h after − h before‖ of the touched rows.
     pub measured: Option<f32>,
-    /// Rows computed in the window, over all samples.
+    /// Rows computed in the window, over all samples; of an injection with a condition, those that met
+    /// it.
     pub rows_expected: u64,
     /// Rows changed.
     pub rows_touched: u64,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn one() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_one(every: &usize) -> bool {
+    *every == 1
 }

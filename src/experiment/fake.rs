@@ -61,6 +61,8 @@ impl FakeEngine {
         self.replies.set(self.replies.get() + usize::from(draws));
         let receipt = |injection: &crate::engine::Injection| Receipt {
             site: format!("resid_post.{}", injection.layer),
+            op: crate::request::Op::Add,
+            every: 1,
             strength: injection.strength,
             mode: StrengthMode::Reference,
             from: injection.from,

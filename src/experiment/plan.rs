@@ -175,6 +175,7 @@ impl<'a> Plan<'a> {
                 mode: self.part(trial).mode,
                 from,
                 to,
+                ..Injection::default()
             }
         });
         Job {

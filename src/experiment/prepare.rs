@@ -251,7 +251,8 @@ fn render(
     let prompt = model.render(&request)?;
     let resolve = |window: &Window, name: &str| {
         let window = window.map_texts(fill);
-        prompt.window(window.from.as_ref(), window.to.as_ref()).at(|| name.to_owned())
+        let range = prompt.range(window.from.as_ref(), window.to.as_ref());
+        range.map(|range| (range.from, range.to)).at(|| name.to_owned())
     };
     let (from, to) = resolve(&plan.window, "window")?;
     let after = plan.after.as_ref().map(|window| resolve(window, "after")).transpose()?;

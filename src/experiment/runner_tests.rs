@@ -82,6 +82,8 @@ fn injected(change: impl Fn(&mut Receipt)) -> Option<String> {
     let plan = Plan::new(&protocol, &prepared, &vectors).unwrap();
     let mut receipt = Receipt {
         site: "resid_post.3".into(),
+        op: crate::request::Op::Add,
+        every: 1,
         strength: 0.5,
         mode: StrengthMode::Reference,
         from: 2,

@@ -94,6 +94,8 @@ pub struct State<T> {
     pub norms: Buffer<f32>,
     /// One for each operation of each row.
     pub receipts: Buffer<Receipt>,
+    /// (rows,), the conditions that rows have met.
+    met: Buffer<u32>,
     rope: RopeTable,
     /// Of blocks that are made for a window, where their angles are others.
     local_rope: Option<RopeTable>,
@@ -134,6 +136,7 @@ impl<T: Float> State<T> {
             captured: Buffer::zeroed(device, sizes.captured * c.dim)?,
             norms: Buffer::zeroed(device, site_count(c.layers) * rows)?,
             receipts: Buffer::zeroed(device, sizes.receipts)?,
+            met: Buffer::zeroed(device, rows)?,
             rope: rope(&c.rope)?,
             local_rope: has_local.then(|| rope(&c.local_rope)).transpose()?,
         })
@@ -181,7 +184,7 @@ pub fn forward<T: Float>(
     device: &Device,
     config: &ModelConfig,
     weights: &Weights,
-    (hooks, last): (&Hooks, &Buffer<u32>),
+    (hooks, last): (&mut Hooks, &Buffer<u32>),
     active: &[usize],
     cache: &mut Cache<T>,
     state: &mut State<T>,
@@ -268,7 +271,7 @@ impl<T: Float> State<T> {
         &mut self,
         device: &Device,
         config: &ModelConfig,
-        hooks: &Hooks,
+        hooks: &mut Hooks,
         site: usize,
         (rows, branch_rows): (usize, usize),
         (branch_gain, gain): (Option<&Buffer<f32>>, Option<&Buffer<f32>>),
@@ -283,6 +286,7 @@ impl<T: Float> State<T> {
                 branch_gain,
                 branch_scale: config.residual_scale,
                 hooks,
+                met: &mut self.met,
                 at: &self.at,
                 site,
                 captures: &self.captures,

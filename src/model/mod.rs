@@ -37,7 +37,7 @@ pub use self::{
         ARCHITECTURES, Angles, AttentionBias, Block, Mixture, ModelConfig, Norms, QueryNorm, Rope,
         Shape, check_gguf_architecture,
     },
-    prompt::Prompt,
+    prompt::{Prompt, TokenWindow},
     tokenizer::{Encoding, Tokenizer},
 };
 use self::{gguf::parts::Parts, origin::Origin, text::TextSide};

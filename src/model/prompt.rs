@@ -2,10 +2,15 @@
 
 use std::ops::Range;
 
+use serde::Serialize;
+
 use super::tokenizer::Encoding;
 use crate::{
-    error::{Error, Result},
-    request::{Marker, NamedPosition, Position, Span, Turn},
+    error::{Context, Error, Result},
+    request::{
+        self, GeneratedPosition, Marker, NamedPosition, NamedWindow, Position, RangeWindow,
+        RoleWindow, Span, Turn, Window, Windows,
+    },
 };
 
 /// A prompt as the model sees it.
@@ -58,6 +63,7 @@ impl Prompt {
         let n = self.tokens.len();
         match position {
             Position::Named(NamedPosition::PromptEnd) => Ok(n),
+            Position::Generated(GeneratedPosition { generated }) => Ok(n + generated),
             Position::Index(index) => from_end(*index, usize::MAX, n).ok_or_else(|| {
                 Error::new("position before the prompt")
                     .expected(format!("-{n} or more (the prompt has {n} tokens)"))
@@ -68,17 +74,107 @@ impl Prompt {
         }
     }
 
-    /// A window of tokens: from 0 where `from` is absent, through every generated token (`None`)
-    /// where `to` is. A window from the prompt's end touches generated tokens only.
+    /// The windows of an injection, in order; without any the whole sequence.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::position`]; a window that is empty or reversed; windows that overlap; `from` or
+    /// `to` beside `window`.
+    pub fn windows(&self, injection: &request::Injection) -> Result<Vec<TokenWindow>> {
+        let Some(windows) = &injection.window else {
+            return Ok(vec![self.range(injection.from.as_ref(), injection.to.as_ref())?]);
+        };
+        if injection.from.is_some() || injection.to.is_some() {
+            return Err(
+                Error::new("a window in two ways").expected("either `window`, or `from` and `to`")
+            );
+        }
+        let (windows, is_list) = match windows {
+            Windows::One(window) => (std::slice::from_ref(window), false),
+            Windows::Many(windows) => (windows.as_slice(), true),
+        };
+        let mut found = Vec::new();
+        for (i, window) in windows.iter().enumerate() {
+            let at = || if is_list { format!("window[{i}]") } else { "window".into() };
+            found.extend(self.window(window).at(at)?);
+        }
+        found.sort_by_key(|window| window.from);
+        let overlap = |pair: &&[TokenWindow]| pair[0].to.is_none_or(|to| to > pair[1].from);
+        if let Some([one, other]) = found.windows(2).find(overlap) {
+            return Err(Error::new("windows that overlap: an injection would act twice")
+                .at("window")
+                .expected("windows without a token in common")
+                .got(format!("{one} and {other}")));
+        }
+        match found.is_empty() {
+            true => Err(Error::new("no windows").at("window").expected("at least one")),
+            false => Ok(found),
+        }
+    }
+
+    fn window(&self, window: &Window) -> Result<Vec<TokenWindow>> {
+        let n = self.tokens.len();
+        let one = |from, to| Ok(vec![TokenWindow { from, to, every: 1 }]);
+        match window {
+            Window::Named(NamedWindow::All) => one(0, None),
+            Window::Named(NamedWindow::Prompt) => one(0, Some(n)),
+            Window::Named(NamedWindow::Generated) => one(n, None),
+            Window::Named(NamedWindow::Last) => one(n - 1, Some(n)),
+            Window::Role(RoleWindow { role }) => {
+                let turns = self.turns.iter().enumerate().filter(|(_, turn)| turn.role == *role);
+                let turns: Vec<i64> = turns.map(|(index, _)| index as i64).collect();
+                if turns.is_empty() {
+                    let roles: Vec<&str> = self.turns.iter().map(|t| t.role.as_str()).collect();
+                    return Err(Error::new("no turn of this role")
+                        .at("role")
+                        .expected(format!("one of: {}", roles.join(", ")))
+                        .got(role));
+                }
+                turns.into_iter().map(|index| self.turn_tokens(&Turn::Index(index))).collect()
+            }
+            Window::Range(range) => {
+                let RangeWindow { from, to, at, turn, every } = &**range;
+                let is_range = from.is_some() || to.is_some();
+                if usize::from(is_range) + usize::from(at.is_some()) + usize::from(turn.is_some())
+                    > 1
+                    || every.is_some() && at.is_some()
+                {
+                    return Err(Error::new("a window in two ways").expected(
+                        "`at` alone, or `turn`, or `from` and `to`; the last two with or without \
+                         `every`",
+                    ));
+                }
+                let every = every.unwrap_or(1);
+                if every == 0 {
+                    return Err(Error::new("every 0th token").at("every").expected("1 or more"));
+                }
+                let window = match (at, turn) {
+                    (Some(at), _) => {
+                        let position = self.position(at).at(|| "at".into())?;
+                        TokenWindow { from: position, to: Some(position + 1), every: 1 }
+                    }
+                    (_, Some(turn)) => self.turn_tokens(turn)?,
+                    _ => self.range(from.as_ref(), to.as_ref())?,
+                };
+                Ok(vec![TokenWindow { every, ..window }])
+            }
+        }
+    }
+
+    fn turn_tokens(&self, turn: &Turn) -> Result<TokenWindow> {
+        let tokens = self.overlapping(&self.turn(turn)?).ok_or_else(|| {
+            Error::new("no token stands for this turn").at("turn").got(format!("{turn:?}"))
+        })?;
+        Ok(TokenWindow { from: tokens.start, to: Some(tokens.end), every: 1 })
+    }
+
+    /// From 0 where `from` is absent, through every generated token where `to` is. A window from the
+    /// prompt's end touches generated tokens only.
     ///
     /// # Errors
     ///
     /// Those of [`Self::position`]; a window that is empty or reversed.
-    pub fn window(
-        &self,
-        from: Option<&Position>,
-        to: Option<&Position>,
-    ) -> Result<(usize, Option<usize>)> {
+    pub fn range(&self, from: Option<&Position>, to: Option<&Position>) -> Result<TokenWindow> {
         let at = |name: &'static str| move |error: Error| error.at(name);
         let start = from.map_or(Ok(0), |from| self.position(from)).map_err(at("from"))?;
         let end = to.map(|to| self.position(to)).transpose().map_err(at("to"))?;
@@ -89,17 +185,19 @@ impl Prompt {
                     .got(format!("{start}..{end} of the prompt's {} tokens", self.tokens.len()))
                     .hint("an absent `to` means: through every generated token"))
             }
-            end => Ok((start, end)),
+            to => Ok(TokenWindow { from: start, to, every: 1 }),
         }
+    }
+
+    fn overlapping(&self, bytes: &Range<usize>) -> Option<Range<usize>> {
+        let overlaps = |token: &Range<usize>| token.start < bytes.end && token.end > bytes.start;
+        let first = self.spans.iter().position(overlaps)?;
+        Some(first..self.spans.iter().rposition(overlaps)? + 1)
     }
 
     /// The tokens that overlap a text.
     fn tokens_of(&self, span: &Span) -> Result<Range<usize>> {
-        let bytes = self.bytes_of(span)?;
-        let overlaps = |token: &Range<usize>| token.start < bytes.end && token.end > bytes.start;
-        let first = self.spans.iter().position(overlaps);
-        let last = self.spans.iter().rposition(overlaps);
-        first.zip(last).map(|(first, last)| first..last + 1).ok_or_else(|| {
+        self.overlapping(&self.bytes_of(span)?).ok_or_else(|| {
             Error::new("no token stands for this text").at("text").got(format!("{:?}", span.text))
         })
     }
@@ -188,6 +286,40 @@ impl Prompt {
                 of_role.nth(number.checked_sub(1).ok_or_else(malformed)?)
             }
         })
+    }
+}
+
+/// Tokens that an injection acts on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TokenWindow {
+    /// The first.
+    pub from: usize,
+    /// The end (not in it); `None`: through every generated token.
+    pub to: Option<usize>,
+    /// Every so many of them, from the first on.
+    #[serde(skip_serializing_if = "is_one")]
+    pub every: usize,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_one(every: &usize) -> bool {
+    *every == 1
+}
+
+impl TokenWindow {
+    /// Whether a token is in it.
+    pub fn holds(&self, position: usize) -> bool {
+        position >= self.from
+            && self.to.is_none_or(|to| position < to)
+            && (position - self.from).is_multiple_of(self.every)
+    }
+}
+
+impl std::fmt::Display for TokenWindow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..", self.from)?;
+        self.to.map_or(Ok(()), |to| write!(f, "{to}"))?;
+        if self.every > 1 { write!(f, " every {}", self.every) } else { Ok(()) }
     }
 }
 
@@ -294,10 +426,13 @@ mod tests {
         let at = |index| Position::Index(index);
         let end = Position::Named(NamedPosition::PromptEnd);
         let prompt = prompt();
-        assert_eq!(prompt.window(None, None).unwrap(), (0, None));
-        assert_eq!(prompt.window(Some(&at(2)), Some(&at(-1))).unwrap(), (2, Some(5)));
-        assert_eq!(prompt.window(Some(&end), None).unwrap(), (6, None));
-        assert_eq!(prompt.window(Some(&at(7)), Some(&at(9))).unwrap(), (7, Some(9)));
+        let range = |from: Option<&Position>, to: Option<&Position>| {
+            prompt.range(from, to).map(|window| (window.from, window.to))
+        };
+        assert_eq!(range(None, None).unwrap(), (0, None));
+        assert_eq!(range(Some(&at(2)), Some(&at(-1))).unwrap(), (2, Some(5)));
+        assert_eq!(range(Some(&end), None).unwrap(), (6, None));
+        assert_eq!(range(Some(&at(7)), Some(&at(9))).unwrap(), (7, Some(9)));
         let cases = [
             (Some(&end), Some(&end), "an empty window"),
             (Some(&at(3)), Some(&at(2)), "a reversed window"),
@@ -306,7 +441,7 @@ mod tests {
             (None, Some(&at(-7)), "to"),
         ];
         for (from, to, cause) in cases {
-            let error = prompt.window(from, to).unwrap_err().to_string();
+            let error = range(from, to).unwrap_err().to_string();
             assert!(error.contains(cause), "{error}");
         }
     }

@@ -1,6 +1,7 @@
 //! The tables that `residual_norm` reads: which operations act on a sequence at a site, and which
 //! rows of this step are copied out where. Filled by `engine`, read by kernels.
 
+use super::rows::NONE;
 use crate::{
     device::{Buffer, Device, Element},
     error::Result,
@@ -18,7 +19,23 @@ pub fn tap_count(layers: usize) -> usize {
     2 * site_count(layers) + 1
 }
 
-/// One `add` of one sequence at one site. The kernels read it as it stands.
+/// Conditions that a sequence may have.
+pub const GATES: usize = 8;
+
+/// One operation of one sequence on what one tap shows, h, with the vector v. The kernels read it as
+/// it stands.
+///
+/// With r = ‖h‖ where `flags` has [`HookOp::RELATIVE`], else 1, and c = `unit` · h·v:
+///
+/// ```text
+/// ADD         h' = h + scale r v
+/// COORDINATE  h' = h + (clamp(c, low r, high r) - c) unit v
+/// REPLACE     h' = scale r v
+/// SCALE       h' = scale h                                        (v is not read)
+/// GATE        h' = h; condition `gate` is met if low < c / r < high
+/// ```
+///
+/// and with [`HookOp::KEEP_NORM`] h' · ‖h‖ / ‖h'‖, where ‖h'‖ > 2⁻¹⁶ ‖h‖: less is rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct HookOp {
@@ -28,24 +45,101 @@ pub struct HookOp {
     pub from: u32,
     /// End of the window (not in it).
     pub to: u32,
-    /// h += scale · v, or with `relative` h += scale · ‖h‖ · v.
+    /// Of the window's positions every so many, from the first on.
+    pub every: u32,
+    /// What is done.
+    pub kind: u32,
+    /// Of the constants below, or 0.
+    pub flags: u32,
+    /// The condition under which it acts, or [`NONE`]; of a gate, the condition that it decides.
+    pub gate: u32,
+    /// A factor.
     pub scale: f32,
-    /// 1: the row's own norm is a factor. Else 0.
-    pub relative: u32,
+    /// Least coordinate.
+    pub low: f32,
+    /// Greatest coordinate.
+    pub high: f32,
+    /// 1 / ‖v‖.
+    pub unit: f32,
 }
 // SAFETY: plain numbers without padding.
 unsafe impl Element for HookOp {}
 
+impl HookOp {
+    /// Kinds, see [`HookOp`].
+    pub const ADD: u32 = 0;
+    /// Moves the coordinate along v into an interval.
+    pub const COORDINATE: u32 = 1;
+    /// Puts a multiple of v in h's place.
+    pub const REPLACE: u32 = 2;
+    /// Multiplies h.
+    pub const SCALE: u32 = 3;
+    /// Decides a condition and changes nothing.
+    pub const GATE: u32 = 4;
+    /// The row's own norm is a factor; of a gate: a divisor.
+    pub const RELATIVE: u32 = 1;
+    /// The row keeps its norm.
+    pub const KEEP_NORM: u32 = 2;
+    /// Acts from the first row on that met the condition.
+    pub const LATCHED: u32 = 4;
+
+    /// h += scale · v at every position from `from` on; other kinds start from it.
+    pub fn add(vector: u32, from: u32, scale: f32) -> Self {
+        Self {
+            vector,
+            from,
+            to: u32::MAX,
+            every: 1,
+            kind: Self::ADD,
+            flags: 0,
+            gate: NONE,
+            scale,
+            low: 0.0,
+            high: 0.0,
+            unit: 1.0,
+        }
+    }
+
+    /// Whether a position is in its window.
+    pub fn holds(&self, position: u32) -> bool {
+        (self.from..self.to).contains(&position)
+            && (position - self.from).is_multiple_of(self.every)
+    }
+
+    /// Whether a flag is set.
+    #[inline(always)]
+    pub(super) fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+}
+
 /// What stays on the device while sequences run.
 pub struct Hooks {
-    pub(super) sites: usize,
-    pub(super) ops_per_slot: usize,
-    /// (slots, sites + 1): operations of slot s at site i are `first[s, i]..first[s, i + 1]`.
-    pub(super) first: Buffer<u32>,
-    /// (slots, `ops_per_slot`), by site.
-    pub(super) ops: Buffer<HookOp>,
+    pub(super) table: OpTable,
+    /// (slots, [`GATES`]): the first position whose row met a condition, [`NONE`] before.
+    pub(super) latched: Buffer<u32>,
     /// (vectors, dim), the bank.
     pub vectors: Buffer<f32>,
+}
+
+/// Which operations sequences have.
+pub(super) struct OpTable {
+    pub taps: usize,
+    pub ops_per_slot: usize,
+    /// (slots, taps + 1): operations of slot s at tap i are `first[s, i]..first[s, i + 1]`.
+    pub first: Buffer<u32>,
+    /// (slots, `ops_per_slot`), by tap.
+    pub ops: Buffer<HookOp>,
+}
+
+impl OpTable {
+    /// Operations of a slot at a tap, with the ordinal of the first among all of the slot's.
+    #[inline]
+    pub fn at(&self, slot: usize, tap: usize) -> (usize, &[HookOp]) {
+        let first = &self.first.host()[slot * (self.taps + 1) + tap..][..2];
+        let ops = &self.ops.host()[slot * self.ops_per_slot..][..self.ops_per_slot];
+        (first[0] as usize, &ops[first[0] as usize..first[1] as usize])
+    }
 }
 
 impl Hooks {
@@ -61,41 +155,42 @@ impl Hooks {
         ops_per_slot: usize,
         vectors: usize,
     ) -> Result<Self> {
-        let sites = site_count(layers);
-        Ok(Self {
-            sites,
+        let taps = tap_count(layers);
+        let table = OpTable {
+            taps,
             ops_per_slot,
-            first: Buffer::zeroed(device, slots * (sites + 1))?,
+            first: Buffer::zeroed(device, slots * (taps + 1))?,
             ops: Buffer::zeroed(device, slots * ops_per_slot)?,
+        };
+        Ok(Self {
+            table,
+            latched: Buffer::zeroed(device, slots * GATES)?,
             vectors: Buffer::zeroed(device, vectors * dim)?,
         })
     }
 
-    /// The most operations a sequence may have.
-    pub fn ops_per_slot(&self) -> usize {
-        self.ops_per_slot
-    }
-
-    /// Writes the operations of a slot: (site, operation), sorted by site.
+    /// Writes the operations of a slot: (tap, operation), sorted by tap, and where each condition
+    /// was first met.
     ///
     /// # Errors
     /// The device has failed.
-    pub fn set(&mut self, slot: usize, ops: &[(usize, HookOp)]) -> Result<()> {
-        assert!(ops.len() <= self.ops_per_slot, "{} operations in a slot", ops.len());
-        assert!(ops.is_sorted_by_key(|(site, _)| *site), "operations are sorted by site");
-        let first = |site| ops.partition_point(|(at, _)| *at < site) as u32;
-        let first: Vec<u32> = (0..=self.sites).map(first).collect();
-        self.first.write(slot * (self.sites + 1), &first)?;
+    pub fn set(
+        &mut self,
+        slot: usize,
+        ops: &[(usize, HookOp)],
+        latched: &[u32; GATES],
+    ) -> Result<()> {
+        let table = &mut self.table;
+        assert!(ops.len() <= table.ops_per_slot, "{} operations in a slot", ops.len());
+        assert!(ops.is_sorted_by_key(|(tap, _)| *tap), "operations are sorted by tap");
+        let first = |tap| ops.partition_point(|(at, _)| *at < tap) as u32;
+        let first: Vec<u32> = (0..=table.taps).map(first).collect();
+        table.first.write(slot * (table.taps + 1), &first)?;
+        if ops.iter().any(|(_, op)| op.gate != NONE) {
+            self.latched.write(slot * GATES, latched)?;
+        }
         let ops: Vec<HookOp> = ops.iter().map(|(_, op)| *op).collect();
-        self.ops.write(slot * self.ops_per_slot, &ops)
-    }
-
-    /// Operations of a slot at a site, with the ordinal of the first among all of the slot's.
-    #[inline]
-    pub(super) fn at(&self, slot: usize, site: usize) -> (usize, &[HookOp]) {
-        let first = &self.first.host()[slot * (self.sites + 1) + site..][..2];
-        let ops = &self.ops.host()[slot * self.ops_per_slot..][..self.ops_per_slot];
-        (first[0] as usize, &ops[first[0] as usize..first[1] as usize])
+        table.ops.write(slot * table.ops_per_slot, &ops)
     }
 }
 

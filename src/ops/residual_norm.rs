@@ -3,29 +3,34 @@
 //! ```text
 //! branch = c · branch                 (rows that have a branch; with a norm of it:
 //!                                      branch / sqrt(mean(branch²) + eps) · its gain · c)
-//! branch captured                     h += branch
-//! h += scale · v, for each operation of the row's sequence at this site whose window holds it
-//! h captured; ‖h‖ stored              x = h / sqrt(mean(h²) + eps) · gain      (no gain: x = h)
+//! operations on the branch            branch captured      h += branch
+//! operations on h                     h captured; ‖h‖ stored
+//! x = h / sqrt(mean(h²) + eps) · gain                      (no gain: x = h)
 //! ```
+//!
+//! Operations ([`HookOp`]) are those of the row's sequence whose window holds the row, in their order.
+
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{
     Float,
     activations::Activations,
-    hooks::{CapturePlan, HookOp, Hooks, destinations},
-    math::{inverse_norm, sum_of_squares},
+    hooks::{CapturePlan, GATES, HookOp, Hooks, destinations},
+    math::{LANES, inverse_norm, sum_lanes, sum_of_squares},
     matmul::Dtype,
     rows::{NONE, Rows},
 };
 use crate::{
     device::{
         Buffer, Cuda, Device,
-        cpu::{Cpu, Kernel, Shared},
+        cpu::{Cpu, Isa, Kernel, Shared},
         cuda::{Launch, Params},
     },
     error::Result,
 };
 
-/// Receives what an injection did to a row: (‖h‖ before, ‖h after − h before‖).
+/// What an operation did to a row: (‖h‖² before, ‖h after − h before‖²); of a gate: its value, and 1
+/// where its condition was met, else 0.
 pub type Receipt = [f32; 2];
 
 /// Operands of [`residual_norm`].
@@ -43,7 +48,9 @@ pub struct ResidualNorm<'a, T> {
     /// What the branch is multiplied by at last: c.
     pub branch_scale: f32,
     /// What acts on sequences.
-    pub hooks: &'a Hooks,
+    pub hooks: &'a mut Hooks,
+    /// (≥ rows,): the conditions that a row has met so far, a bit each.
+    pub met: &'a mut Buffer<u32>,
     /// Which rows these are.
     pub at: &'a Rows,
     /// The site, see [`super::hooks::site_count`].
@@ -83,6 +90,7 @@ pub fn residual_norm<T: Float>(device: &Device, p: ResidualNorm<'_, T>) -> Resul
     assert!(p.x.rows() >= rows, "x");
     assert!(p.branch.len() >= p.branch_rows * dim, "branch");
     assert!(p.at.len() >= rows && p.norms.len() >= p.norms_at + rows, "rows, norms");
+    assert!(p.met.len() >= rows, "conditions");
     match device {
         Device::Cpu(cpu) => on_cpu(cpu, p),
         Device::Cuda(cuda) => return launch(cuda, p),
@@ -99,7 +107,10 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
     let norms = Shared::new(&mut p.norms.host_mut()[p.norms_at..][..rows]);
     let receipts = Shared::new(p.receipts.host_mut());
     let x = Shared::new(p.x.host_mut());
+    let met = Shared::new(p.met.host_mut());
     let branch = &p.branch.host()[..p.branch_rows * dim];
+    let Hooks { table, latched, vectors } = p.hooks;
+    let (latched, vectors) = (atomics(latched.host_mut()), vectors.host());
     let (streams, branches) = (p.captures.tap(2 * p.site), p.captures.tap(2 * p.site + 1));
     let normed = if p.is_final { p.captures.tap(2 * p.site + 2) } else { &[] };
     let capture = |entries: &[[u32; 2]], row, values: &[f32]| {
@@ -115,29 +126,40 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
         // SAFETY: each task has its own rows of resid, x and norms.
         let (h, x, norm) =
             unsafe { (resid.range(row * dim, dim), x.range(row * dim, dim), norms.range(row, 1)) };
+        let slot = slots[row] as usize;
+        let operate = |tap: usize, h: &mut [f32]| {
+            if first_receipts[row] < 0 {
+                return;
+            }
+            let (ordinal, ops) = table.at(slot, tap);
+            let first = first_receipts[row] as usize + ordinal;
+            // SAFETY: each row has its own receipts and conditions.
+            let (receipts, met) = unsafe { (receipts.range(first, ops.len()), met.range(row, 1)) };
+            let conditions = Conditions { met: &mut met[0], latched: &latched[slot * GATES..] };
+            let at =
+                Operate { h, dim, vectors, position: positions[row], ops, receipts, conditions };
+            at.run(cpu.isa());
+        };
         if let Some(branch) = branch.get(row * dim..(row + 1) * dim) {
             let gain = p.branch_gain.map(Buffer::host);
             let factor =
                 p.branch_scale * gain.map_or(1.0, |_| cpu.isa().run(Inverse(branch, p.eps)));
-            for to in destinations(branches, row) {
-                // SAFETY: as for `capture`.
-                let out = unsafe { captured.range(to * dim, dim) };
-                cpu.isa().run(Scaled { v: branch, factor, gain, out });
-            }
-            cpu.isa().run(Add { h, factor, v: branch, gain });
-        }
-        if first_receipts[row] >= 0 {
-            let (ordinal, ops) = p.hooks.at(slots[row] as usize, p.site);
-            let first = first_receipts[row] as usize + ordinal;
-            // SAFETY: each row has its own receipts.
-            let receipts = unsafe { receipts.range(first, ops.len()) };
-            for (op, receipt) in ops.iter().zip(receipts) {
-                if (op.from..op.to).contains(&positions[row]) {
-                    let v = &p.hooks.vectors.host()[op.vector as usize * dim..][..dim];
-                    *receipt = cpu.isa().run(Inject { h, v, op });
+            if first_receipts[row] >= 0 && !table.at(slot, 2 * p.site + 1).1.is_empty() {
+                let mut changed = vec![0.0; dim];
+                cpu.isa().run(Scaled { v: branch, factor, gain, out: &mut changed });
+                operate(2 * p.site + 1, &mut changed);
+                capture(branches, row, &changed);
+                cpu.isa().run(Add { h, factor: 1.0, v: &changed, gain: None });
+            } else {
+                for to in destinations(branches, row) {
+                    // SAFETY: as for `capture`.
+                    let out = unsafe { captured.range(to * dim, dim) };
+                    cpu.isa().run(Scaled { v: branch, factor, gain, out });
                 }
+                cpu.isa().run(Add { h, factor, v: branch, gain });
             }
         }
+        operate(2 * p.site, h);
         capture(streams, row, h);
         let gain = p.gain.map(Buffer::host);
         norm[0] = cpu.isa().run(Norm { h, gain, eps: p.eps, x });
@@ -150,6 +172,13 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
         }
     };
     cpu.parallel_chunks(rows, 8, |range| range.for_each(work));
+}
+
+/// The same numbers, for several threads.
+fn atomics(numbers: &mut [u32]) -> &[AtomicU32] {
+    let (at, len) = (numbers.as_mut_ptr(), numbers.len());
+    // SAFETY: an `AtomicU32` is as large and as aligned as a `u32`, and nobody else has these.
+    unsafe { std::slice::from_raw_parts(at.cast(), len) }
 }
 
 /// h += factor · v, times a gain where there is one.
@@ -205,28 +234,148 @@ impl Kernel for Inverse<'_> {
     }
 }
 
-/// One operation on one row.
-struct Inject<'a> {
+/// What is known of a row's conditions.
+struct Conditions<'a> {
+    /// Those it has met, a bit each.
+    met: &'a mut u32,
+    /// Where its sequence first met each.
+    latched: &'a [AtomicU32],
+}
+
+impl Conditions<'_> {
+    fn holds(&self, op: &HookOp, position: u32) -> bool {
+        match op.gate {
+            NONE => true,
+            gate if op.has(HookOp::LATCHED) => {
+                self.latched[gate as usize].load(Ordering::Relaxed) <= position
+            }
+            gate => *self.met >> gate & 1 == 1,
+        }
+    }
+
+    fn set(&mut self, gate: u32, is_met: bool, position: u32) {
+        *self.met = *self.met & !(1 << gate) | u32::from(is_met) << gate;
+        if is_met {
+            self.latched[gate as usize].fetch_min(position, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The operations of a tap on a row's values.
+struct Operate<'a> {
+    h: &'a mut [f32],
+    dim: usize,
+    /// The bank.
+    vectors: &'a [f32],
+    position: u32,
+    ops: &'a [HookOp],
+    receipts: &'a mut [Receipt],
+    conditions: Conditions<'a>,
+}
+
+impl Operate<'_> {
+    fn run(mut self, isa: Isa) {
+        for (op, receipt) in self.ops.iter().zip(self.receipts) {
+            let (is_gate, is_seen) = (op.kind == HookOp::GATE, op.holds(self.position));
+            if !is_seen {
+                // What the row that stood here before has met is nothing to this one.
+                if is_gate {
+                    self.conditions.set(op.gate, false, self.position);
+                }
+                continue;
+            }
+            let v = &self.vectors[op.vector as usize * self.dim..][..self.dim];
+            if is_gate {
+                let value = isa.run(Value { h: self.h, v, op });
+                let is_met = op.low < value && value < op.high;
+                self.conditions.set(op.gate, is_met, self.position);
+                *receipt = [value, f32::from(u8::from(is_met))];
+            } else if self.conditions.holds(op, self.position) {
+                *receipt = isa.run(Change { h: self.h, v, op });
+            }
+        }
+    }
+}
+
+/// Σ a · b, of equal lengths.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for (lane, (a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            *lane = a.mul_add(b, *lane);
+        }
+    }
+    sum_lanes(lanes)
+}
+
+/// What a gate compares: the coordinate along v, or its share of the row.
+struct Value<'a> {
+    h: &'a [f32],
+    v: &'a [f32],
+    op: &'a HookOp,
+}
+
+impl Kernel for Value<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run(self) -> f32 {
+        let c = self.op.unit * dot(self.h, self.v);
+        if self.op.has(HookOp::RELATIVE) { c / sum_of_squares(self.h).sqrt() } else { c }
+    }
+}
+
+/// ‖h'‖² / ‖h‖² from which on a norm is kept: what is smaller is rounding.
+const SMALLEST: f32 = 1.0 / 4_294_967_296.0;
+
+/// One operation on one row: h' = factor · (keep · h + add · v).
+struct Change<'a> {
     h: &'a mut [f32],
     v: &'a [f32],
     op: &'a HookOp,
 }
 
-impl Kernel for Inject<'_> {
+impl Kernel for Change<'_> {
     type Output = Receipt;
     #[inline(always)]
     fn run(self) -> Receipt {
-        let before = sum_of_squares(self.h).sqrt();
-        let factor = if self.op.relative == 0 { 1.0 } else { before };
-        let scale = self.op.scale * factor;
+        let Self { h, v, op } = self;
+        let before = sum_of_squares(h);
+        let size = if op.has(HookOp::RELATIVE) { before.sqrt() } else { 1.0 };
+        let (keep, add) = match op.kind {
+            HookOp::COORDINATE => {
+                let c = op.unit * dot(h, v);
+                (1.0, (c.max(op.low * size).min(op.high * size) - c) * op.unit)
+            }
+            HookOp::REPLACE => (0.0, op.scale * size),
+            HookOp::SCALE => (op.scale, 0.0),
+            _ => (1.0, op.scale * size),
+        };
+        let of = |h: f32, v: f32| match op.kind {
+            HookOp::REPLACE => add * v,
+            HookOp::SCALE => keep * h,
+            _ => add.mul_add(v, h),
+        };
+        let mut factor = 1.0;
+        if op.has(HookOp::KEEP_NORM) {
+            let mut lanes = [0.0f32; LANES];
+            for (h, v) in h.chunks(LANES).zip(v.chunks(LANES)) {
+                for (lane, (&h, &v)) in lanes.iter_mut().zip(h.iter().zip(v)) {
+                    let after = of(h, v);
+                    *lane = after.mul_add(after, *lane);
+                }
+            }
+            let after = sum_lanes(lanes);
+            factor = if after > before * SMALLEST { (before / after).sqrt() } else { 1.0 };
+        }
         let mut change = 0.0f64;
-        for (h, &v) in self.h.iter_mut().zip(self.v) {
-            let after = scale.mul_add(v, *h);
+        for (h, &v) in h.iter_mut().zip(v) {
+            let after = factor * of(*h, v);
             let delta = f64::from(after - *h);
             change += delta * delta;
             *h = after;
         }
-        [before, change.sqrt() as f32]
+        [before, change as f32]
     }
 }
 
@@ -278,11 +427,13 @@ struct ResidualNormParams {
     captured: u64,
     norms: u64,
     receipts: u64,
+    met: u64,
+    latched: u64,
     rows: i32,
     branch_rows: i32,
     dim: i32,
     site: i32,
-    sites: i32,
+    taps: i32,
     ops_per_slot: i32,
     x_row_groups: i32,
     is_final: i32,
@@ -291,7 +442,7 @@ struct ResidualNormParams {
     branch_scale: f32,
     unused: i32,
 }
-const _: () = assert!(size_of::<ResidualNormParams>() == 176, "the kernel asserts the same");
+const _: () = assert!(size_of::<ResidualNormParams>() == 192, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/residual_norm.cu.
 unsafe impl Params for ResidualNormParams {}
 
@@ -324,20 +475,22 @@ fn launch<T: Float>(cuda: &Cuda, p: ResidualNorm<'_, T>) -> Result<()> {
         slot: p.at.slot.address(),
         position: p.at.position.address(),
         receipt: p.at.receipt.address(),
-        first: p.hooks.first.address(),
-        ops: p.hooks.ops.address(),
+        first: p.hooks.table.first.address(),
+        ops: p.hooks.table.ops.address(),
         vectors: p.hooks.vectors.address(),
         tap_first: p.captures.first.address(),
         entries: p.captures.entries.address(),
         captured: p.captured.address_mut(),
         norms: p.norms.address_mut() + (4 * p.norms_at) as u64,
         receipts: p.receipts.address_mut(),
+        met: p.met.address_mut(),
+        latched: p.hooks.latched.address_mut(),
         rows: p.rows as i32,
         branch_rows: p.branch_rows as i32,
         dim: dim as i32,
         site: p.site as i32,
-        sites: p.hooks.sites as i32,
-        ops_per_slot: p.hooks.ops_per_slot as i32,
+        taps: p.hooks.table.taps as i32,
+        ops_per_slot: p.hooks.table.ops_per_slot as i32,
         x_row_groups: p.x.row_groups() as i32,
         is_final: i32::from(p.is_final),
         has_captures: i32::from(p.captures.any),

@@ -87,6 +87,8 @@ fn trial(
 ) -> Trial {
     let receipt = cell.map(|(_, layer, dose)| Receipt {
         site: format!("resid_post.{layer}"),
+        op: crate::request::Op::Add,
+        every: 1,
         strength: dose as f32,
         mode: StrengthMode::Reference,
         from: 4,

@@ -5,7 +5,7 @@ use inkling::{
     device::{Buffer, Device},
     ops::{
         enter::{Enter, enter},
-        hooks::{CapturePlan, HookOp, Hooks, tap_count},
+        hooks::{CapturePlan, GATES, HookOp, Hooks, tap_count},
         matmul::Weight,
         residual_norm::{Receipt, ResidualNorm, residual_norm},
         rows::{NONE, RowList, Rows, Source, Sources},
@@ -135,9 +135,11 @@ const CAPTURED: usize = 9;
 /// The operations of a slot: overlapping windows, two and three at a site, an unbounded one, one of
 /// a single position, and one at a site that is not run.
 fn ops(slot: u32) -> Vec<(usize, HookOp)> {
-    let add = |vector, from, to, scale| HookOp { vector, from, to, scale, relative: 0 };
-    let relative =
-        |vector, from, scale| HookOp { relative: 1, ..add(vector, from, u32::MAX, scale) };
+    let add = |vector, from, to, scale| HookOp { to, ..HookOp::add(vector, from, scale) };
+    let relative = |vector, from, scale| HookOp {
+        flags: HookOp::RELATIVE,
+        ..add(vector, from, u32::MAX, scale)
+    };
     match slot {
         0 => vec![
             (0, add(0, 0, 100, 1.0)),
@@ -237,7 +239,11 @@ impl Case {
         let dim = self.dim;
         let mut hooks = Hooks::new(device, (LAYERS, dim), 3, 5, 3).unwrap();
         hooks.vectors.write(0, &self.vectors).unwrap();
-        (0..3).for_each(|slot| hooks.set(slot as usize, &ops(slot)).unwrap());
+        for slot in 0..3 {
+            let ops: Vec<_> = ops(slot).into_iter().map(|(site, op)| (2 * site, op)).collect();
+            hooks.set(slot as usize, &ops, &[NONE; GATES]).unwrap();
+        }
+        let mut met = Buffer::upload(device, &[0; ROWS + 1]).unwrap();
         let mut plan = CapturePlan::new(device, tap_count(LAYERS), 16).unwrap();
         plan.set(&captures(self.site)).unwrap();
         // A row that does nothing stands behind the others.
@@ -265,7 +271,8 @@ impl Case {
             branch_rows: self.branch_rows + usize::from(all_branches),
             resid: &mut resid,
             branch: &branch,
-            hooks: &hooks,
+            hooks: &mut hooks,
+            met: &mut met,
             at: &at,
             site: self.site,
             captures: &plan,
@@ -316,7 +323,7 @@ impl Case {
             }
             let vector = part(&self.vectors, op.vector as usize);
             let scale = f64::from(op.scale);
-            let (strength, mode, relative) = if op.relative == 1 {
+            let (strength, mode, relative) = if op.flags == HookOp::RELATIVE {
                 let inherited = norm(&errors) / norm(&h);
                 (scale * norm(&vector), Mode::Row, norm_error + inherited)
             } else {
@@ -364,8 +371,8 @@ impl Case {
             self.check_norm(&what, &want, &x[row * dim..][..dim], T::ROUNDOFF);
             for (ordinal, [before, before_error, change, change_error]) in &want.receipts {
                 let at = RECEIPT[row] as usize + ordinal;
-                close(&what, receipts[2 * at], *before, 1.01 * before_error);
-                close(&what, receipts[2 * at + 1], *change, 1.01 * change_error);
+                close(&what, receipts[2 * at].sqrt(), *before, 1.01 * before_error);
+                close(&what, receipts[2 * at + 1].sqrt(), *change, 1.01 * change_error);
                 seen[at] = true;
             }
         }

@@ -63,6 +63,7 @@ pub fn inject(layer: usize, strength: f32, from: usize, to: Option<usize>) -> In
         mode: StrengthMode::Raw,
         from,
         to,
+        ..Injection::default()
     }
 }
 
