@@ -8,8 +8,10 @@ The independent side of every parity check. Of a request it understands
   tokens    token ids; or text; or messages, rendered with the model's template (system and prefill too; a final
             assistant message is continued)
   inject    vector "FILE.safetensors#TENSOR", (dim,) or (layers, dim), or the numbers themselves; layer: one or a list;
-            site resid_pre, resid_mid or resid_post; op "add"; strength; strength_mode raw, unit, row or reference;
-            from and to as token indices (negative: from the prompt's end), to null: generated tokens too
+            site resid_pre, resid_mid, resid_post, attn_out or mlp_out; op add, project_out, set, clamp (min, max),
+            replace or scale; strength; strength_mode raw, unit, row or reference; keep_norm; from and to as token
+            indices (negative: from the prompt's end), to null: generated tokens too, or window with from, to and every;
+            when: vector, layer, site, measure cosine or coordinate, above, below, latch
   capture   site resid_pre, resid_mid, resid_post, attn_out, mlp_out, final_norm or logits; layers: a list or "all";
             positions: "all", "last" or a list
   sampling  max_tokens, for --generated: greedy, past stop tokens (temperature 0 and ignore_eos, where given)
@@ -33,9 +35,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
 BLOCK_SITES = (*STREAM_SITES, "attn_out", "mlp_out")
 MODES = ("raw", "unit", "row", "reference")
+OPS = ("add", "project_out", "set", "clamp", "replace", "scale")
 KNOWN = {
     "request": {"id", "tokens", "text", "messages", "system", "prefill", "inject", "capture", "sampling"},
-    "inject": {"vector", "layer", "site", "op", "strength", "strength_mode", "from", "to"},
+    "inject": {"vector", "layer", "site", "op", "strength", "strength_mode", "from", "to", "min", "max", "keep_norm",
+               "window", "when"},
+    "when": {"vector", "layer", "site", "measure", "above", "below", "latch"},
+    "window": {"from", "to", "every"},
     "capture": {"site", "layers", "positions"},
     "sampling": {"max_tokens", "temperature", "ignore_eos", "seed"},
 }
@@ -49,12 +55,13 @@ def check(request):
     """Stops at anything this script would otherwise ignore."""
     parts = [("request", request), ("sampling", request.get("sampling", {}))]
     parts += [("inject", part) for part in request.get("inject", [])]
+    parts += [(kind, part[kind]) for part in request.get("inject", []) for kind in ("when", "window") if kind in part]
     parts += [("capture", part) for part in request.get("capture", [])]
     for kind, part in parts:
         if unknown := set(part) - KNOWN[kind]:
             refuse(request, f"{kind} has {sorted(unknown)}")
     for part in request.get("inject", []):
-        if part.get("op", "add") != "add" or part.get("site", "resid_post") not in STREAM_SITES:
+        if part.get("op", "add") not in OPS or part.get("site", "resid_post") not in BLOCK_SITES:
             refuse(request, f"injection {part}")
         if part.get("strength_mode", "raw") not in MODES:
             refuse(request, f"strength_mode {part['strength_mode']}")
@@ -105,10 +112,19 @@ class Reference:
             if layer > 0:
                 self.show(f"resid_post.{layer - 1}", stream)
 
+        def add(site):
+            def edit(_, __, out):
+                branch = first(out)
+                branch *= scale  # what is added is edited and shown, and then as the block expects it
+                self.edit(site, layer, branch)
+                branch /= scale
+
+            return edit
+
         block.register_forward_pre_hook(enter, with_kwargs=True)
-        attn_out.register_forward_hook(lambda _, __, out: self.show(f"attn_out.{layer}", scale * first(out)))
+        attn_out.register_forward_hook(add("attn_out"))
         before_mlp.register_forward_pre_hook(lambda _, args: self.edit("resid_mid", layer, args[0]))
-        mlp_out.register_forward_hook(lambda _, __, out: self.show(f"mlp_out.{layer}", scale * first(out)))
+        mlp_out.register_forward_hook(add("mlp_out"))
         block.register_forward_hook(lambda _, __, out: self.edit("resid_post", layer, first(out)))
 
     def show(self, name, stream):
@@ -116,25 +132,57 @@ class Reference:
             self.seen[name] = stream[0].detach().float().clone()
 
     def edit(self, site, layer, stream):
-        """Adds what is injected here to `stream` (1, rows, dim), in place, and shows the result."""
-        end = self.start + stream.shape[1]
+        """Does what is injected here to `stream` (1, rows, dim), in place, and shows the result."""
+        rows = stream[0]
         for edit in self.edits:
-            low, high = max(edit["from"], self.start), min(edit["to"], end)
-            if (edit["site"], edit["layer"]) == (site, layer) and low < high:
-                rows = stream[0, low - self.start : high - self.start]
-                rows += self.change(edit, rows)
+            if edit["when"] and (edit["when"]["site"], edit["when"]["layer"]) == (site, layer):
+                self.decide(edit, rows)
+        for edit in self.edits:
+            acts = self.in_window(edit, len(rows))
+            if (edit["site"], edit["layer"]) == (site, layer) and acts.any():
+                acts = acts & edit["when"]["met"] if edit["when"] else acts
+                rows[acts] = self.changed(edit, rows[acts])
         self.show(f"{site}.{layer}", stream)
 
+    def in_window(self, edit, count, every=None):
+        """Which rows of the call at hand the window holds."""
+        positions = torch.arange(self.start, self.start + count)
+        every = every or edit["every"]
+        return (positions >= edit["from"]) & (positions < edit["to"]) & ((positions - edit["from"]) % every == 0)
+
+    def decide(self, edit, rows):
+        """Which rows meet the edit's condition; once met, a latched one holds for all that follow."""
+        when = edit["when"]
+        unit = when["vector"].to(rows.dtype) / when["vector"].norm()
+        value = rows @ unit
+        if when["measure"] == "cosine":
+            value = value / rows.norm(dim=-1)
+        met = (value > when["above"]) & (value < when["below"]) & self.in_window(edit, len(rows), every=1)
+        if when["latch"]:
+            met = (met.cumsum(0) > 0) | when["latched"]
+            when["latched"] = bool(met[-1])
+        when["met"] = met
+
     @staticmethod
-    def change(edit, rows):
+    def changed(edit, rows):
+        op, strength = edit["op"], edit["strength"]
+        norms = rows.norm(dim=-1, keepdim=True)
+        if op == "scale":
+            return strength * rows
         vector = edit["vector"].to(rows.dtype)
-        if edit["mode"] == "raw":
-            return edit["strength"] * vector
         unit = vector / vector.norm()
-        scale = {"unit": 1.0, "reference": edit["reference"]}.get(edit["mode"])
-        if scale is None:
-            scale = rows.norm(dim=-1, keepdim=True)
-        return edit["strength"] * scale * unit
+        size = {"row": norms, "reference": edit["reference"]}.get(edit["mode"], 1.0)
+        direction = vector if edit["mode"] == "raw" else unit
+        coordinate = (rows @ unit)[:, None]
+        if op == "add":
+            after = rows + strength * size * direction
+        elif op == "replace":
+            after = (strength * size * direction).expand_as(rows)
+        else:
+            low, high = {"project_out": (0.0, 0.0), "set": (strength, strength)}.get(op, (edit["min"], edit["max"]))
+            low, high = (bound * size * torch.ones_like(coordinate) for bound in (low, high))
+            after = rows + (coordinate.clamp(low, high) - coordinate) * unit
+        return after * norms / after.norm(dim=-1, keepdim=True) if edit["keep_norm"] else after
 
     def call(self, tokens, start=0, cache=None, edits=(), watch=False):
         """One forward call over `tokens`, which stand at positions `start..`."""
@@ -157,15 +205,27 @@ class Reference:
         edits = []
         for part in request.get("inject", []):
             layers = part["layer"] if isinstance(part["layer"], list) else [part["layer"]]
+            window = part.get("window", part)
             for layer in layers:
+                when = part.get("when")
+                if when:
+                    when = {"site": "resid_post", "measure": "cosine", "above": -math.inf, "below": math.inf,
+                            "latch": False, "latched": False, "met": None} | when
+                    when["vector"] = load_vector(when["vector"], when["layer"], base)
                 edits.append({
                     "site": part.get("site", "resid_post"),
                     "layer": layer,
-                    "strength": part["strength"],
+                    "op": part.get("op", "add"),
+                    "strength": part.get("strength"),
                     "mode": part.get("strength_mode", "raw"),
-                    "vector": load_vector(part["vector"], layer, base),
-                    "from": place(part.get("from"), length, 0),
-                    "to": place(part.get("to"), length, math.inf),
+                    "min": part.get("min", -math.inf),
+                    "max": part.get("max", math.inf),
+                    "keep_norm": part.get("keep_norm", False),
+                    "vector": load_vector(part["vector"], layer, base) if "vector" in part else None,
+                    "from": place(window.get("from"), length, 0),
+                    "to": place(window.get("to"), length, math.inf),
+                    "every": window.get("every", 1),
+                    "when": when,
                     "reference": None,
                 })
         return edits

@@ -2,6 +2,7 @@
 
     python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
     python make_golden.py families [NAME]   likewise one of every family (golden_families.py), with fewer requests
+    python make_golden.py operations        random mixtures of operations on some of them
     python make_golden.py templates HF_FOLDER    chats through every template of tests/templates (folder as for demo)
     python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
     python make_golden.py quants            random blocks of every tensor type, and their values by gguf-py
@@ -15,6 +16,7 @@ Needs: torch, transformers, safetensors, gguf.
 """
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from transformers.utils import chat_template_utils
 import golden_families
 from golden_families import LAYERS, OUTLIERS
 from golden_texts import CHATS, PROMPTS, TEMPLATE_CHATS, TEXTS
-from hf_reference import BLOCK_SITES, Reference, chat_text, read_requests, write_lines
+from hf_reference import BLOCK_SITES, OPS, Reference, chat_text, read_requests, write_lines
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
@@ -222,6 +224,74 @@ def families(only=None):
         answer(name, folder, forward, generate)
 
 
+OPERATED = ("plain", "families/gemma2", "families/granite", "families/olmo2", "families/mixtral")
+
+
+def operation(dice, length):
+    """An injection of any kind, at any site, in any window, some under a condition."""
+    part = {"op": dice.choice(OPS), "site": dice.choice(BLOCK_SITES), "layer": dice.randrange(LAYERS)}
+    low = dice.uniform(-1, 1)
+    fields = {
+        "add": {"strength": dice.uniform(-2, 2)},
+        "set": {"strength": dice.uniform(-2, 2)},
+        "replace": {"strength": dice.uniform(0.5, 2)},
+        "scale": {"strength": dice.uniform(0, 1.5)},
+        "clamp": dice.choice([{"min": low}, {"max": low}, {"min": low, "max": low + 0.5}]),
+        "project_out": {},
+    }
+    part |= fields[part["op"]]
+    vector = dice.choice(["ocean", "dust", "bread"])
+    if part["op"] != "scale":
+        part |= {"vector": f"vectors.safetensors#{vector}", "keep_norm": dice.random() < 0.25}
+    if part["op"] in ("add", "set", "replace", "clamp"):
+        part["strength_mode"] = dice.choice(["raw", "unit", "reference"])
+        if part["site"] in ("attn_out", "mlp_out") and part["strength_mode"] == "reference":
+            part["strength_mode"] = "raw"
+    start = dice.randrange(length - 2)
+    part["window"] = {"from": start} | dice.choice([{}, {"to": dice.randrange(start + 2, length + 5)}, {"every": 3}])
+    if part["layer"] > 0 and dice.random() < 0.4:
+        part["when"] = {
+            "vector": "vectors.safetensors#ocean",
+            "layer": dice.randrange(part["layer"]),
+            "site": dice.choice(BLOCK_SITES),
+            "measure": dice.choice(["cosine", "coordinate"]),
+            **dice.choice([{"above": 0.05}, {"below": -0.02}, {"above": -0.3, "below": 0.1}]),
+            "latch": dice.random() < 0.5,
+        }
+        if part["site"] == "resid_pre" and part["when"]["site"] == "resid_post":
+            part["when"]["latch"] = False  # they may be one site: decided too late to hold for earlier rows
+    return part
+
+
+def operations():
+    """Random mixtures of operations, on models that add their branches in different ways."""
+    for seed, name in enumerate(OPERATED):
+        folder, dice = GOLDEN / name, random.Random(seed)
+        prompt = read_requests(folder / "requests.jsonl")[-1]["tokens"]
+        requests = []
+        for number in range(16):
+            length = dice.randrange(6, 24)
+            edits = [operation(dice, length) for _ in range(dice.choice([1, 1, 2, 4]))]
+            edits.sort(key=lambda part: part["site"] == "resid_pre")  # hooks see resid_pre.L+1 after resid_post.L
+            capture = [{"site": site, "layers": [dice.randrange(LAYERS)]} for site in ("attn_out", "mlp_out", "resid_mid")]
+            requests.append({
+                "id": f"mixture-{number}",
+                "tokens": prompt[:length],
+                "inject": edits,
+                "capture": capture + [{"site": "resid_post", "layers": "all"}, {"site": "logits", "positions": "last"}],
+                "sampling": GREEDY | {"max_tokens": 16},
+            })
+        write_lines(folder / "operations.jsonl", requests)
+        reference, tensors, continuations = Reference(folder), {}, []
+        for request in read_requests(folder / "operations.jsonl"):
+            captures, continuation = reference.answer(request, folder, True)
+            tensors |= captures
+            continuations.append(continuation)
+        save_file(tensors, folder / "operations.safetensors")
+        write_lines(folder / "operations-generated.jsonl", continuations)
+        describe(name, tensors, continuations)
+
+
 def describe(name, tensors, continuations):
     """What makes a fixture weak shows here: flat logits, a stream that doesn't grow, ties."""
     for key in ("resid_pre.0", "resid_post.2", "logits"):
@@ -391,7 +461,7 @@ def demo_tokens(tokenizer, path):
 
 def main():
     torch.set_num_threads(1)
-    actions = {"tiny": tiny, "families": families, "templates": templates, "sampling": sampling, "quants": quants, "demo": demo}
+    actions = {"tiny": tiny, "families": families, "operations": operations, "templates": templates, "sampling": sampling, "quants": quants, "demo": demo}
     if len(sys.argv) < 2 or sys.argv[1] not in actions:
         raise SystemExit(__doc__)
     actions[sys.argv[1]](*sys.argv[2:])

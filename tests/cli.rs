@@ -463,7 +463,7 @@ fn tokens_show_windows() {
     let marked: Vec<bool> = lines[1..].iter().map(|line| line.contains("inject[0]")).collect();
     assert_eq!(marked, [false, true, true, true, false]);
     let json: Value = serde_json::from_str(&show(&["--json"])).unwrap();
-    assert_eq!(json["windows"], json!([{"from": 1, "to": 4}]));
+    assert_eq!(json["windows"], json!([{"inject": 0, "from": 1, "to": 4}]));
     let ids: Vec<u64> = json["tokens"]
         .as_array()
         .unwrap()

@@ -81,6 +81,17 @@ fn forward_every_gguf_architecture() {
     }
 }
 
+/// Random mixtures of operations, windows and conditions at all sites, on models that add what they
+/// compute in different ways.
+#[test]
+fn operations_are_transformers_with_hooks() {
+    for name in ["plain", "families/gemma2", "families/granite", "families/olmo2", "families/mixtral"] {
+        check_captures(&golden(name), name, "operations.jsonl", "operations.safetensors");
+        let folder = golden(name);
+        check_continuations(&folder, name, "operations.jsonl", "operations-generated.jsonl");
+    }
+}
+
 #[test]
 fn forward_demo_model() {
     check_forward(&demo_model(), "smollm2");
@@ -194,13 +205,17 @@ fn generate(model: &Path, input: &Path) -> Vec<Value> {
 }
 
 fn check_forward(model: &Path, name: &str) {
+    check_captures(model, name, "requests.jsonl", "expected.safetensors");
+}
+
+fn check_captures(model: &Path, name: &str, requests: &str, expected: &str) {
     let folder = golden(name);
     let scratch = tempfile::tempdir().unwrap();
     let out = scratch.path().join("captures.safetensors");
-    answer("forward", model, &folder.join("requests.jsonl"), &out, &EXACT);
+    answer("forward", model, &folder.join(requests), &out, &EXACT);
 
     let got = read_tensors(&out);
-    let want = read_tensors(&folder.join("expected.safetensors"));
+    let want = read_tensors(&folder.join(expected));
     assert!(got.keys().eq(want.keys()), "got {:?}\nwant {:?}", got.keys(), want.keys());
     let (mut failures, mut worst) = (Vec::new(), 0.0f64);
     for (key, want) in &want {
@@ -216,11 +231,15 @@ fn check_forward(model: &Path, name: &str) {
     assert!(failures.is_empty(), "over their limit:\n{}", failures.join("\n"));
 }
 
-/// Token by token; after a token that was too close to call, the rest of that request is its own.
 fn check_generate(model: &Path, name: &str, requests: &str) {
+    check_continuations(model, name, requests, "generated.jsonl");
+}
+
+/// Token by token; after a token that was too close to call, the rest of that request is its own.
+fn check_continuations(model: &Path, name: &str, requests: &str, expected: &str) {
     let folder = golden(name);
     let answers = generate(model, &folder.join(requests));
-    let wanted = read_lines(&folder.join("generated.jsonl"));
+    let wanted = read_lines(&folder.join(expected));
     assert_eq!(answers.len(), wanted.len());
     for (answer, want) in answers.iter().zip(&wanted) {
         assert_eq!(answer["id"], want["id"]);

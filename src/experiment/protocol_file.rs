@@ -16,7 +16,7 @@ use crate::{
         words,
     },
     hub::Name,
-    request::{All, Capture, Message, Site, StrengthMode},
+    request::{All, Capture, CaptureSite, Message, Site, StrengthMode},
 };
 
 /// The doses of a part that names none, in reference units.
@@ -349,6 +349,12 @@ fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
             .got(format!("{template:?}"))
     })?;
     check_placeholders(&template, &["word"]).at(|| "template".into())?;
+    check(!table.site.is_branch(), || {
+        Error::new("trials inject into the stream")
+            .at("site")
+            .expected("resid_pre, resid_mid or resid_post")
+            .got(CaptureSite::from(table.site).name())
+    })?;
     let baseline = read_words(table.baseline, base).at(|| "baseline".into())?;
     check(baseline.len() >= 2, || {
         Error::new("too few baseline words").at("baseline").expected("2 or more")
