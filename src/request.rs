@@ -192,10 +192,10 @@ pub struct LayerRange {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum Windows {
-    /// One.
-    One(Window),
     /// Several, which have no token in common; each has a receipt of its own.
     Many(Vec<Window>),
+    /// One.
+    One(Window),
 }
 
 /// Tokens of a sequence.

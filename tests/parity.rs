@@ -85,10 +85,41 @@ fn forward_every_gguf_architecture() {
 /// compute in different ways.
 #[test]
 fn operations_are_transformers_with_hooks() {
-    for name in ["plain", "families/gemma2", "families/granite", "families/olmo2", "families/mixtral"] {
+    for name in
+        ["plain", "families/gemma2", "families/granite", "families/olmo2", "families/mixtral"]
+    {
         check_captures(&golden(name), name, "operations.jsonl", "operations.safetensors");
         let folder = golden(name);
         check_continuations(&folder, name, "operations.jsonl", "operations-generated.jsonl");
+    }
+}
+
+/// A control vector that gguf-py wrote, at ranges of blocks, as llama.cpp continues under it
+/// (`scripts/golden_control.py`), and the same after this program has written it.
+#[test]
+fn control_vectors_are_llama_cpps() {
+    let (folder, scratch) = (golden("control"), tempfile::tempdir().unwrap());
+    let model = golden("gguf").join("llama_linear.gguf");
+    let own = scratch.path().join("own.gguf");
+    let word = OsStr::new;
+    let file = folder.join("control.gguf");
+    let import = [word("vectors"), word("--import"), file.as_os_str(), word("--model")];
+    inkling(&[&import[..], &[model.as_os_str(), word("--out"), own.as_os_str()]].concat());
+    for want in read_lines(&folder.join("llama.jsonl")) {
+        let sampling = json!({"temperature": 0, "ignore_eos": true, "max_tokens": 24});
+        let request = json!({"id": "a", "tokens": want["prompt"], "sampling": sampling});
+        let input = scratch.path().join("r.jsonl");
+        fs_err::write(&input, request.to_string()).unwrap();
+        let out = scratch.path().join("out.jsonl");
+        for vector in [&file, &own] {
+            let scaled =
+                format!("--control-vector-scaled={}:{}", vector.display(), want["strength"]);
+            let (first, last) = (want["first"].to_string(), want["last"].to_string());
+            let range = ["--control-vector-layer-range", &first, &last];
+            let options = [&EXACT[..], &[scaled.as_str()][..], &range[..]].concat();
+            answer("generate", &model, &input, &out, &options);
+            assert_eq!(read_lines(&out)[0]["tokens"], want["tokens"], "{scaled} {range:?}");
+        }
     }
 }
 

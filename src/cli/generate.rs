@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::{
     args::{EngineArgs, ModelArgs},
+    control::ControlArgs,
     output::{Output, note},
     progress::Bar,
     requests::{RequestArgs, Requests},
@@ -32,6 +33,8 @@ pub struct Args {
     engine: EngineArgs,
     #[command(flatten)]
     requests: RequestArgs,
+    #[command(flatten)]
+    control: ControlArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Where the answers go; - is standard output
@@ -91,6 +94,10 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let mut requests = args.requests.load()?;
     if args.requests.prompt.is_some() {
         args.sampling.apply(&mut requests.list[0].sampling);
+    }
+    let control = args.control.injections()?;
+    for request in &mut requests.list {
+        request.inject.extend(control.iter().cloned());
     }
     let captured = requests.list.iter().filter(|request| !request.capture.is_empty()).count();
     if args.captures.is_some() && captured == 0 {

@@ -6,6 +6,7 @@ mod agreement;
 mod args;
 mod bench;
 mod check;
+mod control;
 mod demo;
 mod doctor;
 mod fetch;

@@ -64,7 +64,7 @@ pub struct Args {
     /// Words whose mean is subtracted [default: builtin:baseline]
     #[arg(long, value_name = "LIST")]
     baseline: Option<String>,
-    /// The vector set (safetensors)
+    /// The vector set (safetensors); of one word also FILE.gguf, a control vector as llama.cpp reads it
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Print JSON
@@ -110,7 +110,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let dim = model.config.dim;
     let extraction = extract(&engine, recipe.recipe, &inputs, &layers, dim, &mut bar)?;
     drop(bar);
-    extraction.vectors.to_set(&model.hash()?, &recipe.describe())?.save(&args.out)?;
+    save(&extraction.vectors.to_set(&model.hash()?, &recipe.describe())?, &args.out, &model)?;
     let rows = rows(&extraction, &model)?;
     let mut output = Output::new();
     if args.json {
@@ -255,8 +255,20 @@ fn import(args: &Args, model: &Model) -> Result<()> {
         }
     }
     let set = set.ok_or_else(|| Error::new("there is nothing to import").at("--import"))?;
-    set.save(&args.out)?;
+    save(&set, &args.out, model)?;
     note(format!("{} vectors in {}", set.names().count(), args.out.display()));
+    Ok(())
+}
+
+/// As a vector set, or where the name ends in .gguf as a control vector.
+fn save(set: &VectorSet, path: &Path, model: &Model) -> Result<()> {
+    if path.extension().is_none_or(|extension| extension != "gguf") {
+        return set.save(path);
+    }
+    let left = set.save_control_vector(path, &model.config.architecture)?;
+    if !left.is_empty() {
+        note(format!("GGUF control vectors begin at block 1: block {left:?} is left out"));
+    }
     Ok(())
 }
 

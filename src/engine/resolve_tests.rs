@@ -187,3 +187,64 @@ fn captures_become_indices() {
     refused(capture(post, some(), list(&[2, 1])), &["ascending"]);
     refused(capture(post, some(), list(&[])), &["no positions"]);
 }
+
+/// An injection as JSON, resolved.
+fn of_json(text: &str) -> Result<Vec<Injection>> {
+    inject(&serde_json::from_str(text).unwrap(), &mut VectorFiles::new(""))
+}
+
+#[test]
+fn operations_have_their_fields_and_no_others() {
+    for good in [
+        r#"{"vector": [3, 4], "layer": 1, "op": "project_out"}"#,
+        r#"{"vector": [3, 4], "layer": 1, "op": "set", "strength": 2, "keep_norm": true}"#,
+        r#"{"vector": [3, 4], "layer": 1, "op": "clamp", "max": 2, "strength_mode": "row"}"#,
+        r#"{"vector": [3, 4], "layer": 1, "op": "clamp", "min": -1, "max": 2}"#,
+        r#"{"vector": [3, 4], "layer": 1, "op": "replace", "strength": 1}"#,
+        r#"{"layer": 1, "op": "scale", "strength": 0, "site": "mlp_out"}"#,
+    ] {
+        assert_eq!(of_json(good).unwrap().len(), 1, "{good}");
+    }
+    for (bad, want) in [
+        (r#"{"layer": 1, "strength": 2}"#, "add needs a vector"),
+        (r#"{"vector": [3, 4], "layer": 1}"#, "add needs a strength"),
+        (r#"{"vector": [3, 4], "layer": 1, "strength": 1, "min": 0}"#, "add has no min"),
+        (r#"{"vector": [3, 4], "layer": 1, "op": "project_out", "strength": 1}"#, "no strength"),
+        (r#"{"vector": [3, 4], "layer": 1, "op": "clamp"}"#, "a min, a max or both"),
+        (
+            r#"{"vector": [3, 4], "layer": 1, "op": "clamp", "min": 2, "max": 1}"#,
+            "min is above max",
+        ),
+        (r#"{"vector": [3, 4], "layer": 1, "op": "scale", "strength": 2}"#, "scale has no vector"),
+        (r#"{"layer": 1, "op": "scale", "strength": 2, "keep_norm": true}"#, "changes nothing"),
+        (r#"{"layer": 1, "op": "scale", "strength": 2, "strength_mode": "row"}"#, "strength_mode"),
+    ] {
+        refused(of_json(bad), &[want, "inject[0]"]);
+    }
+}
+
+#[test]
+fn layers_may_be_ranges() {
+    let of = |layer: &str| {
+        let all = of_json(&format!(r#"{{"vector": [3, 4], "layer": {layer}, "strength": 1}}"#))?;
+        Ok(all.iter().map(|injection| injection.layer).collect::<Vec<_>>())
+    };
+    assert_eq!(of(r#"{"first": 1, "last": 3}"#).unwrap(), [1, 2, 3]);
+    assert_eq!(of(r#""all""#).unwrap(), [0, 1, 2, 3]);
+    refused(of(r#"{"first": 3, "last": 1}"#), &["reversed", "inject[0].layer"]);
+    refused(of(r#"{"first": 1, "last": 4}"#), &["0..=3"]);
+}
+
+#[test]
+fn conditions_are_looked_for_somewhere() {
+    let of = |when: &str| {
+        of_json(&format!(
+            r#"{{"vector": [3, 4], "layer": 2, "strength": 1, "when": {{"vector": [1, 0], {when}}}}}"#
+        ))
+    };
+    let found = of(r#""layer": 1, "above": 0.5, "latch": true"#).unwrap();
+    let when = found[0].when.as_ref().unwrap();
+    assert_eq!((when.above, when.below, when.latch), (0.5, f32::INFINITY, true));
+    refused(of(r#""layer": 1"#), &["above, below or both", "inject[0].when"]);
+    refused(of(r#""layer": 4, "above": 1"#), &["0..=3", "inject[0].when"]);
+}

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Context, Error, Result},
     files,
-    model::gguf::Gguf,
+    model::gguf::{self, Gguf},
     request::Site,
 };
 
@@ -266,6 +266,39 @@ impl VectorSet {
     fn norms(&self) -> BTreeMap<String, Vec<f32>> {
         let norms = |vector: &Rows| vector.rows.iter().map(|row| norm(row)).collect();
         self.vectors.iter().map(|(name, vector)| (name.clone(), norms(vector))).collect()
+    }
+
+    /// Writes the set's only vector as a GGUF control vector, which llama.cpp and repeng read; gives the
+    /// blocks left out. A row is `direction.LAYER`; they have no `direction.0`.
+    pub fn save_control_vector(&self, path: &Path, model_hint: &str) -> Result<Vec<usize>> {
+        let vectors: Vec<&Rows> = self.vectors.values().collect();
+        let [vector] = vectors[..] else {
+            return Err(Error::new("a GGUF file has one control vector")
+                .at(path.display().to_string())
+                .expected("a set of one vector")
+                .got(format!("{} vectors", vectors.len())));
+        };
+        if self.header.site.is_some_and(|site| site != Site::ResidPost) {
+            return Err(Error::new("a control vector is added to the outputs of blocks")
+                .at(path.display().to_string())
+                .expected("vectors of resid_post"));
+        }
+        let rows = self.header.layers.iter().zip(&vector.rows);
+        let (kept, left): (Vec<_>, Vec<_>) = rows.partition(|(layer, _)| **layer > 0);
+        if kept.is_empty() {
+            return Err(Error::new("no block of the vector has a place in a control vector")
+                .expected("a block from 1 on"));
+        }
+        let texts = [
+            ("general.architecture", CONTROL_VECTOR),
+            ("controlvector.model_hint", model_hint),
+            ("inkling.recipe", &self.header.recipe),
+        ];
+        let depth = kept.last().map_or(0, |(layer, _)| **layer as u32);
+        let counts = [("controlvector.layer_count", depth)];
+        let tensors = kept.iter().map(|(layer, row)| (format!("direction.{layer}"), &row[..]));
+        files::write_atomically(path, &gguf::write(&texts, &counts, tensors))?;
+        Ok(left.into_iter().map(|(layer, _)| *layer).collect())
     }
 
     /// Writes the set with its header; the file appears whole or not at all.

@@ -93,6 +93,49 @@ const TYPE_NAMES: [&str; 40] = [
     "MXFP4",
 ];
 
+/// A file of texts, counts and one-dimensional f32 tensors (version 3, little endian).
+pub fn write<'a>(
+    texts: &[(&str, &str)],
+    counts: &[(&str, u32)],
+    tensors: impl Iterator<Item = (String, &'a [f32])>,
+) -> Vec<u8> {
+    const UINT32: u32 = 4;
+    const STRING: u32 = 8;
+    const F32: u32 = 0;
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    let tensors: Vec<_> = tensors.collect();
+    let mut out = b"GGUF".to_vec();
+    out.extend(3_u32.to_le_bytes());
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend(((texts.len() + counts.len()) as u64).to_le_bytes());
+    for (key, value) in texts {
+        text(&mut out, key);
+        out.extend(STRING.to_le_bytes());
+        text(&mut out, value);
+    }
+    for (key, value) in counts {
+        text(&mut out, key);
+        out.extend(UINT32.to_le_bytes());
+        out.extend(value.to_le_bytes());
+    }
+    let mut data = Vec::new();
+    for (name, values) in &tensors {
+        data.resize(data.len().next_multiple_of(DEFAULT_ALIGNMENT as usize), 0);
+        text(&mut out, name);
+        out.extend(1_u32.to_le_bytes());
+        out.extend((values.len() as u64).to_le_bytes());
+        out.extend(F32.to_le_bytes());
+        out.extend((data.len() as u64).to_le_bytes());
+        data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    }
+    out.resize(out.len().next_multiple_of(DEFAULT_ALIGNMENT as usize), 0);
+    out.extend(data);
+    out
+}
+
 impl Gguf {
     /// Whether a file's first bytes say that it is GGUF.
     pub fn is_gguf(bytes: &[u8]) -> bool {

@@ -422,6 +422,48 @@ mod tests {
     }
 
     #[test]
+    fn windows_have_names_roles_turns_and_steps() {
+        let prompt = prompt();
+        let of = |window: &str| {
+            let text =
+                format!(r#"{{"vector": [1], "layer": 0, "strength": 1, "window": {window}}}"#);
+            let found = prompt.windows(&serde_json::from_str(&text).unwrap())?;
+            Ok(found.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        };
+        let good = [
+            (r#""all""#, "0.."),
+            (r#""prompt""#, "0..6"),
+            (r#""generated""#, "6.."),
+            (r#""last""#, "5..6"),
+            (r#"{"at": -2}"#, "4..5"),
+            (r#"{"at": {"generated": 2}}"#, "8..9"),
+            (r#"{"from": 1, "every": 2}"#, "1.. every 2"),
+            (r#"{"from": "prompt_end", "to": {"generated": 3}}"#, "6..9"),
+            (r#"[{"at": 4}, {"from": 0, "to": 2}, "generated"]"#, "0..2 4..5 6.."),
+        ];
+        for (window, want) in good {
+            assert_eq!(of(window).unwrap(), want, "{window}");
+        }
+        let bad = [
+            (r#"["prompt", "last"]"#, "overlap"),
+            (r#"["all", "generated"]"#, "overlap"),
+            ("[]", "no windows"),
+            (r#"{"at": 1, "from": 0}"#, "two ways"),
+            (r#"{"at": 1, "every": 2}"#, "two ways"),
+            (r#"{"from": 1, "every": 0}"#, "every 0th"),
+            (r#"{"role": "nobody"}"#, "no turn of this role"),
+            (r#"[{"at": 1}, {"at": -9}]"#, "window[1]"),
+        ];
+        for (window, want) in bad {
+            let error: Error = of(window).unwrap_err();
+            assert!(error.to_string().contains(want), "{window}: {error}");
+        }
+        let turn = |which| of(&format!(r#"{{"turn": "user.{which}"}}"#)).unwrap();
+        let both = of(r#"{"role": "user"}"#).unwrap();
+        assert_eq!(both, format!("{} {}", turn("first"), turn("last")));
+    }
+
+    #[test]
     fn windows_are_neither_empty_nor_reversed() {
         let at = |index| Position::Index(index);
         let end = Position::Named(NamedPosition::PromptEnd);
