@@ -14,6 +14,17 @@
 __device__ inline unsigned smem_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 #endif
 
+// ---- Hints.
+
+// Brings the line of an address to the L2 cache.
+__device__ inline void prefetch_l2(const void* global) {
+#if defined(__CUDACC__)
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(global)));
+#else
+    (void)global;
+#endif
+}
+
 // ---- Approximations that the multi-function unit makes, for what is rounded to bf16 next. The processor is
 // a little nearer to the truth, so it has other bits.
 

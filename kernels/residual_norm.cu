@@ -36,6 +36,7 @@
 //           dim <= 256: 32_2   1024: 32_8   2048: 128_4   4096: 256_4   8192: 512_4   16384: 1024_4
 // Needs   dim % 8 == 0; all arrays of rows and vectors 16-byte aligned, entries and receipts 8.
 #include "math.cuh"
+#include "ptx.cuh"
 
 struct HookOp {
     uint32_t vector;              // row of vectors
@@ -262,12 +263,10 @@ struct Row {
             factor = after > 0x1p-32f * squares.sum ? squares.sum * inverse_root(squares.sum) * inverse_root(after) : 1.0f;
         }
         // The squares before, where they are not known, are summed with the rest: one barrier less.
-        double change = 0.0;
-        float before = 0.0f, after = 0.0f;
+        float before = 0.0f, changes = 0.0f, after = 0.0f;
         auto step = [&](float& from, float to) {
             to *= factor;
-            const double delta = to - from;
-            change += delta * delta;
+            changes = fmaf(to - from, to - from, changes);
             from = to;
         };
         each([&](int v, int element) {
@@ -279,6 +278,7 @@ struct Row {
             step(h[v].w, to.w);
             after = add_products(after, h[v], h[v]);
         });
+        double change = changes;   // in f32 the compiler would run out of registers
         sum<OF_CHANGE>(change, before, after);
         if (squares.known) before = squares.sum;
         squares = {after, true};
@@ -363,6 +363,11 @@ struct Row {
             const uint32_t* first = p.first + static_cast<int64_t>(slot) * (p.taps + 1) + 2 * p.site;
             op = first[0];
             ops = first[1];
+        }
+        if (op < ops) {   // on its way before it is wanted
+            const HookOp& it = p.ops[static_cast<int64_t>(slot) * p.ops_per_slot + op];
+            const float* vector = p.vectors + static_cast<int64_t>(it.vector) * p.dim;
+            each([&](int, int element) { prefetch_l2(vector + element); });
         }
         uint32_t found[3];
         if (p.has_captures) find_captures(found);
