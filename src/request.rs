@@ -91,10 +91,14 @@ pub struct Injection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vector: Option<VectorRef>,
     /// Blocks, counted from 0.
-    pub layer: OneOrMany,
-    /// Which point of the block.
-    #[serde(default)]
-    pub site: Site,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<OneOrMany>,
+    /// Which point of the block; absent: `resid_post`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<Site>,
+    /// Instead of `layer` and `site`: the point by a name of this or another program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook: Option<String>,
     /// What is done with the vector.
     #[serde(default)]
     pub op: Op,
@@ -135,8 +139,9 @@ impl Injection {
     pub fn add(vector: VectorRef, layer: usize, strength: f32) -> Self {
         Self {
             vector: Some(vector),
-            layer: OneOrMany::One(layer),
-            site: Site::default(),
+            layer: Some(OneOrMany::One(layer)),
+            site: None,
+            hook: None,
             op: Op::default(),
             strength: Some(strength),
             strength_mode: StrengthMode::default(),
@@ -443,7 +448,11 @@ pub enum Turn {
 #[serde(deny_unknown_fields)]
 pub struct Capture {
     /// What is copied.
-    pub site: CaptureSite,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<CaptureSite>,
+    /// Instead of `site` and `layers`: the point by a name of this or another program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook: Option<String>,
     /// Of which blocks; sites without a layer take none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layers: Option<Layers>,

@@ -80,6 +80,9 @@ impl ControlArgs {
             }
         }
         let vector = VectorRef::Named(format!("{}#{name}", path.display()));
-        Ok(Injection { layer: OneOrMany::Many(layers), ..Injection::add(vector, 0, strength) })
+        Ok(Injection {
+            layer: Some(OneOrMany::Many(layers)),
+            ..Injection::add(vector, 0, strength)
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! Requests from a JSONL file, standard input or the command line.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io::Read,
     path::{Path, PathBuf},
 };
@@ -9,8 +9,9 @@ use std::{
 use clap::Args;
 use fs_err as fs;
 
+use super::output::note;
 use crate::{
-    engine::{Job, resolve::resolve, vectors::VectorFiles},
+    engine::{Job, point, resolve::resolve, vectors::VectorFiles},
     error::{Context, Error, Result},
     model::Model,
     request::{Injection, Message, Request, VectorRef},
@@ -112,9 +113,27 @@ impl Requests {
         format!("{}, request {:?}", self.places[index], self.list[index].id)
     }
 
+    /// Says what the names of points are that requests have.
+    fn explain_hooks(&self, model: &Model) {
+        let of = |request: &Request| {
+            let inject = request.inject.iter().filter_map(|injection| injection.hook.clone());
+            inject
+                .chain(request.capture.iter().filter_map(|capture| capture.hook.clone()))
+                .collect()
+        };
+        let names: BTreeSet<String> = self.list.iter().flat_map::<Vec<_>, _>(of).collect();
+        for name in names {
+            // What is no name is refused with its request.
+            if let Ok(point) = point(&name, &model.config) {
+                note(format!("{name} is {point}"));
+            }
+        }
+    }
+
     /// Checks all requests against the model.
     pub fn resolve(&self, model: &Model) -> Result<Vec<Job>> {
         let mut files = VectorFiles::new(&self.base);
+        self.explain_hooks(model);
         let one = |(index, request): (usize, &Request)| {
             let (_, job) = resolve(request, model, &mut files).at(|| self.place(index))?;
             Ok(job)

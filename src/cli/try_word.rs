@@ -127,7 +127,7 @@ impl Args {
         let prompt = self.prompt.trim();
         let span = Span { text: prompt.to_owned(), turn: Some(Turn::Index(-1)), nth: None };
         let injection = Injection {
-            site: SITE,
+            site: Some(SITE),
             strength_mode: StrengthMode::Reference,
             from: Some(Position::Marker(Marker::StartOf(span))),
             ..Injection::add(VectorRef::Values(vector.to_vec()), layer, dose)

@@ -11,6 +11,7 @@ mod kv;
 mod logits;
 mod memory;
 mod outputs;
+mod points;
 mod prompts;
 pub mod resolve;
 mod sequence;
@@ -22,6 +23,7 @@ pub mod vectors;
 pub use handle::{Engine, Fingerprint, Finished, Stats};
 pub use hooks::{norm, site_name};
 pub use memory::Need;
+pub use points::{Point, point};
 pub use setup::{Limits, Options};
 pub use types::*;
 

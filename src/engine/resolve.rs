@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use super::{
     Capture, Condition, Injection, Job,
+    points::{self, Point},
     vectors::{Header, VectorFiles, norm},
 };
 use crate::{
     error::{Context, Error, Result},
-    model::{Model, ModelConfig, Prompt, TokenWindow, Tokenizer},
+    model::{Model, ModelConfig, Norms, Prompt, TokenWindow, Tokenizer},
     request::{
         self, Continuation, LayerRange, Layers, NamedPositions, OneOrMany, Op, Positions, Request,
         Sampling, Site, StrengthMode, VectorRef,
@@ -18,11 +19,13 @@ use crate::{
 
 /// What a request is checked against.
 #[derive(Clone, Copy)]
-struct Limits {
-    layers: usize,
+pub(super) struct Limits {
+    pub layers: usize,
     dim: usize,
     vocab: usize,
     context: usize,
+    /// Whether what attention and the MLP give is changed before it is added.
+    pub changes_branches: bool,
 }
 
 impl From<&ModelConfig> for Limits {
@@ -32,6 +35,7 @@ impl From<&ModelConfig> for Limits {
             dim: config.dim,
             vocab: config.vocab,
             context: config.context,
+            changes_branches: config.norms != Norms::Before || config.residual_scale != 1.0,
         }
     }
 }
@@ -222,7 +226,7 @@ fn injections(
     field: &str,
 ) -> Result<Vec<Injection>> {
     let strength = check_operation(wanted).at(|| field.to_owned())?;
-    let layers = layers_of(&wanted.layer, source.limits, &format!("{field}.layer"))?;
+    let (site, layers) = place_of(wanted, source, field)?;
     let when = match &wanted.when {
         Some(when) => Some(Arc::new(condition(when, source).at(|| format!("{field}.when"))?)),
         None => None,
@@ -231,13 +235,13 @@ fn injections(
     for layer in layers {
         let vector = match &wanted.vector {
             Some(vector) => source
-                .vector(vector, (wanted.site, layer), wanted.vector_layer)
+                .vector(vector, (site, layer), wanted.vector_layer)
                 .at(|| format!("{field}.vector"))?,
             None => Arc::default(),
         };
         all.extend(windows.iter().map(|window| Injection {
             vector: Arc::clone(&vector),
-            site: wanted.site,
+            site,
             layer,
             op: wanted.op,
             strength,
@@ -314,6 +318,30 @@ fn condition(wanted: &request::Condition, source: &mut Source) -> Result<Conditi
         below: wanted.below.unwrap_or(f32::INFINITY),
         latch: wanted.latch,
     })
+}
+
+/// The site and the blocks of an injection.
+fn place_of(
+    wanted: &request::Injection,
+    source: &Source,
+    field: &str,
+) -> Result<(Site, Vec<usize>)> {
+    let two_ways = || {
+        Error::new("a point in two ways").at(field).expected("either `hook`, or `layer` and `site`")
+    };
+    match (&wanted.hook, &wanted.layer) {
+        (Some(_), Some(_)) => Err(two_ways()),
+        (Some(_), None) if wanted.site.is_some() => Err(two_ways()),
+        (Some(hook), None) => {
+            let point = points::parse(hook, source.limits).and_then(Point::injected);
+            point.map(|(site, layer)| (site, vec![layer])).at(|| field.to_owned())
+        }
+        (None, Some(layer)) => {
+            let layers = layers_of(layer, source.limits, &format!("{field}.layer"))?;
+            Ok((wanted.site.unwrap_or_default(), layers))
+        }
+        (None, None) => Err(Error::new("an injection needs a layer").at(format!("{field}.layer"))),
+    }
 }
 
 fn layers_of(wanted: &OneOrMany, limits: Limits, field: &str) -> Result<Vec<usize>> {
@@ -491,7 +519,19 @@ fn captures(
     field: &str,
 ) -> Result<Vec<Capture>> {
     let layers_field = format!("{field}.layers");
-    let site = wanted.site;
+    let positions = positions(&wanted.positions, prompt, &format!("{field}.positions"))?;
+    let site = match (&wanted.hook, wanted.site) {
+        (None, Some(site)) => site,
+        (Some(hook), None) if wanted.layers.is_none() => {
+            let Point { site, layer } = points::parse(hook, limits).at(|| field.to_owned())?;
+            return Ok(vec![Capture { site, layer, positions }]);
+        }
+        _ => {
+            return Err(Error::new("a capture needs one point")
+                .at(field)
+                .expected("either `hook`, or `site` and its `layers`"));
+        }
+    };
     let layers: Vec<Option<usize>> = match &wanted.layers {
         None if !site.has_layer() => vec![None],
         None => {
@@ -510,7 +550,6 @@ fn captures(
             layers.iter().copied().map(Some).collect()
         }
     };
-    let positions = positions(&wanted.positions, prompt, &format!("{field}.positions"))?;
     let one = |layer| Capture { site, layer, positions: positions.clone() };
     Ok(layers.into_iter().map(one).collect())
 }

@@ -3,7 +3,8 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::{engine::vectors::VectorSet, request::CaptureSite};
 
-const LIMITS: Limits = Limits { layers: 4, dim: 2, vocab: 10, context: 16 };
+const LIMITS: Limits =
+    Limits { layers: 4, dim: 2, vocab: 10, context: 16, changes_branches: false };
 
 /// The error's text; `want` must stand in it.
 #[track_caller]
@@ -15,7 +16,7 @@ fn refused<T>(result: Result<T>, want: &[&str]) {
 }
 
 fn injection(vector: VectorRef, layer: OneOrMany) -> request::Injection {
-    request::Injection { layer, ..request::Injection::add(vector, 0, 1.0) }
+    request::Injection { layer: Some(layer), ..request::Injection::add(vector, 0, 1.0) }
 }
 
 /// Resolves one injection over the whole sequence against a model whose hash is `abc`.
@@ -131,9 +132,9 @@ fn vectors_from_files() {
     assert!(Arc::ptr_eq(&found[0].vector, &again[0].vector), "each file is read once");
 
     // The input of block 2 is the output of block 1.
-    let pre = request::Injection { site: Site::ResidPre, ..named(sea, 2) };
+    let pre = request::Injection { site: Some(Site::ResidPre), ..named(sea, 2) };
     assert_eq!(*inject(&pre, &mut files).unwrap()[0].vector, [1.0, 0.0]);
-    let mid = request::Injection { site: Site::ResidMid, ..named(sea, 2) };
+    let mid = request::Injection { site: Some(Site::ResidMid), ..named(sea, 2) };
     refused(inject(&mid, &mut files), &["inject[0].vector", "another site"]);
     let insisted = request::Injection { vector_layer: Some(1), ..mid };
     assert_eq!(*inject(&insisted, &mut files).unwrap()[0].vector, [1.0, 0.0]);
@@ -167,7 +168,8 @@ fn vectors_of_another_model_are_refused() {
 #[test]
 fn captures_become_indices() {
     let capture = |site, layers, positions| {
-        captures(&request::Capture { site, layers, positions }, 5, LIMITS, "capture[0]")
+        let wanted = request::Capture { site: Some(site), hook: None, layers, positions };
+        captures(&wanted, 5, LIMITS, "capture[0]")
     };
     let (post, logits) = (CaptureSite::ResidPost, CaptureSite::Logits);
     let all = Positions::default;
@@ -247,4 +249,22 @@ fn conditions_are_looked_for_somewhere() {
     assert_eq!((when.above, when.below, when.latch), (0.5, f32::INFINITY, true));
     refused(of(r#""layer": 1"#), &["above, below or both", "inject[0].when"]);
     refused(of(r#""layer": 4, "above": 1"#), &["0..=3", "inject[0].when"]);
+}
+
+#[test]
+fn points_have_other_programs_names() {
+    let of = |point: &str| of_json(&format!(r#"{{"vector": [3, 4], "strength": 1, {point}}}"#));
+    let found = of(r#""hook": "blocks.2.hook_attn_out""#).unwrap();
+    assert_eq!((found[0].site, found[0].layer), (Site::AttnOut, 2));
+    refused(of(r#""hook": "model.layers.2", "layer": 2"#), &["two ways", "inject[0]"]);
+    refused(of(r#""hook": "model.layers.2", "site": "resid_mid""#), &["two ways"]);
+    refused(of(r#""hook": "model.norm""#), &["captured, not injected", "final_norm"]);
+    refused(of(r#""hook": "blocks.4.hook_attn_out""#), &["out of range", "inject[0]: hook"]);
+    refused(of(r#""site": "resid_mid""#), &["needs a layer"]);
+    let capture =
+        |text: &str| captures(&serde_json::from_str(text).unwrap(), 5, LIMITS, "capture[0]");
+    let found = capture(r#"{"hook": "hidden_states[4]"}"#).unwrap();
+    assert_eq!((found[0].site, found[0].layer), (CaptureSite::FinalNorm, None));
+    refused(capture(r#"{"hook": "lm_head", "site": "logits"}"#), &["one point", "capture[0]"]);
+    refused(capture("{}"), &["one point"]);
 }
