@@ -172,7 +172,7 @@ impl Engine {
             device: options.device.to_string(),
             dtype: options.dtype.to_string(),
             isa: arithmetic,
-            kernels: "1".into(),
+            kernels: "2".into(),
         };
         let commands = Mutex::new(Some(sender));
         let next_tag = AtomicU64::new(1 << 63);

@@ -74,6 +74,22 @@ pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
+/// Σ a · b, of equal lengths.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            lanes[lane] = a[lane].mul_add(b[lane], lanes[lane]);
+        }
+    }
+    for (lane, (a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
+        lanes[lane] = a.mul_add(b, lanes[lane]);
+    }
+    sum_lanes(lanes)
+}
+
 /// Sum of squares.
 #[inline(always)]
 pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {

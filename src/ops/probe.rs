@@ -8,7 +8,7 @@
 //! Sums are in f32, in an order that depends on dim alone; nothing is written for a row [`NONE`].
 
 use super::{
-    math::{LANES, sum_lanes, sum_of_squares},
+    math::{dot, sum_of_squares},
     rows::NONE,
 };
 use crate::{
@@ -85,17 +85,7 @@ impl Kernel for Dot<'_> {
     type Output = f32;
     #[inline(always)]
     fn run(self) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let ((a, a_rest), (b, b_rest)) = (self.a.as_chunks::<LANES>(), self.b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
-            for lane in 0..LANES {
-                lanes[lane] = a[lane].mul_add(b[lane], lanes[lane]);
-            }
-        }
-        for (lane, (a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-            lanes[lane] = a.mul_add(b, lanes[lane]);
-        }
-        sum_lanes(lanes)
+        dot(self.a, self.b)
     }
 }
 

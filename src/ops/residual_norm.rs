@@ -16,7 +16,7 @@ use super::{
     Float,
     activations::Activations,
     hooks::{CapturePlan, GATES, HookOp, Hooks, destinations},
-    math::{LANES, inverse_norm, sum_lanes, sum_of_squares},
+    math::{LANES, dot, inverse_norm, sum_lanes, sum_of_squares},
     matmul::Dtype,
     rows::{NONE, Rows},
 };
@@ -295,18 +295,6 @@ impl Operate<'_> {
             }
         }
     }
-}
-
-/// Σ a · b, of equal lengths.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        for (lane, (a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
-            *lane = a.mul_add(b, *lane);
-        }
-    }
-    sum_lanes(lanes)
 }
 
 /// What a gate compares: the coordinate along v, or its share of the row.
