@@ -5,7 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 /// One prompt, what is injected into it, what is captured, and how it is continued.
 /// Exactly one of `messages`, `text` and `tokens` is given.
@@ -212,7 +215,28 @@ pub enum Window {
     /// Every turn of a role.
     Role(RoleWindow),
     /// Tokens one after the other, or every so many of them.
+    #[serde(deserialize_with = "from_map")]
     Range(Box<RangeWindow>),
+}
+
+/// serde takes lists for structs too: [1, 2] would be a range, whatever was meant.
+fn from_map<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Box<RangeWindow>, D::Error> {
+    struct OfMap;
+    impl<'de> Visitor<'de> for OfMap {
+        type Value = Box<RangeWindow>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+        fn visit_map<A: MapAccess<'de>>(
+            self,
+            map: A,
+        ) -> std::result::Result<Self::Value, A::Error> {
+            RangeWindow::deserialize(MapAccessDeserializer::new(map)).map(Box::new)
+        }
+    }
+    deserializer.deserialize_map(OfMap)
 }
 
 /// Windows with a name.
@@ -381,19 +405,8 @@ pub enum Position {
     Index(i64),
     /// `"prompt_end"`: the prompt's length.
     Named(NamedPosition),
-    /// A token after the prompt.
-    Generated(GeneratedPosition),
-    /// A place in the text of a turn.
+    /// A place in the text of a turn, or a token after the prompt.
     Marker(Marker),
-}
-
-/// `{"generated": n}`: the position of the generated token with this index, from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct GeneratedPosition {
-    /// Counted from 0.
-    pub generated: usize,
 }
 
 /// Positions with a name.
@@ -405,7 +418,7 @@ pub enum NamedPosition {
     PromptEnd,
 }
 
-/// The first token of a span, or the one after its last.
+/// The first token of a span, the one after its last, or a generated one.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -414,6 +427,8 @@ pub enum Marker {
     StartOf(Span),
     /// The token after the last one that overlaps it.
     EndOf(Span),
+    /// The generated token with this index, from 0.
+    Generated(usize),
 }
 
 /// A text in a turn as rendered.

@@ -197,9 +197,13 @@ fn run(model: &Model, options: &Options, jobs: &[Job]) -> (Vec<Finished>, u64) {
     (results, engine.stats().layer_rows_saved())
 }
 
-/// What is compared: all but the reference norms of receipts, which only clean runs know.
+/// What is compared: all but the reference norms of receipts, which only clean runs know. Every row that
+/// was to be changed was, also where conditions decided.
 fn comparable(mut finished: Finished) -> Finished {
     for receipt in &mut finished.outcome.receipts {
+        let is_idle = receipt.op == Op::Add && receipt.strength == 0.0;
+        let expected = if is_idle { 0 } else { receipt.rows_expected };
+        assert_eq!(receipt.rows_touched, expected, "{receipt:?}");
         receipt.reference_norm = None;
     }
     finished

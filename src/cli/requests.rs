@@ -143,9 +143,8 @@ impl Requests {
 }
 
 /// What may stand in a field that has several forms; serde only names the type.
-const FORMS: [(&str, &str); 10] = [
+const FORMS: [(&str, &str); 9] = [
     ("VectorRef", "\"FILE#NAME\", {\"FILE#NAME\": weight, ...} or a list of numbers"),
-    ("OneOrMany", "a layer or a list of layers"),
     (
         "Position",
         "a token index, \"prompt_end\", {\"generated\": N}, {\"start_of\": SPAN} or {\"end_of\": SPAN}",
@@ -222,6 +221,15 @@ mod tests {
         let inject =
             r#"{"id": "a", "tokens": [1], "inject": [{"vector": 1, "layer": 0, "strength": 1}]}"#;
         refused(inject, &["line 1", "FILE#NAME"]);
+        let with = |field: &str| {
+            format!(
+                r#"{{"id": "a", "tokens": [1], "inject": [{{"op": "scale", "strength": 0, {field}}}]}}"#
+            )
+        };
+        refused(&with(r#""layer": "some""#), &["line 1", "a list of layers, {\"first\": L"]);
+        // Neither a list of positions nor a range: which of both was meant?
+        refused(&with(r#""layer": 0, "window": [1, 2]"#), &["line 1", "{\"at\": POSITION}"]);
+        refused(&with(r#""layer": 0, "from": [3]"#), &["line 1", "{\"generated\": N}"]);
         refused("{\"id\"", &["r.jsonl, line 1", "malformed"]);
     }
 }

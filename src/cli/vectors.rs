@@ -104,6 +104,13 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let words = word_list(args)?;
     let layers = layers(&args.layers, model.config.layers)?;
     files::check_writable(&args.out)?;
+    if is_control_vector(&args.out) && (words.len() > 1 || args.site != Site::ResidPost) {
+        return Err(Error::new("a GGUF control vector is one vector of resid_post")
+            .at(args.out.display().to_string())
+            .got(format!("{} words", words.len()))
+            .hint("--out FILE.safetensors takes all")
+            .into());
+    }
     let inputs = Inputs::new(&model, &Chat::default(), &recipe, &words)?;
     let engine = args.engine.start(&model)?;
     let mut bar = Bar::default();
@@ -260,9 +267,13 @@ fn import(args: &Args, model: &Model) -> Result<()> {
     Ok(())
 }
 
+fn is_control_vector(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "gguf")
+}
+
 /// As a vector set, or where the name ends in .gguf as a control vector.
 fn save(set: &VectorSet, path: &Path, model: &Model) -> Result<()> {
-    if path.extension().is_none_or(|extension| extension != "gguf") {
+    if !is_control_vector(path) {
         return set.save(path);
     }
     let left = set.save_control_vector(path, &model.config.architecture)?;

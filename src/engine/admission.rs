@@ -91,8 +91,8 @@ impl<T: Float> Core<T> {
                 return Ok(());
             }
         }
-        let mut at = 0;
-        while at < self.queue.len().min(LOOK_AHEAD) && self.waiting_rows() < self.limits.rows {
+        let (mut at, mut waiting) = (0, self.waiting_rows());
+        while at < self.queue.len().min(LOOK_AHEAD) && waiting < self.limits.rows {
             let pending = &self.queue[at];
             if pending.needs_clean {
                 let (key, own, job) = (pending.key.clone(), pending.own, Arc::clone(&pending.job));
@@ -107,6 +107,7 @@ impl<T: Float> Core<T> {
                         if !self.start_clean(&key, own)? {
                             return Ok(());
                         }
+                        waiting = self.waiting_rows();
                         at += 1;
                         continue;
                     }
@@ -115,6 +116,7 @@ impl<T: Float> Core<T> {
             if !self.start_jobs(at)? {
                 return Ok(());
             }
+            waiting = self.waiting_rows();
         }
         Ok(())
     }
@@ -419,7 +421,7 @@ impl<T: Float> Core<T> {
         active.waiting -= 1;
         let (planned, shared, latched) = (trunk.planned.clone(), trunk.shared, trunk.latched);
         self.settle_trunk(id);
-        let tally = vec![Tally::default(); planned.len()];
+        let tally = hooks::tallies(&planned, &latched);
         let mut tokens = job.tokens.clone();
         let is_score = child.index >= samples(&job);
         // The last given token needs no row: nothing follows it.

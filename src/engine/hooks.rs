@@ -66,7 +66,7 @@ pub struct Own {
 
 /// Whether an injection changes anything: a zero-strength `add` does not.
 pub fn is_live(injection: &Injection) -> bool {
-    injection.op != Op::Add || injection.strength != 0.0 || injection.keep_norm
+    injection.op != Op::Add || injection.strength != 0.0
 }
 
 /// The injections that change something, in their order.
@@ -495,6 +495,16 @@ pub fn operations(job: &Job) -> usize {
     live(job).map(|injection| 1 + usize::from(injection.when.is_some())).sum()
 }
 
+/// What a sequence's operations have seen before its first row, where its conditions were met already.
+pub fn tallies(planned: &[Planned], latched: &[u32; GATES]) -> Vec<Tally> {
+    let tally = |planned: &Planned| {
+        let is_gate = planned.op.kind == HookOp::GATE;
+        let first_met = if is_gate { latched[planned.op.gate as usize] } else { NONE };
+        Tally { first_met, ..Tally::default() }
+    };
+    planned.iter().map(tally).collect()
+}
+
 /// Where a prompt's rows first met each condition, for its continuations.
 pub fn latched(planned: &[Planned], tallies: &[Tally]) -> [u32; GATES] {
     let mut latched = [NONE; GATES];
@@ -509,9 +519,9 @@ pub fn latched(planned: &[Planned], tallies: &[Tally]) -> [u32; GATES] {
 /// What one sequence saw of one operation, added up in the order of positions.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tally {
-    /// Rows in the window.
+    /// Rows in the window that met the condition, if there is one.
     pub expected: u64,
-    /// Rows changed; of a condition, rows that met it.
+    /// Rows changed.
     pub touched: u64,
     /// Sum of ‖h‖ before.
     pub before: f64,
@@ -528,21 +538,6 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// Adds what an operation did to a row, as squares.
-    pub fn see_change(&mut self, before: f64, change: f64) {
-        self.touched += 1;
-        self.before += before.sqrt();
-        self.change += change.sqrt();
-    }
-
-    /// Adds whether a row met a condition.
-    pub fn see_gate(&mut self, position: u32, is_met: bool) {
-        if is_met {
-            self.touched += 1;
-            self.first_met = self.first_met.min(position);
-        }
-    }
-
     /// Adds another sequence's.
     pub fn add(&mut self, other: &Self) {
         self.expected += other.expected;
@@ -550,6 +545,38 @@ impl Tally {
         self.before += other.before;
         self.change += other.change;
         self.first_met = self.first_met.min(other.first_met);
+    }
+}
+
+/// Adds what the operations of a row did, `receipts` one each: rows of a sequence in their order.
+pub fn tally_row(tallies: &mut [Tally], planned: &[Planned], position: u32, receipts: &[[f32; 2]]) {
+    let (mut met, mut first_met) = ([false; GATES], [NONE; GATES]);
+    let of = || planned.iter().zip(receipts);
+    for ((Planned { op, .. }, receipt), tally) in of().zip(&mut *tallies) {
+        if op.kind == HookOp::GATE {
+            let gate = op.gate as usize;
+            met[gate] = receipt[1] > 0.0; // NaN where the row is not in its window
+            if met[gate] {
+                tally.first_met = tally.first_met.min(position);
+            }
+            first_met[gate] = tally.first_met;
+        }
+    }
+    for ((Planned { op, .. }, &[before, change]), tally) in of().zip(tallies) {
+        if op.kind == HookOp::GATE {
+            continue;
+        }
+        let is_met = match op.gate {
+            NONE => true,
+            gate if op.flags & HookOp::LATCHED != 0 => first_met[gate as usize] <= position,
+            gate => met[gate as usize],
+        };
+        tally.expected += u64::from(op.holds(position) && is_met);
+        if !before.is_nan() {
+            tally.touched += 1;
+            tally.before += f64::from(before).sqrt();
+            tally.change += f64::from(change).sqrt();
+        }
     }
 }
 
@@ -576,9 +603,6 @@ pub fn receipts(
             StrengthMode::Reference => reference.map(|n| (s * n) as f32),
             StrengthMode::Row => before.map(|before| (s * f64::from(before)) as f32),
         };
-        // A row that does not meet the condition is not expected to be changed; one of a latched
-        // condition is where it was met before.
-        let is_conditional = injection.when.is_some();
         Receipt {
             site: site_name(injection.site, injection.layer),
             op: injection.op,
@@ -592,7 +616,7 @@ pub fn receipts(
             norm_before: before,
             planned: if is_live(injection) { change } else { Some(0.0) },
             measured: if is_live(injection) { mean(tally.change) } else { Some(0.0) },
-            rows_expected: if is_conditional { tally.touched } else { tally.expected },
+            rows_expected: tally.expected,
             rows_touched: tally.touched,
         }
     };

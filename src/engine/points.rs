@@ -1,6 +1,6 @@
 //! The names that other programs have for points of a model.
 
-use super::resolve::Limits;
+use super::resolve::{Limits, check_layers};
 use crate::{
     error::{Error, Result},
     model::ModelConfig,
@@ -72,11 +72,8 @@ pub(super) fn parse(name: &str, limits: Limits) -> Result<Point> {
         .map(|point| (point, false))
         .or_else(|| hugging_face(name, limits.layers).map(|point| (point, true)))
         .ok_or_else(unknown)?;
-    if let Some(layer) = point.layer.filter(|&layer| layer >= limits.layers) {
-        return Err(Error::new("layer out of range")
-            .at("hook")
-            .expected(format!("0..={} (the model has {} blocks)", limits.layers - 1, limits.layers))
-            .got(format!("{layer}, in {name:?}")));
+    if let Some(layer) = point.layer {
+        check_layers(&[layer], limits, "hook")?;
     }
     let is_branch = matches!(point.site, CaptureSite::AttnOut | CaptureSite::MlpOut);
     if is_module && is_branch && limits.changes_branches {

@@ -364,7 +364,7 @@ fn layers_of(wanted: &OneOrMany, limits: Limits, field: &str) -> Result<Vec<usiz
     Ok(layers)
 }
 
-fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
+pub(super) fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
     if layers.is_empty() {
         return Err(Error::new("no layers").at(field).expected("at least one"));
     }

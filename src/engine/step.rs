@@ -4,7 +4,7 @@ use super::{
     batch::{PlannedRow, bucket, build, fill_up},
     captures::Take,
     core::Core,
-    hooks::latched,
+    hooks::{latched, tally_row},
     logits::HeadChunk,
     sequence::{Child, Role, Sequence, samples},
     types::{Event, Finish, Sample, Score},
@@ -16,7 +16,7 @@ use crate::{
     ops::{
         Float,
         attention::{Items, SharedPrefix},
-        hooks::{HookOp, site_count},
+        hooks::site_count,
         rows::{NONE, Source},
         sample::{Draw, NO_TOKEN, sample},
         summarize::summarize,
@@ -375,18 +375,8 @@ impl<T: Float> Core<T> {
                 Role::Sample(child) | Role::Score(child) => self.jobs[&child.job].trunk,
             };
             let planned = &self.trunks[&trunk].planned;
-            for (at, (tally, planned)) in sequence.tally.iter_mut().zip(planned).enumerate() {
-                let [before, change] = outputs.receipts.get()[step.receipts[place] as usize + at];
-                tally.expected += u64::from(planned.op.holds(row.position));
-                if before.is_nan() {
-                    continue;
-                }
-                if planned.op.kind == HookOp::GATE {
-                    tally.see_gate(row.position, change > 0.0);
-                } else {
-                    tally.see_change(f64::from(before), f64::from(change));
-                }
-            }
+            let receipts = &outputs.receipts.get()[step.receipts[place] as usize..];
+            tally_row(&mut sequence.tally, planned, row.position, receipts);
         }
     }
 

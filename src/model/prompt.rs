@@ -8,8 +8,8 @@ use super::tokenizer::Encoding;
 use crate::{
     error::{Context, Error, Result},
     request::{
-        self, GeneratedPosition, Marker, NamedPosition, NamedWindow, Position, RangeWindow,
-        RoleWindow, Span, Turn, Window, Windows,
+        self, Marker, NamedPosition, NamedWindow, Position, RangeWindow, RoleWindow, Span, Turn,
+        Window, Windows,
     },
 };
 
@@ -63,7 +63,6 @@ impl Prompt {
         let n = self.tokens.len();
         match position {
             Position::Named(NamedPosition::PromptEnd) => Ok(n),
-            Position::Generated(GeneratedPosition { generated }) => Ok(n + generated),
             Position::Index(index) => from_end(*index, usize::MAX, n).ok_or_else(|| {
                 Error::new("position before the prompt")
                     .expected(format!("-{n} or more (the prompt has {n} tokens)"))
@@ -71,6 +70,7 @@ impl Prompt {
             }),
             Position::Marker(Marker::StartOf(span)) => Ok(self.tokens_of(span)?.start),
             Position::Marker(Marker::EndOf(span)) => Ok(self.tokens_of(span)?.end),
+            Position::Marker(Marker::Generated(index)) => Ok(n.saturating_add(*index)),
         }
     }
 

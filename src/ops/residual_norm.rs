@@ -316,7 +316,7 @@ impl Kernel for Value<'_> {
 /// ‖h'‖² / ‖h‖² from which on a norm is kept: what is smaller is rounding.
 const SMALLEST: f32 = 1.0 / 4_294_967_296.0;
 
-/// One operation on one row: h' = factor · (keep · h + add · v).
+/// One operation on one row.
 struct Change<'a> {
     h: &'a mut [f32],
     v: &'a [f32],
@@ -330,19 +330,17 @@ impl Kernel for Change<'_> {
         let Self { h, v, op } = self;
         let before = sum_of_squares(h);
         let size = if op.has(HookOp::RELATIVE) { before.sqrt() } else { 1.0 };
-        let (keep, add) = match op.kind {
+        let by = match op.kind {
             HookOp::COORDINATE => {
                 let c = op.unit * dot(h, v);
-                (1.0, (c.max(op.low * size).min(op.high * size) - c) * op.unit)
+                (c.max(op.low * size).min(op.high * size) - c) * op.unit
             }
-            HookOp::REPLACE => (0.0, op.scale * size),
-            HookOp::SCALE => (op.scale, 0.0),
-            _ => (1.0, op.scale * size),
+            _ => op.scale * size,
         };
         let of = |h: f32, v: f32| match op.kind {
-            HookOp::REPLACE => add * v,
-            HookOp::SCALE => keep * h,
-            _ => add.mul_add(v, h),
+            HookOp::REPLACE => by * v,
+            HookOp::SCALE => by * h,
+            _ => by.mul_add(v, h),
         };
         let mut factor = 1.0;
         if op.has(HookOp::KEEP_NORM) {
