@@ -202,7 +202,10 @@ fn injections_that_cannot_be_made() {
     check(json!({"layer": 3}), &["inject[0].layer", "0..=2"]);
     check(json!({"layer": [0, 3]}), &["inject[0].layer", "0..=2"]);
     check(json!({"layer": []}), &["inject[0].layer"]);
-    check(json!({"layer": -1}), &["a layer or a list of layers"]);
+    check(
+        json!({"layer": -1}),
+        &["a layer, a list of layers, {\"first\": L, \"last\": L} or \"all\""],
+    );
     check(json!({"site": "resid_top"}), &["resid_top", "resid_post"]);
     check(json!({"strength": 1e39}), &["line", "out of range"]);
     check(json!({"from": 4, "to": 4}), &["inject[0]"]);
