@@ -50,12 +50,12 @@ __device__ inline float ln_f32(float x) {
 }
 
 // 1 / sqrt(x) of a normal positive number, to 4 ulp; of 0 finite. Newton's method from the exponent halved:
-// unlike a division and sqrtf it calls no subroutine, which costs registers.
+// unlike a division and sqrtf it calls no subroutine, which costs registers. (y * y of 0 would be infinite.)
 __device__ inline float inverse_root(float x) {
     float y = __uint_as_float(0x5f375a86u - (__float_as_uint(x) >> 1));
     const float half = 0.5f * x;
 #pragma unroll
-    for (int step = 0; step < 3; step++) y = fmaf(-half * y, y * y, 1.5f * y);
+    for (int step = 0; step < 3; step++) y = fmaf(-half * y * y, y, 1.5f * y);
     return y;
 }
 

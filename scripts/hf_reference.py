@@ -7,17 +7,19 @@ The independent side of every parity check. Of a request it understands
   id        names the answer
   tokens    token ids; or text; or messages, rendered with the model's template (system and prefill too; a final
             assistant message is continued)
-  inject    vector "FILE.safetensors#TENSOR", (dim,) or (layers, dim), or the numbers themselves; layer: one or a list;
-            site resid_pre, resid_mid, resid_post, attn_out or mlp_out; op add, project_out, set, clamp (min, max),
+  inject    vector "FILE.safetensors#TENSOR", (dim,) or (layers, dim), or the numbers themselves, or source: request,
+            site, layer, head, window (from, to or at) of another one in the file; layer: one or a list;
+            site resid_pre, resid_mid, resid_post, attn_out, mlp_out or head_out with a head; op add, project_out, set, clamp (min, max),
             replace or scale; strength; strength_mode raw, unit, row or reference; keep_norm; from and to as token
             indices (negative: from the prompt's end), to null: generated tokens too, or window with from, to and every;
             when: vector, layer, site, measure cosine or coordinate, above, below, latch
-  capture   site resid_pre, resid_mid, resid_post, attn_out, mlp_out, final_norm or logits; layers: a list or "all";
+  capture   site resid_pre, resid_mid, resid_post, attn_out, mlp_out, head_out, q, k, v (after rope), final_norm or
+            logits; layers: a list or "all";
             positions: "all", "last" or a list
   sampling  max_tokens, for --generated: greedy, past stop tokens (temperature 0 and ignore_eos, where given)
 
 and refuses everything else. Tensors are f32, "{id}/{site}.{layer}" (positions, dim), "{id}/final_norm" and
-"{id}/logits" (positions, width). resid_post.L and resid_pre.L+1 are one site, shown after the injections of both.
+"{id}/logits" (positions, width), of heads (positions, heads, width). resid_post.L and resid_pre.L+1 are one site, shown after the injections of both.
 Each generated line also holds `margins`: by how much the chosen token's logit led the second's.
 
 Needs: torch, transformers, safetensors.
@@ -26,6 +28,7 @@ Needs: torch, transformers, safetensors.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -34,14 +37,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
 BLOCK_SITES = (*STREAM_SITES, "attn_out", "mlp_out")
+HEAD_SITES = ("head_out", "q", "k", "v")
 MODES = ("raw", "unit", "row", "reference")
 OPS = ("add", "project_out", "set", "clamp", "replace", "scale")
 KNOWN = {
     "request": {"id", "tokens", "text", "messages", "system", "prefill", "inject", "capture", "sampling"},
     "inject": {"vector", "layer", "site", "op", "strength", "strength_mode", "from", "to", "min", "max", "keep_norm",
-               "window", "when"},
+               "window", "when", "head", "source"},
+    "source": {"request", "site", "layer", "head", "window"},
     "when": {"vector", "layer", "site", "measure", "above", "below", "latch"},
-    "window": {"from", "to", "every"},
+    "window": {"from", "to", "every", "at"},
     "capture": {"site", "layers", "positions"},
     "sampling": {"max_tokens", "temperature", "ignore_eos", "seed"},
 }
@@ -55,18 +60,19 @@ def check(request):
     """Stops at anything this script would otherwise ignore."""
     parts = [("request", request), ("sampling", request.get("sampling", {}))]
     parts += [("inject", part) for part in request.get("inject", [])]
-    parts += [(kind, part[kind]) for part in request.get("inject", []) for kind in ("when", "window") if kind in part]
+    parts += [(kind, part[kind]) for part in request.get("inject", []) for kind in ("when", "window", "source")
+              if kind in part]
     parts += [("capture", part) for part in request.get("capture", [])]
     for kind, part in parts:
         if unknown := set(part) - KNOWN[kind]:
             refuse(request, f"{kind} has {sorted(unknown)}")
     for part in request.get("inject", []):
-        if part.get("op", "add") not in OPS or part.get("site", "resid_post") not in BLOCK_SITES:
+        if part.get("op", "add") not in OPS or part.get("site", "resid_post") not in (*BLOCK_SITES, "head_out"):
             refuse(request, f"injection {part}")
         if part.get("strength_mode", "raw") not in MODES:
             refuse(request, f"strength_mode {part['strength_mode']}")
     for part in request.get("capture", []):
-        if part["site"] not in (*BLOCK_SITES, "final_norm", "logits"):
+        if part["site"] not in (*BLOCK_SITES, *HEAD_SITES, "final_norm", "logits"):
             refuse(request, f"capture site {part['site']}")
     sampling = request.get("sampling", {})
     if sampling.get("temperature", 0) != 0 or not sampling.get("ignore_eos", True):
@@ -90,6 +96,7 @@ class Reference:
         self.tokenizer = None
         text = getattr(self.model.model, "language_model", self.model.model)  # in a multimodal model
         self.blocks = text.layers
+        self.others = {}  # {id: request} that sources may name
         self.edits = []  # the injections of the request at hand
         self.start = 0  # position of the first row of the call at hand
         self.seen = None  # {name: (rows, width)} of the call at hand, None: not wanted
@@ -122,14 +129,42 @@ class Reference:
             return edit
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: self.edit_heads(layer, args[0]))
+        self.watch_attention(block.self_attn, layer)
         attn_out.register_forward_hook(add("attn_out"))
         before_mlp.register_forward_pre_hook(lambda _, args: self.edit("resid_mid", layer, args[0]))
         mlp_out.register_forward_hook(add("mlp_out"))
         block.register_forward_hook(lambda _, __, out: self.edit("resid_post", layer, first(out)))
 
+    def watch_attention(self, attention, layer):
+        """Shows what the family's attention function is given: queries and keys after rope, values."""
+        home = sys.modules[type(attention).__module__]
+        given = home.eager_attention_forward
+        shown = getattr(given, "shown", {})
+        if not shown:
+
+            def watch(module, query, key, value, *args, **kwargs):
+                count = query.shape[2]
+                for name, heads in (("q", query), ("k", key), ("v", value)):
+                    shown[module](name, heads[:, :, -count:].transpose(1, 2))
+                return given(module, query, key, value, *args, **kwargs)
+
+            watch.shown = shown
+            home.eager_attention_forward = watch
+        shown[attention] = lambda name, heads: self.show(f"{name}.{layer}", heads)
+
     def show(self, name, stream):
         if self.seen is not None:
             self.seen[name] = stream[0].detach().float().clone()
+
+    def edit_heads(self, layer, outputs):
+        """Does what is injected into heads to `outputs` (1, rows, heads * width), in place, and shows them."""
+        config = self.model.config.get_text_config()
+        heads = outputs[0].unflatten(-1, (config.num_attention_heads, -1))
+        for edit in self.edits:
+            if (edit["site"], edit["layer"]) == ("head_out", layer):
+                self.act(edit, heads[:, edit["head"]])
+        self.show(f"head_out.{layer}", heads[None])
 
     def edit(self, site, layer, stream):
         """Does what is injected here to `stream` (1, rows, dim), in place, and shows the result."""
@@ -138,11 +173,20 @@ class Reference:
             if edit["when"] and (edit["when"]["site"], edit["when"]["layer"]) == (site, layer):
                 self.decide(edit, rows)
         for edit in self.edits:
-            acts = self.in_window(edit, len(rows))
-            if (edit["site"], edit["layer"]) == (site, layer) and acts.any():
-                acts = acts & edit["when"]["met"] if edit["when"] else acts
-                rows[acts] = self.changed(edit, rows[acts])
+            if (edit["site"], edit["layer"]) == (site, layer):
+                self.act(edit, rows)
         self.show(f"{site}.{layer}", stream)
+
+    def act(self, edit, rows):
+        """Changes `rows` (rows, width) in place where the edit's window and condition hold them."""
+        acts = self.in_window(edit, len(rows))
+        if not acts.any():
+            return
+        acts = acts & edit["when"]["met"] if edit["when"] else acts
+        if edit["vector"] is not None and edit["vector"].ndim == 2:  # each position its own
+            behind = (torch.arange(self.start, self.start + len(rows))[acts] - edit["from"]) // edit["every"]
+            edit = edit | {"vector": edit["vector"][behind]}
+        rows[acts] = self.changed(edit, rows[acts])
 
     def in_window(self, edit, count, every=None):
         """Which rows of the call at hand the window holds."""
@@ -170,10 +214,10 @@ class Reference:
         if op == "scale":
             return strength * rows
         vector = edit["vector"].to(rows.dtype)
-        unit = vector / vector.norm()
+        unit = vector / vector.norm(dim=-1, keepdim=True)
         size = {"row": norms, "reference": edit["reference"]}.get(edit["mode"], 1.0)
         direction = vector if edit["mode"] == "raw" else unit
-        coordinate = (rows @ unit)[:, None]
+        coordinate = (rows * unit).sum(-1, keepdim=True)
         if op == "add":
             after = rows + strength * size * direction
         elif op == "replace":
@@ -204,9 +248,9 @@ class Reference:
         """The request's injections with vectors loaded, windows as positions and norms measured."""
         edits = []
         for part in request.get("inject", []):
-            layers = part["layer"] if isinstance(part["layer"], list) else [part["layer"]]
             window = part.get("window", part)
-            for layer in layers:
+            places = [(layer, head) for layer in as_list(part["layer"]) for head in as_list(part.get("head"))]
+            for layer, head in places:
                 when = part.get("when")
                 if when:
                     when = {"site": "resid_post", "measure": "cosine", "above": -math.inf, "below": math.inf,
@@ -215,8 +259,9 @@ class Reference:
                 edits.append({
                     "site": part.get("site", "resid_post"),
                     "layer": layer,
+                    "head": head,
                     "op": part.get("op", "add"),
-                    "strength": part.get("strength"),
+                    "strength": part.get("strength", 1.0),
                     "mode": part.get("strength_mode", "raw"),
                     "min": part.get("min", -math.inf),
                     "max": part.get("max", math.inf),
@@ -228,7 +273,25 @@ class Reference:
                     "when": when,
                     "reference": None,
                 })
+                if "source" in part:
+                    edits[-1]["vector"] = self.rows_of(part["source"], edits[-1], base)
         return edits
+
+    def rows_of(self, source, edit, base):
+        """What another request shows: (width,) of one position, (positions, width) of several."""
+        other = self.others[source["request"]]
+        tokens = self.render(other)
+        edits = self.resolve(other, len(tokens), base)
+        self.measure(other, tokens, edits)
+        _, seen = self.call(tokens, edits=edits, watch=True)
+        rows = seen[f"{source.get('site', edit['site'])}.{source.get('layer', edit['layer'])}"]
+        if edit["site"] == "head_out":
+            rows = rows[:, source.get("head", edit["head"])]
+        if "window" not in source:
+            return rows[edit["from"] : edit["to"] : edit["every"]].squeeze(0)
+        if "at" in (window := source["window"]):
+            return rows[window["at"]]
+        return rows[slice(window.get("from"), window.get("to"), window.get("every"))].squeeze(0)
 
     def measure(self, request, tokens, edits):
         """N of mode `reference`: the mean clean norm over the window's prompt positions but the first."""
@@ -292,6 +355,10 @@ def chat_text(tokenizer, request):
     return tokenizer.apply_chat_template(turns, tokenize=False, **ending) + request.get("prefill", "")
 
 
+def as_list(one_or_many):
+    return one_or_many if isinstance(one_or_many, list) else [one_or_many]
+
+
 def load_vector(spec, layer, base):
     """(dim,) f32: FILE#TENSOR, the layer's row where the tensor has one a layer; or the numbers."""
     if isinstance(spec, list):
@@ -335,7 +402,9 @@ def main():
 
     reference = Reference(options.model, options.dtype)
     tensors, continuations = {}, []
-    for request in read_requests(options.requests):
+    requests = read_requests(options.requests)
+    reference.others = {request["id"]: request for request in requests}
+    for request in requests:
         captures, continuation = reference.answer(request, Path(options.requests).parent, bool(options.generated))
         tensors |= captures
         continuations += [continuation] if continuation else []

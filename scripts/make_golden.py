@@ -3,6 +3,7 @@
     python make_golden.py tiny              three tiny random models, requests, captured tensors, continuations
     python make_golden.py families [NAME]   likewise one of every family (golden_families.py), with fewer requests
     python make_golden.py operations        random mixtures of operations on some of them
+    python make_golden.py patches           random operations on heads, and rows of other requests put in place, on them
     python make_golden.py templates HF_FOLDER    chats through every template of tests/templates (folder as for demo)
     python make_golden.py sampling          probabilities left by temperature, top-k, top-p and min-p
     python make_golden.py quants            random blocks of every tensor type, and their values by gguf-py
@@ -40,7 +41,7 @@ from transformers.utils import chat_template_utils
 import golden_families
 from golden_families import LAYERS, OUTLIERS
 from golden_texts import CHATS, PROMPTS, TEMPLATE_CHATS, TEXTS
-from hf_reference import BLOCK_SITES, OPS, Reference, chat_text, read_requests, write_lines
+from hf_reference import BLOCK_SITES, HEAD_SITES, OPS, Reference, chat_text, read_requests, write_lines
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
@@ -292,6 +293,74 @@ def operations():
         describe(name, tensors, continuations)
 
 
+def patches():
+    """Operations on heads of attention, and what other requests show put in place, with captures of heads."""
+    for seed, name in enumerate(OPERATED):
+        folder, dice = GOLDEN / name, random.Random(100 + seed)
+        prompt = read_requests(folder / "requests.jsonl")[-1]["tokens"]
+        config = json.loads((folder / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        shape = (heads, config.get("head_dim") or config["hidden_size"] // heads)
+        requests = []
+        for number in range(8):
+            length = dice.randrange(8, 24)
+            other = {"id": f"source-{number}", "tokens": dice.sample(prompt, length)}
+            other["inject"] = dice.choice([[], [operation(dice, length)]])
+            edits = [patched(dice, length, other["id"], shape) for _ in range(dice.choice([1, 1, 2, 3]))]
+            edits.sort(key=lambda part: part["site"] == "resid_pre")
+            capture = [{"site": site, "layers": [dice.randrange(LAYERS)]} for site in HEAD_SITES]
+            requests += [other | {"capture": [{"site": "head_out", "layers": [0], "positions": "last"}], "sampling": GREEDY | {"max_tokens": 2}}, {
+                "id": f"patched-{number}",
+                "tokens": prompt[:length],
+                "inject": edits,
+                "capture": capture + [{"site": "resid_post", "layers": "all"}, {"site": "logits", "positions": "last"}],
+                "sampling": GREEDY | {"max_tokens": 16},
+            }]  # fmt: skip
+        write_lines(folder / "patches.jsonl", requests)
+        reference, tensors, continuations = Reference(folder), {}, []
+        reference.others = {request["id"]: request for request in requests}
+        for request in read_requests(folder / "patches.jsonl"):
+            captures, continuation = reference.answer(request, folder, True)
+            tensors |= captures
+            continuations.append(continuation)
+        save_file(tensors, folder / "patches.safetensors")
+        write_lines(folder / "patches-generated.jsonl", continuations)
+        describe(name, tensors, continuations)
+
+
+def patched(dice, length, other, shape):
+    """An injection into a head, or of what another request shows."""
+    heads, width = shape
+    part = {"site": dice.choice([*BLOCK_SITES, "head_out", "head_out", "head_out"]), "layer": dice.randrange(LAYERS)}
+    if part["site"] == "head_out":
+        part["head"] = dice.choice([dice.randrange(heads), sorted(dice.sample(range(heads), 2))])
+    if part["site"] == "head_out" and dice.random() < 0.5:
+        part |= dice.choice([
+            {"op": "scale", "strength": 0.0},
+            {"op": "add", "strength": 1.5, "strength_mode": "row"},
+            {"op": "set", "strength": 0.4, "keep_norm": True},
+            {"op": "project_out"},
+        ])  # fmt: skip
+        if part["op"] != "scale":
+            part["vector"] = [round(dice.gauss(0, 1), 3) for _ in range(width)]
+        part["window"] = {"from": dice.randrange(length - 2)}
+        return part
+    start = dice.randrange(length - 4)
+    every = dice.choice([1, 1, 2])
+    part |= {"op": dice.choice(["replace", "replace", "add"]), "source": {"request": other}}
+    part["window"] = {"from": start, "to": start + 4, "every": every}
+    if part["op"] == "add":
+        part["strength"] = dice.uniform(-1, 1)
+    # The same positions, as many others, or a single one at all.
+    first = dice.randrange(length - 4)
+    window = dice.choice([None, {"from": first, "to": first + 4, "every": every}, {"at": dice.randrange(length)}])
+    if window:
+        part["source"]["window"] = window
+    if dice.random() < 0.3:
+        part["source"]["layer"] = dice.randrange(LAYERS)
+    return part
+
+
 def describe(name, tensors, continuations):
     """What makes a fixture weak shows here: flat logits, a stream that doesn't grow, ties."""
     for key in ("resid_pre.0", "resid_post.2", "logits"):
@@ -461,7 +530,7 @@ def demo_tokens(tokenizer, path):
 
 def main():
     torch.set_num_threads(1)
-    actions = {"tiny": tiny, "families": families, "operations": operations, "templates": templates, "sampling": sampling, "quants": quants, "demo": demo}
+    actions = {"tiny": tiny, "families": families, "operations": operations, "patches": patches, "templates": templates, "sampling": sampling, "quants": quants, "demo": demo}
     if len(sys.argv) < 2 or sys.argv[1] not in actions:
         raise SystemExit(__doc__)
     actions[sys.argv[1]](*sys.argv[2:])

@@ -93,13 +93,19 @@ pub struct Injection {
     /// The direction; none for `scale`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vector: Option<VectorRef>,
+    /// Instead of `vector`: what another request of the same file shows (activation patching).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
     /// Blocks, counted from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer: Option<OneOrMany>,
     /// Which point of the block; absent: `resid_post`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub site: Option<Site>,
-    /// Instead of `layer` and `site`: the point by a name of this or another program.
+    /// Of `head_out`: which heads of attention, counted from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<OneOrMany>,
+    /// Instead of `layer`, `site` and a `head`: the point by a name of this or another program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hook: Option<String>,
     /// What is done with the vector.
@@ -142,8 +148,10 @@ impl Injection {
     pub fn add(vector: VectorRef, layer: usize, strength: f32) -> Self {
         Self {
             vector: Some(vector),
+            source: None,
             layer: Some(OneOrMany::One(layer)),
             site: None,
+            head: None,
             hook: None,
             op: Op::default(),
             strength: Some(strength),
@@ -172,7 +180,27 @@ pub enum VectorRef {
     Values(Vec<f32>),
 }
 
-/// A layer, a list of layers, a range of them, or all.
+/// Rows of another request, each put at one position of an injection's window, or a single one at all.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// The other request's id.
+    pub request: String,
+    /// Which point of the block; absent: the injection's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<Site>,
+    /// Block, counted from 0; absent: the injection's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<usize>,
+    /// Of `head_out`: which head; absent: the injection's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<usize>,
+    /// Which positions of its prompt; absent: those of the injection's window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+}
+
+/// A layer, a list of layers, a range of them, or all; of heads likewise.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum OneOrMany {
@@ -321,7 +349,7 @@ pub enum Measure {
     Coordinate,
 }
 
-/// Points of the residual stream, and of what is added to it, that can be injected at.
+/// Points of a block that can be injected at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -337,12 +365,14 @@ pub enum Site {
     AttnOut,
     /// What the MLP adds to the stream.
     MlpOut,
+    /// What a head of attention gives to the output projection.
+    HeadOut,
 }
 
 impl Site {
-    /// Whether it is what is added to the stream, not the stream.
-    pub fn is_branch(self) -> bool {
-        matches!(self, Self::AttnOut | Self::MlpOut)
+    /// Whether it is the stream, not what is added to it or made on the way.
+    pub fn is_stream(self) -> bool {
+        matches!(self, Self::ResidPre | Self::ResidMid | Self::ResidPost)
     }
 }
 
@@ -491,6 +521,14 @@ pub enum CaptureSite {
     AttnOut,
     /// What the MLP adds to the stream.
     MlpOut,
+    /// What the heads of attention give to the output projection, after the injections there.
+    HeadOut,
+    /// Queries after rope.
+    Q,
+    /// Keys after rope.
+    K,
+    /// Values.
+    V,
     /// The last norm's output.
     FinalNorm,
     /// The next-token logits.
@@ -505,6 +543,7 @@ impl From<Site> for CaptureSite {
             Site::ResidPost => Self::ResidPost,
             Site::AttnOut => Self::AttnOut,
             Site::MlpOut => Self::MlpOut,
+            Site::HeadOut => Self::HeadOut,
         }
     }
 }
@@ -523,6 +562,10 @@ impl CaptureSite {
             Self::ResidPost => "resid_post",
             Self::AttnOut => "attn_out",
             Self::MlpOut => "mlp_out",
+            Self::HeadOut => "head_out",
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
             Self::FinalNorm => "final_norm",
             Self::Logits => "logits",
         }

@@ -94,6 +94,17 @@ fn operations_are_transformers_with_hooks() {
     }
 }
 
+/// Operations on heads of attention, what other requests show put in place, and captures of heads.
+#[test]
+fn heads_and_patches_are_transformers_with_hooks() {
+    for name in
+        ["plain", "families/gemma2", "families/granite", "families/olmo2", "families/mixtral"]
+    {
+        check_captures(&golden(name), name, "patches.jsonl", "patches.safetensors");
+        check_continuations(&golden(name), name, "patches.jsonl", "patches-generated.jsonl");
+    }
+}
+
 /// A control vector that gguf-py wrote, at ranges of blocks, as llama.cpp continues under it
 /// (`scripts/golden_control.py`), and the same after this program has written it.
 #[test]

@@ -33,7 +33,7 @@ fn requests(name: &str, model: &Model) -> Vec<Job> {
     let job = |line| {
         let mut request: Request = serde_json::from_str(line).unwrap();
         request.sampling = Sampling { max_tokens: 0, ..Sampling::default() };
-        resolve(&request, model, &mut files).unwrap().1
+        resolve(&request, model, &mut files).unwrap().job
     };
     text.lines().map(job).collect()
 }

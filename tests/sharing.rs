@@ -57,7 +57,13 @@ fn vectors(dice: &mut Dice, dim: usize) -> Vec<Arc<[f32]>> {
     (0..4).map(|_| vector()).collect()
 }
 
-fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]>]) -> Injection {
+fn injection(
+    dice: &mut Dice,
+    prompt: usize,
+    config: &ModelConfig,
+    vectors: &[Arc<[f32]>],
+) -> Injection {
+    let layers = config.layers;
     let from = dice.roll(prompt + 1);
     let to = from + 1 + dice.roll(prompt);
     let modes = [StrengthMode::Raw, StrengthMode::Unit, StrengthMode::Raw, StrengthMode::Reference];
@@ -65,7 +71,7 @@ fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]
     let mode =
         if from < prompt && to > 1 && prompt > 1 { dice.pick(&modes) } else { StrengthMode::Raw };
     let stream = [Site::ResidPre, Site::ResidMid, Site::ResidPost];
-    let (branch, layer) = ([Site::AttnOut, Site::MlpOut], dice.roll(layers));
+    let (branch, layer) = ([Site::AttnOut, Site::MlpOut, Site::HeadOut], dice.roll(layers));
     let site = if mode == StrengthMode::Reference || dice.happens(70) {
         dice.pick(&stream)
     } else {
@@ -75,9 +81,21 @@ fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]
         true => Op::Add,
         false => dice.pick(&[Op::ProjectOut, Op::Set, Op::Clamp, Op::Replace, Op::Scale]),
     };
-    let vector = match op {
-        Op::Scale => Arc::default(),
-        _ => Arc::clone(&vectors[dice.roll(vectors.len())]),
+    let is_head = site == Site::HeadOut;
+    let width = if is_head { config.head_dim } else { config.dim };
+    let to = dice.happens(60).then_some(to);
+    let every = dice.pick(&[1, 1, 1, 3]);
+    // Each position its own vector, where they are used as they are.
+    let own = matches!(op, Op::Add | Op::Replace) && mode == StrengthMode::Raw && dice.happens(30);
+    let positions = to.filter(|_| own).map(|to| (to - from).div_ceil(every));
+    let vector = &vectors[dice.roll(vectors.len())];
+    let vector = match (op, positions) {
+        (Op::Scale, _) => Arc::default(),
+        (_, None) if is_head => Arc::from(&vector[..width]),
+        (_, None) => Arc::clone(vector),
+        (_, Some(count)) => {
+            (0..count * width).map(|at| vector[(at * 7 + at / width) % width]).collect()
+        }
     };
     let latch = layer > 0 && dice.happens(50);
     let when = (site != Site::ResidPre && dice.happens(25)).then(|| {
@@ -93,16 +111,18 @@ fn injection(dice: &mut Dice, prompt: usize, layers: usize, vectors: &[Arc<[f32]
     });
     Injection {
         vector,
+        by_position: positions.is_some() && op != Op::Scale,
         site,
         layer,
+        head: is_head.then(|| dice.roll(config.heads)),
         op,
         strength: dice.pick(&[0.0, 0.5, 1.0, -2.0]),
         mode,
         bounds: (-0.5, dice.pick(&[-0.5, 0.25, f32::INFINITY])),
         keep_norm: op != Op::Scale && dice.happens(20),
         from,
-        to: dice.happens(60).then_some(to),
-        every: dice.pick(&[1, 1, 1, 3]),
+        to,
+        every,
         when,
     }
 }
@@ -114,6 +134,10 @@ fn capture(dice: &mut Dice, prompt: usize, layers: usize) -> Capture {
         CaptureSite::ResidPost,
         CaptureSite::AttnOut,
         CaptureSite::MlpOut,
+        CaptureSite::HeadOut,
+        CaptureSite::Q,
+        CaptureSite::K,
+        CaptureSite::V,
         CaptureSite::FinalNorm,
         CaptureSite::Logits,
     ]);
@@ -131,7 +155,7 @@ fn job(dice: &mut Dice, config: &ModelConfig, tokens: Vec<u32>, vectors: &[Arc<[
     let room = config.context - prompt;
     let max_tokens = dice.roll(9).min(room) as u32;
     Job {
-        inject: (0..injections).map(|_| injection(dice, prompt, layers, vectors)).collect(),
+        inject: (0..injections).map(|_| injection(dice, prompt, config, vectors)).collect(),
         capture: (0..captures).map(|_| capture(dice, prompt, layers)).collect(),
         sampling: Sampling {
             seed: dice.roll(3) as u64,
@@ -171,11 +195,14 @@ fn jobs(dice: &mut Dice, config: &ModelConfig, count: usize) -> Vec<Job> {
             0 => again.sampling.seed += 10,
             1 => again.sampling.ignore_eos = !again.sampling.ignore_eos,
             2 => {
-                let idle = injection(dice, again.tokens.len(), config.layers, &vectors);
+                let idle = injection(dice, again.tokens.len(), config, &vectors);
                 let from = idle.from.min(again.tokens.len() - 1);
                 let mode = StrengthMode::Raw;
-                let vector = Arc::clone(&vectors[0]);
-                let idle = Injection { vector, op: Op::Add, keep_norm: false, when: None, ..idle };
+                let is_head = idle.site == Site::HeadOut;
+                let width = if is_head { config.head_dim } else { config.dim };
+                let (vector, by_position) = (Arc::from(&vectors[0][..width]), false);
+                let idle = Injection { vector, by_position, op: Op::Add, ..idle };
+                let idle = Injection { keep_norm: false, when: None, ..idle };
                 again.inject.insert(0, Injection { strength: 0.0, from, to: None, mode, ..idle });
             }
             _ => {}

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     args::{EngineArgs, ModelArgs},
-    generate::{named, nothing_captured},
+    generate::nothing_captured,
     progress::Bar,
     requests::RequestArgs,
     tensors::TensorFile,
@@ -42,9 +42,10 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         return Err(nothing_captured().at("capture").at(requests.place(index)).into());
     }
     let model = args.model.open()?;
-    let jobs = requests.resolve(&model)?;
-    let mut file = TensorFile::create(&args.out, named(&requests, &jobs), &model.config)?;
+    let checked = requests.resolve(&model)?;
+    let mut file = TensorFile::create(&args.out, checked.named(), &model.config)?;
     let engine = args.engine.start(&model)?;
+    let jobs = checked.jobs(&engine)?;
     let mut bar = Bar::default();
     let (mut done, total) = (0, jobs.len() as u64);
     engine.run_all(jobs, |index, finished| {

@@ -18,7 +18,7 @@ use super::{
     tensors::TensorFile,
 };
 use crate::{
-    engine::{Finish, Finished, Job, Receipt, Sample, Score, TokenLogprob},
+    engine::{Finish, Finished, Receipt, Sample, Score, TokenLogprob},
     error::{Context, Error, Result},
     files::AtomicFile,
     request::Sampling,
@@ -104,18 +104,19 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
         return Err(nothing_captured().at("--captures").into());
     }
     let model = args.model.open()?;
-    let mut jobs = requests.resolve(&model)?;
+    let mut checked = requests.resolve(&model)?;
     if captured > 0 && args.captures.is_none() {
         note(format!("capture is ignored in {captured} request(s): --captures FILE writes it"));
-        jobs.iter_mut().for_each(|job| job.capture.clear());
+        checked.list.iter_mut().for_each(|one| one.job.capture.clear());
     }
     let tensors = args
         .captures
         .as_deref()
-        .map(|path| TensorFile::create(path, named(&requests, &jobs), &model.config))
+        .map(|path| TensorFile::create(path, checked.named(), &model.config))
         .transpose()?;
     let sink = Sink::open(&args.out)?;
     let engine = args.engine.start(&model)?;
+    let jobs = checked.jobs(&engine)?;
     let mut answers = Answers { requests: &requests, sink, waiting: BTreeMap::new(), next: 0 };
     let mut writer = tensors;
     let mut bar = Bar::default();
@@ -151,14 +152,6 @@ pub fn nothing_captured() -> Error {
     Error::new("nothing to capture")
         .expected("requests with a \"capture\"")
         .hint("e.g. \"capture\": [{\"site\": \"resid_post\", \"layers\": \"all\"}]")
-}
-
-/// The jobs with their requests' ids.
-pub fn named<'a>(
-    requests: &'a Requests,
-    jobs: &'a [Job],
-) -> impl Iterator<Item = (&'a str, &'a Job)> {
-    requests.list.iter().map(|request| request.id.as_str()).zip(jobs)
 }
 
 /// Where answers go.

@@ -11,7 +11,13 @@ use fs_err as fs;
 
 use super::output::note;
 use crate::{
-    engine::{Job, point, resolve::resolve, vectors::VectorFiles},
+    engine::{
+        Engine, Job,
+        patching::{self, Patched},
+        point,
+        resolve::{Resolved, resolve},
+        vectors::VectorFiles,
+    },
     error::{Context, Error, Result},
     model::Model,
     request::{Injection, Message, Request, VectorRef},
@@ -131,14 +137,40 @@ impl Requests {
     }
 
     /// Checks all requests against the model.
-    pub fn resolve(&self, model: &Model) -> Result<Vec<Job>> {
+    pub fn resolve(&self, model: &Model) -> Result<Checked<'_>> {
         let mut files = VectorFiles::new(&self.base);
         self.explain_hooks(model);
         let one = |(index, request): (usize, &Request)| {
-            let (_, job) = resolve(request, model, &mut files).at(|| self.place(index))?;
-            Ok(job)
+            let resolved = resolve(request, model, &mut files).at(|| self.place(index))?;
+            let Resolved { prompt, job, patches } = resolved;
+            Ok(Patched { id: request.id.clone(), prompt, job, patches })
         };
-        self.list.iter().enumerate().map(one).collect()
+        let mut list = self.list.iter().enumerate().map(one).collect::<Result<Vec<_>>>()?;
+        let plan = patching::Plan::new(&mut list, &model.config)
+            .map_err(|(index, error)| error.at(self.place(index)))?;
+        Ok(Checked { requests: self, list, plan })
+    }
+}
+
+/// Requests that were checked against the model.
+pub struct Checked<'a> {
+    requests: &'a Requests,
+    /// In the order of the file.
+    pub list: Vec<Patched>,
+    plan: patching::Plan,
+}
+
+impl Checked<'_> {
+    /// What the engine runs, with their ids.
+    pub fn named(&self) -> impl Iterator<Item = (&str, &Job)> {
+        self.list.iter().map(|one| (one.id.as_str(), &one.job))
+    }
+
+    /// What the engine runs, after it has run what others take rows from.
+    pub fn jobs(mut self, engine: &Engine) -> Result<Vec<Job>> {
+        let place = |(index, error): (usize, Error)| error.at(self.requests.place(index));
+        self.plan.fill(engine, &mut self.list).map_err(place)?;
+        Ok(self.list.into_iter().map(|one| one.job).collect())
     }
 }
 

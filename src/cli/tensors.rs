@@ -7,11 +7,10 @@ use std::{
 };
 
 use crate::{
-    engine::{Capture, Job},
+    engine::{Capture, Job, row_shape},
     error::{Error, Result},
     files::AtomicFile,
     model::ModelConfig,
-    request::CaptureSite,
 };
 
 /// A safetensors file of f32 tensors whose shapes are known before their values.
@@ -42,7 +41,8 @@ impl TensorFile {
         for (id, job) in jobs {
             first.push(entries.len());
             let named = job.capture.iter().map(|capture| {
-                (tensor_name(id, capture), [capture.positions.len(), width(capture.site, config)])
+                let shape = [vec![capture.positions.len()], row_shape(capture.site, config)];
+                (tensor_name(id, capture), shape.concat())
             });
             entries.extend(named);
         }
@@ -84,17 +84,13 @@ impl TensorFile {
     }
 }
 
-fn width(site: CaptureSite, config: &ModelConfig) -> usize {
-    if site == CaptureSite::Logits { config.vocab } else { config.dim }
-}
-
 fn tensor_name(id: &str, capture: &Capture) -> String {
     let site = capture.site.name();
     capture.layer.map_or_else(|| format!("{id}/{site}"), |layer| format!("{id}/{site}.{layer}"))
 }
 
 /// The file's first bytes, padded to a multiple of 8, and where each tensor goes.
-fn header(entries: Vec<(String, [usize; 2])>) -> Result<(Vec<u8>, Vec<Place>)> {
+fn header(entries: Vec<(String, Vec<usize>)>) -> Result<(Vec<u8>, Vec<Place>)> {
     let mut json = serde_json::Map::new();
     let mut places = Vec::with_capacity(entries.len());
     let mut names = BTreeSet::new();
@@ -105,7 +101,7 @@ fn header(entries: Vec<(String, [usize; 2])>) -> Result<(Vec<u8>, Vec<Place>)> {
                 "a request captures a site of a layer once: put all positions into one list",
             ));
         }
-        let (start, len) = (end, shape[0] * shape[1]);
+        let (start, len) = (end, shape.iter().product());
         end += 4 * len as u64;
         let entry =
             serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] });
@@ -126,7 +122,7 @@ fn header(entries: Vec<(String, [usize; 2])>) -> Result<(Vec<u8>, Vec<Place>)> {
 mod tests {
     use safetensors::SafeTensors;
 
-    use crate::model::Shape;
+    use crate::{model::Shape, request::CaptureSite};
 
     use super::*;
 

@@ -117,7 +117,7 @@ impl Args {
         let mut files = VectorFiles::new("");
         let one = |dose: &f32| {
             let request = self.request(layer, vector, *dose);
-            resolve(&request, model, &mut files).map(|(_, job)| job)
+            resolve(&request, model, &mut files)?.alone().map(|(_, job)| job)
         };
         self.dose.iter().map(one).collect()
     }

@@ -9,6 +9,7 @@ use super::{
     kv::PageTable,
     prompts::{CleanRun, Key},
     sequence::{Active, Child, Pending, Role, Sequence, Trunk, continuations, rows_of, samples},
+    sites::row_shape,
     types::{Event, Job},
 };
 use crate::{
@@ -21,7 +22,6 @@ use crate::{
         hooks::{GATES, site_count},
         rows::NONE,
     },
-    request::CaptureSite,
 };
 
 /// Waiting jobs that are looked at for one that can start.
@@ -243,13 +243,12 @@ impl<T: Float> Core<T> {
         let (job, key, own) = (Arc::clone(&pending.job), pending.key.clone(), pending.own);
         let room = self.room(own, &group);
         let wanted = room.fresh + room.child + self.reserved;
-        if self.bank.available() < hooks::operations(&job)
-            || !self.prompts.make_room(&mut self.pool, wanted, &key)
-        {
+        if !self.prompts.make_room(&mut self.pool, wanted, &key) {
             return Ok(false);
         }
         let planned = match self.plan(&key, &job)? {
-            Ok(planned) => planned,
+            Ok(Some(planned)) => planned,
+            Ok(None) => return Ok(false),
             Err(error) => {
                 if let Some(pending) = self.queue.remove(at) {
                     drop(pending.events.send((pending.tag, Event::Failed(error))));
@@ -295,10 +294,7 @@ impl<T: Float> Core<T> {
             tiles_above: tiles(own.start),
             cut: own.cut as u32,
         });
-        let width = |site: CaptureSite| match site {
-            CaptureSite::Logits => self.config.vocab,
-            _ => self.config.dim,
-        };
+        let width = |site| row_shape(site, &self.config).into_iter().product::<usize>();
         let zeros = |c: &super::types::Capture| vec![0.0; c.positions.len() * width(c.site)];
         let mut captures: Vec<Vec<f32>> = job.capture.iter().map(zeros).collect();
         if let Some(clean) = self.prompts.touch(&key).filter(|_| forks) {
@@ -355,29 +351,39 @@ impl<T: Float> Core<T> {
         self.next_job += 1;
     }
 
-    /// Resolves a job's operations and puts their vectors into the bank.
+    /// Resolves a job's operations and puts their vectors into the bank; `None` where that is full.
     /// The inner error is the job's, the outer one the device's.
-    fn plan(&mut self, key: &Key, job: &Job) -> Result<std::result::Result<Vec<Planned>, Error>> {
+    fn plan(
+        &mut self,
+        key: &Key,
+        job: &Job,
+    ) -> Result<std::result::Result<Option<Vec<Planned>>, Error>> {
         let clean = self.prompts.get(key).filter(|clean| clean.running.is_none());
         let clean = clean.map(|clean| clean.norms(key.len()));
         // Refusals come before the bank is touched.
-        let mut planned = match hooks::plan(job, clean) {
+        let mut planned = match hooks::plan(job, self.config.layers, clean) {
             Ok(planned) => planned,
             Err(error) => return Ok(Err(error)),
         };
         if !self.limits.hooks {
             planned.clear();
         }
-        let dim = self.config.dim;
-        for Planned { vector, op, .. } in &mut planned {
-            let Some(vector) = vector else { continue };
-            let (row, new) = self.bank.take(vector);
-            if new {
-                self.hooks.vectors.write(row as usize * dim, vector)?;
+        for at in 0..planned.len() {
+            let Planned { vector: Some(vector), rows, op, .. } = &mut planned[at] else { continue };
+            let Some((first, is_new)) = self.bank.take(vector, *rows) else {
+                let taken = planned[..at].iter().filter_map(|planned| planned.vector.as_ref());
+                taken.for_each(|vector| self.bank.release(vector));
+                return Ok(Ok(None));
+            };
+            op.vector = first;
+            if is_new {
+                // A head's vector is shorter than a row of the bank.
+                for (row, values) in vector.chunks(vector.len() / *rows).enumerate() {
+                    self.hooks.vectors.write((first as usize + row) * self.config.dim, values)?;
+                }
             }
-            op.vector = row;
         }
-        Ok(Ok(planned))
+        Ok(Ok(Some(planned)))
     }
 
     fn write_ops(

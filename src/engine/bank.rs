@@ -1,18 +1,23 @@
 //! Which rows of the device's vector bank hold which vectors: by identity, counted by reference.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 /// Rows of the bank.
 #[derive(Debug)]
 pub struct Bank {
-    free: Vec<u32>,
+    /// Runs of free rows: the first of each, and how many. No two touch.
+    free: BTreeMap<u32, u32>,
     /// By address; the `Arc` keeps it valid.
     rows: HashMap<usize, Entry>,
 }
 
 #[derive(Debug)]
 struct Entry {
-    row: u32,
+    first: u32,
+    rows: u32,
     references: usize,
     vector: Arc<[f32]>,
 }
@@ -20,35 +25,75 @@ struct Entry {
 impl Bank {
     /// All rows free.
     pub fn new(rows: usize) -> Self {
-        Self { free: (0..rows as u32).rev().collect(), rows: HashMap::new() }
+        Self { free: BTreeMap::from([(0, rows as u32)]), rows: HashMap::new() }
     }
 
-    /// Free rows.
-    pub fn available(&self) -> usize {
-        self.free.len()
-    }
-
-    /// The row of a vector, and whether it must be uploaded. The caller has checked `available`.
-    pub fn take(&mut self, vector: &Arc<[f32]>) -> (u32, bool) {
-        let key = vector.as_ptr() as usize;
+    /// The first of `rows` rows of a vector that follow each other, and whether it must be uploaded;
+    /// `None` where there is no room.
+    pub fn take(&mut self, vector: &Arc<[f32]>, rows: usize) -> Option<(u32, bool)> {
+        let (key, rows) = (vector.as_ptr() as usize, rows as u32);
         if let Some(entry) = self.rows.get_mut(&key) {
+            debug_assert_eq!(entry.rows, rows, "a vector is always as long");
             entry.references += 1;
-            return (entry.row, false);
+            return Some((entry.first, false));
         }
-        let row = self.free.pop().expect("the caller has checked that a row is free");
-        self.rows.insert(key, Entry { row, references: 1, vector: Arc::clone(vector) });
-        (row, true)
+        let (&first, &len) = self.free.iter().find(|(_, len)| **len >= rows)?;
+        self.free.remove(&first);
+        if len > rows {
+            self.free.insert(first + rows, len - rows);
+        }
+        self.rows.insert(key, Entry { first, rows, references: 1, vector: Arc::clone(vector) });
+        Some((first, true))
     }
 
-    /// Gives a vector's row back once.
+    /// Gives a vector's rows back once.
     pub fn release(&mut self, vector: &Arc<[f32]>) {
         let key = vector.as_ptr() as usize;
         let entry = self.rows.get_mut(&key).expect("released as often as taken");
         debug_assert!(Arc::ptr_eq(&entry.vector, vector));
         entry.references -= 1;
-        if entry.references == 0 {
-            self.free.push(entry.row);
-            self.rows.remove(&key);
+        if entry.references > 0 {
+            return;
         }
+        let (mut first, mut len) = (entry.first, entry.rows);
+        self.rows.remove(&key);
+        if let Some(after) = self.free.remove(&(first + len)) {
+            len += after;
+        }
+        if let Some((&before, &more)) = self.free.range(..first).next_back()
+            && before + more == first
+        {
+            (first, len) = (before, more + len);
+        }
+        self.free.insert(first, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vector() -> Arc<[f32]> {
+        Arc::from([0.0])
+    }
+
+    #[test]
+    fn rows_that_follow_each_other_are_found_again() {
+        let mut bank = Bank::new(8);
+        let [a, b, c] = [vector(), vector(), vector()];
+        assert_eq!(bank.take(&a, 3), Some((0, true)));
+        assert_eq!(bank.take(&b, 1), Some((3, true)));
+        assert_eq!(bank.take(&a, 3), Some((0, false)), "held already");
+        assert_eq!(bank.take(&c, 5), None, "four are left");
+        assert_eq!(bank.take(&c, 4), Some((4, true)));
+        bank.release(&a);
+        let d = vector();
+        assert_eq!(bank.take(&d, 1), None, "a is still used");
+        bank.release(&a);
+        bank.release(&c);
+        assert_eq!(bank.take(&d, 4), Some((4, true)), "three and four rows do not touch");
+        bank.release(&d);
+        bank.release(&b);
+        assert_eq!(bank.take(&d, 8), Some((0, true)), "all are one run again");
     }
 }

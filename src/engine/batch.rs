@@ -2,7 +2,10 @@
 
 use crate::{
     model::forward::Step,
-    ops::rows::{NONE, RowList, Source},
+    ops::{
+        hooks::heads_of_tap,
+        rows::{NONE, RowList, Source},
+    },
 };
 
 /// A row that a sequence wants computed.
@@ -45,6 +48,7 @@ pub fn build(layers: usize, rows: &[PlannedRow], captures: &[(u32, u32, u32)]) -
     let active = (0..=layers)
         .map(|layer| order.partition_point(|&at| rows[at as usize].entry as usize <= layer))
         .collect();
+    let has_heads = captures.iter().any(|&(tap, ..)| heads_of_tap(layers, tap as usize).is_some());
     let captures = captures.iter().map(|&(tap, row, to)| (tap, place[row as usize], to)).collect();
     let step = Step {
         active,
@@ -55,6 +59,7 @@ pub fn build(layers: usize, rows: &[PlannedRow], captures: &[(u32, u32, u32)]) -
         },
         sources: sorted().map(|row| row.source).collect(),
         captures,
+        has_heads,
         receipts,
         ..Step::default()
     };

@@ -2,8 +2,9 @@
 
 use super::{
     core::Core,
-    hooks::{is_clean, tap_index},
+    hooks::is_clean,
     prompts::Key,
+    sites::{tap_index, tap_width},
     step::Plan,
 };
 use crate::ops::Float;
@@ -19,8 +20,10 @@ pub(super) enum Taker {
 /// A captured row on its way.
 pub(super) struct Take {
     taker: Taker,
-    /// Row of the step's part of the capture buffer.
+    /// First row of the step's part of the capture buffer.
     from: usize,
+    /// Numbers from its start on.
+    width: usize,
 }
 
 impl<T: Float> Core<T> {
@@ -28,7 +31,8 @@ impl<T: Float> Core<T> {
     pub(super) fn plan_clean(&self, plan: &mut Plan, key: &Key, position: usize, row: u32) -> bool {
         let Some(clean) = self.prompts.get(key) else { return true };
         let Some(run) = &clean.running else { return true };
-        if plan.takes.len() + run.taps(position).count() > self.limits.capture_rows {
+        let wanted: usize = run.taps(position).map(|tap| self.rows_of_tap(tap as usize)).sum();
+        if plan.captured + wanted > self.limits.capture_rows {
             return false;
         }
         for &layer in &run.layers {
@@ -59,9 +63,10 @@ impl<T: Float> Core<T> {
                 Some((at, index, tap_index(capture, self.config.layers)))
             })
         };
-        let own = |tap: &usize| !is_clean(*tap, position, trunk.own);
-        let rows = hits().filter(|(.., tap)| tap.as_ref().is_some_and(own)).count();
-        if plan.takes.len() + rows > self.limits.capture_rows {
+        let own = |tap: &usize| !is_clean(*tap, position, trunk.own, self.config.layers);
+        let taps = hits().filter_map(|(.., tap)| tap.filter(own));
+        let wanted: usize = taps.map(|tap| self.rows_of_tap(tap)).sum();
+        if plan.captured + wanted > self.limits.capture_rows {
             return None;
         }
         for (capture, index, tap) in hits() {
@@ -73,10 +78,16 @@ impl<T: Float> Core<T> {
         Some(hits().any(|(.., tap)| tap.is_none()))
     }
 
+    /// Rows of the capture buffer that a row of a tap fills.
+    fn rows_of_tap(&self, tap: usize) -> usize {
+        tap_width(tap, &self.config).div_ceil(self.config.dim)
+    }
+
     fn plan_take(&self, plan: &mut Plan, taker: Taker, tap: u32, row: u32) {
-        let from = plan.takes.len();
+        let (from, width) = (plan.captured, tap_width(tap as usize, &self.config));
         plan.captures.push((tap, row, self.limits.capture_row(plan.turn, from) as u32));
-        plan.takes.push(Take { taker, from });
+        plan.captured += self.rows_of_tap(tap as usize);
+        plan.takes.push(Take { taker, from, width });
     }
 
     /// Hands out the rows that a step captured into its part of the buffer.
@@ -84,13 +95,13 @@ impl<T: Float> Core<T> {
         let dim = self.config.dim;
         let captured = self.outputs[turn].captured.get();
         for take in takes {
-            let row = &captured[take.from * dim..][..dim];
+            let row = &captured[take.from * dim..][..take.width];
             match &take.taker {
                 Taker::Clean { key, at } => self.prompts.keep_row(key, *at, row),
                 Taker::Trunk { trunk, capture, index } => {
                     if let Some(trunk) = self.trunks.get_mut(trunk) {
-                        let out = &mut trunk.captures[*capture][index * dim..][..dim];
-                        out.copy_from_slice(row);
+                        let out = &mut trunk.captures[*capture][index * take.width..];
+                        out[..take.width].copy_from_slice(row);
                     }
                 }
             }

@@ -15,8 +15,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    checks,
     core::{Command, Core, Submission},
-    hooks, memory,
+    memory,
     setup::{Limits, Options, open},
     types::{Event, Job, Outcome},
 };
@@ -172,7 +173,7 @@ impl Engine {
             device: options.device.to_string(),
             dtype: options.dtype.to_string(),
             isa: arithmetic,
-            kernels: "2".into(),
+            kernels: "3".into(),
         };
         let commands = Mutex::new(Some(sender));
         let next_tag = AtomicU64::new(1 << 63);
@@ -205,7 +206,7 @@ impl Engine {
     }
 
     fn check(&self, job: &Job) -> Result<()> {
-        hooks::check(job, &self.config)?;
+        checks::check(job, &self.config)?;
         self.limits.check(job, &self.config)
     }
 

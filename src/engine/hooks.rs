@@ -3,55 +3,18 @@
 
 use std::sync::Arc;
 
-use super::types::{Capture, Condition, Injection, Job, Receipt};
+use super::{
+    sites::{cut, is_below, site_index, site_name, tap, tap_index},
+    types::{Condition, Injection, Job, Receipt},
+};
 use crate::{
     error::{Error, Result},
-    model::ModelConfig,
     ops::{
         hooks::{GATES, HookOp},
         rows::NONE,
     },
-    request::{CaptureSite, Measure, Op, Site, StrengthMode},
+    request::{Measure, Op, StrengthMode},
 };
-
-/// The number of a site along the stream, see `ops::hooks::site_count`; of a branch, the site that it
-/// is added at.
-pub fn site_index(site: Site, layer: usize) -> usize {
-    match site {
-        Site::ResidPre => 2 * layer,
-        Site::ResidMid | Site::AttnOut => 2 * layer + 1,
-        Site::ResidPost | Site::MlpOut => 2 * layer + 2,
-    }
-}
-
-/// The tap that shows a site, see `ops::hooks::tap_count`.
-fn tap(site: Site, layer: usize) -> usize {
-    2 * site_index(site, layer) + usize::from(site.is_branch())
-}
-
-/// The first layer that computes what is behind a site: the block itself for a branch.
-fn cut(site: Site, layer: usize) -> usize {
-    if site.is_branch() { layer } else { site_index(site, layer) / 2 }
-}
-
-/// `resid_post.20` and the like.
-pub fn site_name(site: Site, layer: usize) -> String {
-    format!("{}.{layer}", CaptureSite::from(site).name())
-}
-
-/// The tap of a capture, see `ops::hooks::tap_count`; `None` for logits.
-pub fn tap_index(capture: &Capture, layers: usize) -> Option<usize> {
-    let layer = capture.layer.unwrap_or(0);
-    Some(match capture.site {
-        CaptureSite::ResidPre => 2 * (2 * layer),
-        CaptureSite::ResidMid => 2 * (2 * layer + 1),
-        CaptureSite::ResidPost => 2 * (2 * layer + 2),
-        CaptureSite::AttnOut => 2 * (2 * layer + 1) + 1,
-        CaptureSite::MlpOut => 2 * (2 * layer + 2) + 1,
-        CaptureSite::FinalNorm => 2 * (2 * layers) + 2,
-        CaptureSite::Logits => return None,
-    })
-}
 
 /// What of the prompt a job must compute itself: rows from `start` on, from layer `cut` up.
 /// Everything before and below is the clean run's.
@@ -77,7 +40,7 @@ pub fn live(job: &Job) -> impl Iterator<Item = &Injection> {
 fn is_same_injection(a: &Injection, b: &Injection) -> bool {
     let what = |i: &Injection| {
         let numbers = [i.strength, i.bounds.0, i.bounds.1].map(f32::to_bits);
-        ((i.site, i.layer, i.op, i.mode, i.keep_norm), (i.from, i.to, i.every), numbers)
+        ((i.site, i.layer, i.head), (i.op, i.mode, i.keep_norm, i.by_position), (i.from, i.to, i.every), numbers)
     };
     let bits = |v: &f32| v.to_bits();
     what(a) == what(b)
@@ -103,10 +66,8 @@ pub fn are_continued_alike(a: &Job, b: &Job) -> bool {
 
 /// Whether a job takes a captured row from its prompt's clean run: one before the first row, or
 /// below the first layer, that it computes itself.
-pub fn is_clean(tap: usize, position: usize, own: Own) -> bool {
-    let (site, is_branch) = (tap / 2, tap % 2 == 1);
-    // The branch into the first site of the cut was added by the clean run.
-    position < own.start || site < 2 * own.cut || site == 2 * own.cut && is_branch
+pub fn is_clean(tap: usize, position: usize, own: Own, layers: usize) -> bool {
+    position < own.start || is_below(tap, own.cut, layers)
 }
 
 /// A captured row that is a clean run's: which of the job's captures, which of its positions, and
@@ -127,7 +88,7 @@ pub fn clean_rows(job: &Job, own: Own, layers: usize) -> impl Iterator<Item = Cl
         let tap = tap_index(wanted, layers);
         let positions = wanted.positions.iter().enumerate();
         positions.filter_map(move |(index, &position)| {
-            let tap = tap.filter(|&tap| is_clean(tap, position, own))?;
+            let tap = tap.filter(|&tap| is_clean(tap, position, own, layers))?;
             Some(CleanRow { capture, index, at: (tap as u32, position as u32) })
         })
     })
@@ -154,162 +115,6 @@ pub fn own_part(job: &Job, layers: usize, share: bool) -> Own {
     own
 }
 
-/// Samples of one prompt; more are more requests.
-const MAX_SAMPLES: u32 = 65_536;
-
-/// Refuses a job that the model cannot run, or whose injections would touch nothing.
-pub fn check(job: &Job, config: &ModelConfig) -> Result<()> {
-    let prompt = job.tokens.len();
-    if prompt == 0 {
-        return Err(Error::new("empty prompt").expected("at least one token"));
-    }
-    let longest = job.score.iter().map(Vec::len).max().unwrap_or(0);
-    let total = prompt + (job.sampling.max_tokens as usize).max(longest);
-    // The last token drawn is never fed back, so no row has its position.
-    let rows = prompt + (total - prompt).saturating_sub(1);
-    if total > config.context {
-        return Err(Error::new("longer than the model's context")
-            .expected(format!("at most {} tokens", config.context))
-            .got(format!("{prompt} of the prompt and {} to come", total - prompt))
-            .hint("--context raises the limit to what the model was made for"));
-    }
-    let ids = job.tokens.iter().chain(job.score.iter().flatten()).chain(&job.watch);
-    if let Some(id) = ids.copied().find(|&id| id as usize >= config.vocab) {
-        return Err(Error::new("token id outside the vocabulary")
-            .expected(format!("0..{}", config.vocab))
-            .got(id));
-    }
-    if !(1..=MAX_SAMPLES).contains(&job.n) {
-        return Err(Error::new("too few or too many samples of one prompt")
-            .at("n")
-            .expected(format!("1..={MAX_SAMPLES}"))
-            .got(job.n));
-    }
-    if job.score.iter().any(Vec::is_empty) {
-        return Err(Error::new("empty continuation").at("score"));
-    }
-    let s = &job.sampling;
-    let temperature_fits = s.temperature.is_finite() && s.temperature >= 0.0;
-    let top_p_fits = s.top_p > 0.0 && s.top_p <= 1.0;
-    if !(temperature_fits && top_p_fits && (0.0..1.0).contains(&s.min_p)) {
-        return Err(Error::new("sampling values out of range")
-            .expected("temperature 0 or more, 0 < top_p <= 1, 0 <= min_p < 1")
-            .got(format!("{} / {} / {}", s.temperature, s.top_p, s.min_p)));
-    }
-    for (at, injection) in job.inject.iter().enumerate() {
-        check_injection(injection, config, rows).map_err(|e| e.at(format!("inject[{at}]")))?;
-    }
-    for (at, capture) in job.capture.iter().enumerate() {
-        check_capture(capture, config, prompt).map_err(|e| e.at(format!("capture[{at}]")))?;
-    }
-    Ok(())
-}
-
-fn check_injection(injection: &Injection, config: &ModelConfig, rows: usize) -> Result<()> {
-    let Injection { vector, op, mode, .. } = injection;
-    if injection.layer >= config.layers {
-        return Err(out_of_range(injection.layer, config));
-    }
-    let wanted = if *op == Op::Scale { 0 } else { config.dim };
-    if vector.len() != wanted {
-        return Err(Error::new("vector of the wrong length")
-            .expected(match wanted {
-                0 => "none: the operation has no vector".into(),
-                dim => format!("{dim} (the model's width)"),
-            })
-            .got(vector.len()));
-    }
-    let (low, high) = injection.bounds;
-    if !vector.iter().all(|v| v.is_finite()) || !injection.strength.is_finite() {
-        return Err(
-            Error::new("NaN or infinity in a vector or strength").expected("finite numbers")
-        );
-    }
-    if low.is_nan() || high.is_nan() || low > high {
-        return Err(Error::new("bounds of a clamp")
-            .expected("min <= max")
-            .got(format!("{low}..{high}")));
-    }
-    let is_direction =
-        !matches!(op, Op::Add | Op::Replace | Op::Scale) || *mode != StrengthMode::Raw;
-    if *op != Op::Scale && is_direction && norm(vector) == 0.0 {
-        return Err(Error::new("a vector of length 0 has no direction")
-            .hint("only add and replace with strength_mode raw take it"));
-    }
-    if *mode == StrengthMode::Reference && injection.site.is_branch() {
-        return Err(Error::new("strength_mode reference is of the stream's norm")
-            .at(site_name(injection.site, injection.layer))
-            .hint("use raw, unit or row here"));
-    }
-    if injection.from >= injection.to.unwrap_or(usize::MAX) || injection.from >= rows {
-        return Err(Error::new("the window touches no token: nothing would be injected")
-            .expected(format!("from < to, and from < {rows}"))
-            .got(format!("from {}, to {:?}", injection.from, injection.to)));
-    }
-    if injection.every == 0 {
-        return Err(Error::new("every 0th token").at("every").expected("1 or more"));
-    }
-    injection.when.as_ref().map_or(Ok(()), |when| check_condition(when, injection, config))
-}
-
-fn check_condition(when: &Condition, injection: &Injection, config: &ModelConfig) -> Result<()> {
-    let when_error = |error: Error| error.at("when");
-    if when.layer >= config.layers {
-        return Err(when_error(out_of_range(when.layer, config)));
-    }
-    if when.vector.len() != config.dim || !when.vector.iter().all(|v| v.is_finite()) {
-        return Err(when_error(
-            Error::new("a vector that cannot be looked for")
-                .expected(format!("{} finite numbers (the model's width)", config.dim))
-                .got(when.vector.len()),
-        ));
-    }
-    if norm(&when.vector) == 0.0 {
-        return Err(when_error(Error::new("a vector of length 0 has no direction")));
-    }
-    if when.above.is_nan() || when.below.is_nan() || when.above >= when.below {
-        return Err(when_error(
-            Error::new("a condition that nothing meets")
-                .expected("above < below")
-                .got(format!("above {}, below {}", when.above, when.below)),
-        ));
-    }
-    // In the order in which a row meets them.
-    let order = |site: Site, layer| (site_index(site, layer), !site.is_branch());
-    let (seen, acts) = (order(when.site, when.layer), order(injection.site, injection.layer));
-    let fits = if when.latch { seen.0 < acts.0 } else { seen <= acts };
-    if fits {
-        return Ok(());
-    }
-    let rule = if when.latch { "a site before it" } else { "its site, or one before it" };
-    Err(when_error(
-        Error::new("the condition is decided too late for the injection")
-            .expected(format!("{rule}: {}", site_name(injection.site, injection.layer)))
-            .got(site_name(when.site, when.layer)),
-    ))
-}
-
-fn check_capture(capture: &Capture, config: &ModelConfig, prompt: usize) -> Result<()> {
-    if capture.site.has_layer() != capture.layer.is_some() {
-        return Err(Error::new(format!("{} and its layer do not fit", capture.site.name())));
-    }
-    if let Some(layer) = capture.layer.filter(|&layer| layer >= config.layers) {
-        return Err(out_of_range(layer, config));
-    }
-    let ascending = capture.positions.is_sorted_by(|a, b| a < b);
-    if !ascending || capture.positions.last().is_none_or(|&last| last >= prompt) {
-        return Err(Error::new("bad capture positions")
-            .expected(format!("ascending, in 0..{prompt}, at least one")));
-    }
-    Ok(())
-}
-
-fn out_of_range(layer: usize, config: &ModelConfig) -> Error {
-    Error::new("layer out of range")
-        .expected(format!("0..={} (the model has {} blocks)", config.layers - 1, config.layers))
-        .got(layer)
-}
-
 /// ‖v‖, summed in f64.
 pub fn norm(v: &[f32]) -> f64 {
     v.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
@@ -334,6 +139,9 @@ impl CleanNorms<'_> {
 
     /// N: the mean clean ‖h‖ over the window's prompt positions, position 0 excluded.
     pub fn reference(&self, injection: &Injection) -> Option<f64> {
+        if !injection.site.is_stream() {
+            return None;
+        }
         let window = self.window(injection);
         let sum: f64 = window.iter().map(|&norm| f64::from(norm)).sum();
         (!window.is_empty()).then(|| sum / window.len() as f64)
@@ -364,7 +172,7 @@ fn size_of(injection: &Injection, clean: Option<CleanNorms>) -> Result<(f64, boo
     Ok(match injection.mode {
         StrengthMode::Raw | StrengthMode::Unit => (1.0, false),
         StrengthMode::Row => {
-            let clean = clean.filter(|_| !injection.site.is_branch());
+            let clean = clean.filter(|_| injection.site.is_stream());
             clean.map_or(Ok(()), |clean| clean.check_rows(injection))?;
             (1.0, true)
         }
@@ -402,12 +210,14 @@ fn operation(injection: &Injection, clean: Option<CleanNorms>) -> Result<HookOp>
         }
     };
     let mut flags = if relative { HookOp::RELATIVE } else { 0 };
+    flags |= if injection.by_position { HookOp::BY_POSITION } else { 0 };
     flags |= if injection.keep_norm { HookOp::KEEP_NORM } else { 0 };
     Ok(HookOp {
         to: end(injection),
         every: injection.every as u32,
         kind,
         flags,
+        head: injection.head.unwrap_or(0) as u32,
         low,
         high,
         unit: unit as f32,
@@ -443,21 +253,24 @@ pub struct Planned {
     pub injection: usize,
     /// Its vector, if it has one: in the bank while the operation may act.
     pub vector: Option<Arc<[f32]>>,
+    /// Rows of the bank that it takes.
+    pub rows: usize,
     /// For the device, but for the vector's row.
     pub op: HookOp,
 }
 
 /// The operations of a job by tap: at each, conditions first, then injections in their order.
-pub fn plan(job: &Job, clean: Option<CleanNorms>) -> Result<Vec<Planned>> {
+pub fn plan(job: &Job, layers: usize, clean: Option<CleanNorms>) -> Result<Vec<Planned>> {
     let (mut gates, mut planned): (Vec<Planned>, Vec<Planned>) = (Vec::new(), Vec::new());
     let injections = job.inject.iter().enumerate().filter(|(_, injection)| is_live(injection));
     for (number, (at, injection)) in injections.enumerate() {
         let mut op = operation(injection, clean).map_err(|e| e.at(format!("inject[{at}]")))?;
         if let Some(when) = &injection.when {
             let gate = Planned {
-                tap: tap(when.site, when.layer),
+                tap: tap(when.site, when.layer, layers),
                 injection: number,
                 vector: Some(Arc::clone(&when.vector)),
+                rows: 1,
                 op: gate_of(when, injection, gates.len() as u32),
             };
             let same = |other: &&Planned| {
@@ -474,9 +287,10 @@ pub fn plan(job: &Job, clean: Option<CleanNorms>) -> Result<Vec<Planned>> {
         }
         let vector = (injection.op != Op::Scale).then(|| Arc::clone(&injection.vector));
         planned.push(Planned {
-            tap: tap(injection.site, injection.layer),
+            tap: tap(injection.site, injection.layer, layers),
             injection: number,
             vector,
+            rows: vector_rows(injection),
             op,
         });
     }
@@ -490,9 +304,32 @@ pub fn plan(job: &Job, clean: Option<CleanNorms>) -> Result<Vec<Planned>> {
     Ok(gates)
 }
 
-/// The most operations and vectors that a job takes.
+/// The most operations that a job takes.
 pub fn operations(job: &Job) -> usize {
     live(job).map(|injection| 1 + usize::from(injection.when.is_some())).sum()
+}
+
+/// The most rows of the vector bank that a job takes.
+pub fn bank_rows(job: &Job) -> usize {
+    live(job).map(|injection| vector_rows(injection) + usize::from(injection.when.is_some())).sum()
+}
+
+/// Positions of an injection's window, where it has an end.
+pub fn window_positions(injection: &Injection) -> Option<usize> {
+    let len = injection.to?.saturating_sub(injection.from);
+    Some(len.div_ceil(injection.every.max(1)))
+}
+
+/// Rows of an injection's vector: one, or one for each position of the window.
+fn vector_rows(injection: &Injection) -> usize {
+    if injection.by_position { window_positions(injection).unwrap_or(1) } else { 1 }
+}
+
+/// ‖v‖, or the mean over the window's.
+fn mean_norm(injection: &Injection) -> f64 {
+    let rows = vector_rows(injection);
+    let width = (injection.vector.len() / rows).max(1);
+    injection.vector.chunks_exact(width).map(norm).sum::<f64>() / rows as f64
 }
 
 /// What a sequence's operations have seen before its first row, where its conditions were met already.
@@ -593,7 +430,7 @@ pub fn receipts(
         let at_tap = planned.iter().position(|p| is_own(p) && is_live(injection));
         let tally = at_tap.map(|p| tallies[p]).unwrap_or_default();
         let mean = |sum: f64| (tally.touched > 0).then(|| (sum / tally.touched as f64) as f32);
-        let (s, length) = (f64::from(injection.strength.abs()), norm(&injection.vector));
+        let (s, length) = (f64::from(injection.strength.abs()), mean_norm(injection));
         let reference = references[at];
         let before = mean(tally.before);
         let change = match injection.mode {
@@ -604,7 +441,7 @@ pub fn receipts(
             StrengthMode::Row => before.map(|before| (s * f64::from(before)) as f32),
         };
         Receipt {
-            site: site_name(injection.site, injection.layer),
+            site: site_name(injection),
             op: injection.op,
             strength: injection.strength,
             mode: injection.mode,

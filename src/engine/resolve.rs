@@ -1,26 +1,34 @@
 //! From a request as written to a job the engine can run: vectors read, layers and windows as
 //! indices, every value checked against the model. Every error names the request's field.
 
+mod captures;
+mod vectors;
+
 use std::sync::Arc;
 
 use super::{
-    Capture, Condition, Injection, Job,
-    points::{self, Point},
-    vectors::{Header, VectorFiles, norm},
+    Condition, Injection, Job,
+    patching::Patch,
+    points,
+    vectors::VectorFiles,
 };
 use crate::{
     error::{Context, Error, Result},
     model::{Model, ModelConfig, Norms, Prompt, TokenWindow, Tokenizer},
     request::{
-        self, Continuation, LayerRange, Layers, NamedPositions, OneOrMany, Op, Positions, Request,
-        Sampling, Site, StrengthMode, VectorRef,
+        self, Continuation, LayerRange, OneOrMany, Op, Request, Sampling, Site, StrengthMode,
     },
 };
+use vectors::Source;
+
+pub use captures::captures_of;
 
 /// What a request is checked against.
 #[derive(Clone, Copy)]
 pub(super) struct Limits {
     pub layers: usize,
+    pub heads: usize,
+    head_dim: usize,
     dim: usize,
     vocab: usize,
     context: usize,
@@ -32,6 +40,8 @@ impl From<&ModelConfig> for Limits {
     fn from(config: &ModelConfig) -> Self {
         Self {
             layers: config.layers,
+            heads: config.heads,
+            head_dim: config.head_dim,
             dim: config.dim,
             vocab: config.vocab,
             context: config.context,
@@ -40,8 +50,36 @@ impl From<&ModelConfig> for Limits {
     }
 }
 
+/// A request that was checked.
+pub struct Resolved {
+    /// Its prompt.
+    pub prompt: Prompt,
+    /// What the engine runs, once the patches are in it.
+    pub job: Job,
+    /// Rows of other requests that its injections take: see [`super::patching`].
+    pub patches: Vec<Patch>,
+}
+
+impl Resolved {
+    /// The job of a request that takes nothing from others.
+    ///
+    /// # Errors
+    /// It does.
+    pub fn alone(self) -> Result<(Prompt, Job)> {
+        match self.patches.first() {
+            None => Ok((self.prompt, self.job)),
+            Some(patch) => Err(Error::new("rows of another request, of which there is none here")
+                .at(format!("inject[{}].source", patch.field))
+                .got(&patch.request)),
+        }
+    }
+}
+
 /// Renders a request's prompt and checks and resolves all that is asked about it.
-pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Result<(Prompt, Job)> {
+///
+/// # Errors
+/// Something does not fit the model, the prompt or the vectors.
+pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Result<Resolved> {
     let limits = Limits::from(&model.config);
     check_sampling(&request.sampling)?;
     check_counts(request, limits)?;
@@ -56,7 +94,7 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
     // The last token drawn or scored is never a row itself.
     let rows = prompt.tokens.len() + continued.saturating_sub(1);
 
-    let mut inject = Vec::new();
+    let (mut inject, mut patches) = (Vec::new(), Vec::new());
     for (i, injection) in request.inject.iter().enumerate() {
         let field = format!("inject[{i}]");
         let windows = prompt.windows(injection).at(|| field.clone())?;
@@ -64,12 +102,20 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
             check_window(injection.strength_mode, *window, prompt.tokens.len(), rows, &field)?;
         }
         let mut source = Source { limits, model_hash: &|| model.hash(), files };
-        inject.extend(injections(injection, &windows, &mut source, &field)?);
+        let own = injections(injection, &windows, &mut source, &field)?;
+        if let Some(wanted) = &injection.source {
+            let first = inject.len();
+            for (at, injection) in own.iter().enumerate() {
+                let patch = Patch::new((i, first + at), wanted, injection, limits);
+                patches.push(patch.at(|| format!("{field}.source"))?);
+            }
+        }
+        inject.extend(own);
     }
     let mut capture = Vec::new();
     for (i, wanted) in request.capture.iter().enumerate() {
         let field = format!("capture[{i}]");
-        capture.extend(captures(wanted, prompt.tokens.len(), limits, &field)?);
+        capture.extend(captures::captures(wanted, prompt.tokens.len(), limits, &field)?);
     }
     let job = Job {
         tokens: prompt.tokens.clone(),
@@ -82,7 +128,7 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
         score,
         watch: Vec::new(),
     };
-    Ok((prompt, job))
+    Ok(Resolved { prompt, job, patches })
 }
 
 /// Checks the values that say how tokens are drawn.
@@ -211,14 +257,7 @@ fn check_window(
     Ok(())
 }
 
-/// Where vectors come from.
-struct Source<'a> {
-    limits: Limits,
-    model_hash: &'a dyn Fn() -> Result<String>,
-    files: &'a mut VectorFiles,
-}
-
-/// One injection for each of its layers and windows.
+/// One injection for each of its layers, heads and windows.
 fn injections(
     wanted: &request::Injection,
     windows: &[TokenWindow],
@@ -226,7 +265,7 @@ fn injections(
     field: &str,
 ) -> Result<Vec<Injection>> {
     let strength = check_operation(wanted).at(|| field.to_owned())?;
-    let (site, layers) = place_of(wanted, source, field)?;
+    let (site, layers, heads) = place_of(wanted, source, field)?;
     let when = match &wanted.when {
         Some(when) => Some(Arc::new(condition(when, source).at(|| format!("{field}.when"))?)),
         None => None,
@@ -239,10 +278,13 @@ fn injections(
                 .at(|| format!("{field}.vector"))?,
             None => Arc::default(),
         };
-        all.extend(windows.iter().map(|window| Injection {
+        let places = heads.iter().flat_map(|head| windows.iter().map(move |window| (head, window)));
+        all.extend(places.map(|(head, window)| Injection {
             vector: Arc::clone(&vector),
+            by_position: false,
             site,
             layer,
+            head: *head,
             op: wanted.op,
             strength,
             mode: wanted.strength_mode,
@@ -269,9 +311,15 @@ fn check_operation(wanted: &request::Injection) -> Result<f32> {
         (false, true) => Err(Error::new(format!("{} needs a {name}", op.name())).at(name)),
         _ => Ok(()),
     };
-    presence("vector", wanted.vector.is_some(), op != Op::Scale)?;
+    if wanted.vector.is_some() && wanted.source.is_some() {
+        return Err(Error::new("a vector in two ways").expected("either `vector` or `source`"));
+    }
+    let has_vector = wanted.vector.is_some() || wanted.source.is_some();
+    presence("vector", has_vector, op != Op::Scale)?;
     let has_strength = !matches!(op, Op::ProjectOut | Op::Clamp);
-    presence("strength", wanted.strength.is_some(), has_strength)?;
+    // Rows of another request are mostly taken as they are.
+    let default = wanted.source.as_ref().filter(|_| has_strength).map(|_| 1.0);
+    presence("strength", wanted.strength.or(default).is_some(), has_strength)?;
     if !is_clamp {
         presence("min", wanted.min.is_some(), false)?;
         presence("max", wanted.max.is_some(), false)?;
@@ -298,7 +346,7 @@ fn check_operation(wanted: &request::Injection) -> Result<f32> {
     {
         return Err(Error::new("min is above max").at("min").got(format!("{min} and {max}")));
     }
-    Ok(wanted.strength.unwrap_or(0.0))
+    Ok(wanted.strength.or(default).unwrap_or(0.0))
 }
 
 fn condition(wanted: &request::Condition, source: &mut Source) -> Result<Condition> {
@@ -320,268 +368,118 @@ fn condition(wanted: &request::Condition, source: &mut Source) -> Result<Conditi
     })
 }
 
-/// The site and the blocks of an injection.
+/// The site, the blocks and the heads of an injection; no head where the site has none.
 fn place_of(
     wanted: &request::Injection,
     source: &Source,
     field: &str,
-) -> Result<(Site, Vec<usize>)> {
+) -> Result<(Site, Vec<usize>, Vec<Option<usize>>)> {
+    let limits = source.limits;
     let two_ways = || {
         Error::new("a point in two ways").at(field).expected("either `hook`, or `layer` and `site`")
     };
-    match (&wanted.hook, &wanted.layer) {
-        (Some(_), Some(_)) => Err(two_ways()),
-        (Some(_), None) if wanted.site.is_some() => Err(two_ways()),
+    let (site, layers, named) = match (&wanted.hook, &wanted.layer) {
+        (Some(_), Some(_)) => return Err(two_ways()),
+        (Some(_), None) if wanted.site.is_some() => return Err(two_ways()),
         (Some(hook), None) => {
-            let point = points::parse(hook, source.limits).and_then(Point::injected);
-            point.map(|(site, layer)| (site, vec![layer])).at(|| field.to_owned())
+            let point = points::parse(hook, limits).at(|| field.to_owned())?;
+            let (site, layer) = point.injected().at(|| field.to_owned())?;
+            (site, vec![layer], point.head)
         }
         (None, Some(layer)) => {
-            let layers = layers_of(layer, source.limits, &format!("{field}.layer"))?;
-            Ok((wanted.site.unwrap_or_default(), layers))
+            let layers = indices_of(layer, limits.blocks(), &format!("{field}.layer"))?;
+            (wanted.site.unwrap_or_default(), layers, None)
         }
-        (None, None) => Err(Error::new("an injection needs a layer").at(format!("{field}.layer"))),
+        (None, None) => {
+            return Err(Error::new("an injection needs a layer").at(format!("{field}.layer")));
+        }
+    };
+    let at = || format!("{field}.head");
+    let heads = match (&wanted.head, named) {
+        (Some(_), Some(_)) => return Err(Error::new("a head in two ways").at(at())),
+        (None, Some(head)) => vec![Some(head)],
+        (Some(_), None) if site != Site::HeadOut => {
+            return Err(Error::new("a head of a site that has none")
+                .at(at())
+                .hint("head_out is what the heads of attention give"));
+        }
+        (Some(heads), None) => {
+            let heads = indices_of(heads, limits.of_heads(), &at())?;
+            heads.into_iter().map(Some).collect()
+        }
+        (None, None) if site == Site::HeadOut => {
+            return Err(Error::new("head_out needs a head")
+                .at(at())
+                .expected("a head, a list of heads, or \"all\""));
+        }
+        (None, None) => vec![None],
+    };
+    Ok((site, layers, heads))
+}
+
+/// What indices count.
+#[derive(Clone, Copy)]
+struct Axis {
+    name: &'static str,
+    count: usize,
+    whose: &'static str,
+}
+
+impl Limits {
+    fn blocks(self) -> Axis {
+        Axis { name: "layer", count: self.layers, whose: "the model has {} blocks" }
+    }
+
+    fn of_heads(self) -> Axis {
+        Axis { name: "head", count: self.heads, whose: "a block has {} heads" }
     }
 }
 
-fn layers_of(wanted: &OneOrMany, limits: Limits, field: &str) -> Result<Vec<usize>> {
-    let layers = match wanted {
+fn indices_of(wanted: &OneOrMany, of: Axis, field: &str) -> Result<Vec<usize>> {
+    let indices = match wanted {
         OneOrMany::One(layer) => vec![*layer],
         OneOrMany::Many(layers) => layers.clone(),
         OneOrMany::Range(LayerRange { first, last }) if first > last => {
-            return Err(Error::new("a reversed range of layers")
+            return Err(Error::new(format!("a reversed range of {}s", of.name))
                 .at(field)
                 .expected("first <= last")
                 .got(format!("{first} and {last}")));
         }
         OneOrMany::Range(LayerRange { first, last }) => {
-            check_layers(&[*last], limits, field)?;
+            check_indices(&[*last], of, field)?;
             (*first..=*last).collect()
         }
-        OneOrMany::All(_) => (0..limits.layers).collect(),
+        OneOrMany::All(_) => (0..of.count).collect(),
     };
-    check_layers(&layers, limits, field)?;
-    Ok(layers)
+    check_indices(&indices, of, field)?;
+    Ok(indices)
 }
 
 pub(super) fn check_layers(layers: &[usize], limits: Limits, field: &str) -> Result<()> {
-    if layers.is_empty() {
-        return Err(Error::new("no layers").at(field).expected("at least one"));
+    check_indices(layers, limits.blocks(), field)
+}
+
+fn check_indices(indices: &[usize], of: Axis, field: &str) -> Result<()> {
+    let Axis { name, count, whose } = of;
+    if indices.is_empty() {
+        return Err(Error::new(format!("no {name}s")).at(field).expected("at least one"));
     }
-    for (i, layer) in layers.iter().enumerate() {
-        if *layer >= limits.layers {
-            return Err(Error::new("layer out of range")
+    for (i, index) in indices.iter().enumerate() {
+        if *index >= count {
+            let whose = whose.replace("{}", &count.to_string());
+            return Err(Error::new(format!("{name} out of range"))
                 .at(field)
-                .expected(format!(
-                    "0..={} (the model has {} blocks)",
-                    limits.layers - 1,
-                    limits.layers
-                ))
-                .got(layer)
-                .hint("layers are counted from 0"));
+                .expected(format!("0..={} ({whose})", count - 1))
+                .got(index)
+                .hint(format!("{name}s are counted from 0")));
         }
-        if layers[..i].contains(layer) {
-            return Err(Error::new("a layer stands twice in the list").at(field).got(layer));
+        if indices[..i].contains(index) {
+            let twice = format!("a {name} stands twice in the list");
+            return Err(Error::new(twice).at(field).got(index));
         }
     }
     Ok(())
 }
 
-impl Source<'_> {
-    /// The vector to use at a point, (dim,), finite and not zero.
-    fn vector(
-        &mut self,
-        wanted: &VectorRef,
-        place: (Site, usize),
-        vector_layer: Option<usize>,
-    ) -> Result<Arc<[f32]>> {
-        let vector = match wanted {
-            VectorRef::Named(name) => self.named(name, place, vector_layer)?,
-            VectorRef::Sum(terms) => {
-                let mut sum = vec![0.0_f32; self.limits.dim];
-                for (name, weight) in terms {
-                    let term = self.named(name, place, vector_layer)?;
-                    self.check_dim(&term).at(|| name.clone())?;
-                    sum.iter_mut().zip(term.iter()).for_each(|(s, v)| *s += weight * v);
-                }
-                Arc::from(sum)
-            }
-            VectorRef::Values(_) if vector_layer.is_some() => {
-                return Err(Error::new("vector_layer is for vectors from files")
-                    .got("numbers and a vector_layer"));
-            }
-            VectorRef::Values(values) => Arc::from(values.as_slice()),
-        };
-        self.check_dim(&vector)?;
-        if let Some(i) = vector.iter().position(|v| !v.is_finite()) {
-            return Err(Error::new("the vector has values that are not finite")
-                .got(format!("{} at index {i}", vector[i])));
-        }
-        if norm(&vector) == 0.0 {
-            return Err(Error::new("the vector is zero: it would inject nothing")
-                .hint("for a control without injection leave the injection out"));
-        }
-        Ok(vector)
-    }
-
-    fn check_dim(&self, vector: &[f32]) -> Result<()> {
-        if vector.len() == self.limits.dim {
-            return Ok(());
-        }
-        Err(Error::new("vector of the wrong length")
-            .expected(format!("{} (the width of the model's residual stream)", self.limits.dim))
-            .got(vector.len()))
-    }
-
-    /// `FILE#NAME`, checked against its file's header.
-    fn named(
-        &mut self,
-        reference: &str,
-        (site, layer): (Site, usize),
-        vector_layer: Option<usize>,
-    ) -> Result<Arc<[f32]>> {
-        let parts = reference.rsplit_once('#').filter(|(f, n)| !f.is_empty() && !n.is_empty());
-        let (file, name) = parts.ok_or_else(|| {
-            Error::new("malformed vector reference")
-                .expected("FILE#NAME, e.g. set.safetensors#ocean")
-                .got(format!("{reference:?}"))
-        })?;
-        let set = self.files.get(file)?;
-        let place = || reference.to_owned();
-        let found = match vector_layer {
-            Some(layer) => layer,
-            None => {
-                self.check_model(&set.header).at(place)?;
-                let rows = set.unnamed_layers(name).at(place)?;
-                if rows.is_some_and(|rows| rows != self.limits.layers) {
-                    return Err(Error::new("the file does not say of which layers the vector is")
-                        .at(reference)
-                        .expected(format!("one row for each of {} blocks", self.limits.layers))
-                        .got(rows.unwrap_or_default())
-                        .hint("name the row to use with vector_layer"));
-                }
-                file_layer(&set.header, site, layer).at(place)?
-            }
-        };
-        set.get(name, Some(found)).at(|| file.to_owned()).map_err(|error| {
-            error.hint("vector_layer names the layer of the file's vector to use elsewhere")
-        })
-    }
-
-    fn check_model(&self, header: &Header) -> Result<()> {
-        let Some(claimed) = &header.model_hash else { return Ok(()) };
-        let hash = (self.model_hash)()?;
-        if *claimed == hash {
-            return Ok(());
-        }
-        Err(Error::new("the vectors are of another model")
-            .expected(format!("model {hash}"))
-            .got(format!("model {claimed}"))
-            .hint("make them with this model, or insist by naming their vector_layer"))
-    }
-}
-
-/// Which layer of the file's site is the point (site, layer); `resid_pre.L+1` is `resid_post.L`.
-fn file_layer(header: &Header, site: Site, layer: usize) -> Result<usize> {
-    match header.site {
-        None => Ok(layer),
-        Some(theirs) if theirs == site => Ok(layer),
-        Some(Site::ResidPost) if site == Site::ResidPre && layer > 0 => Ok(layer - 1),
-        Some(Site::ResidPre) if site == Site::ResidPost => Ok(layer + 1),
-        Some(theirs) => Err(Error::new("the vectors are of another site")
-            .expected(format!("{site:?} at layer {layer}"))
-            .got(format!("{theirs:?}"))
-            .hint("inject at their site, or insist by naming their vector_layer")),
-    }
-}
-
-/// What a prompt of so many tokens gives of the wanted captures, in a model of so many blocks.
-///
-/// # Errors
-/// A layer or a position that there is not.
-pub fn captures_of(
-    wanted: &[request::Capture],
-    prompt: usize,
-    config: &ModelConfig,
-) -> Result<Vec<Capture>> {
-    let mut all = Vec::new();
-    for (i, wanted) in wanted.iter().enumerate() {
-        all.extend(captures(wanted, prompt, config.into(), &format!("capture[{i}]"))?);
-    }
-    Ok(all)
-}
-
-/// One capture for each of its layers.
-fn captures(
-    wanted: &request::Capture,
-    prompt: usize,
-    limits: Limits,
-    field: &str,
-) -> Result<Vec<Capture>> {
-    let layers_field = format!("{field}.layers");
-    let positions = positions(&wanted.positions, prompt, &format!("{field}.positions"))?;
-    let site = match (&wanted.hook, wanted.site) {
-        (None, Some(site)) => site,
-        (Some(hook), None) if wanted.layers.is_none() => {
-            let Point { site, layer } = points::parse(hook, limits).at(|| field.to_owned())?;
-            return Ok(vec![Capture { site, layer, positions }]);
-        }
-        _ => {
-            return Err(Error::new("a capture needs one point")
-                .at(field)
-                .expected("either `hook`, or `site` and its `layers`"));
-        }
-    };
-    let layers: Vec<Option<usize>> = match &wanted.layers {
-        None if !site.has_layer() => vec![None],
-        None => {
-            return Err(Error::new("no layers")
-                .at(layers_field)
-                .expected(format!("a list or \"all\": {} is in every block", site.name())));
-        }
-        Some(_) if !site.has_layer() => {
-            return Err(Error::new("layers of a site that has none")
-                .at(layers_field)
-                .hint(format!("there is one {}: leave \"layers\" out", site.name())));
-        }
-        Some(Layers::All(_)) => (0..limits.layers).map(Some).collect(),
-        Some(Layers::List(layers)) => {
-            check_layers(layers, limits, &layers_field)?;
-            layers.iter().copied().map(Some).collect()
-        }
-    };
-    let one = |layer| Capture { site, layer, positions: positions.clone() };
-    Ok(layers.into_iter().map(one).collect())
-}
-
-fn positions(wanted: &Positions, prompt: usize, field: &str) -> Result<Vec<usize>> {
-    let list = match wanted {
-        Positions::Named(NamedPositions::All) => return Ok((0..prompt).collect()),
-        Positions::Named(NamedPositions::Last) => return Ok(vec![prompt - 1]),
-        Positions::List(list) => list,
-    };
-    let index = |position: &i64| {
-        let index = if *position < 0 { prompt as i64 + position } else { *position };
-        usize::try_from(index).ok().filter(|index| *index < prompt).ok_or_else(|| {
-            Error::new("position outside the prompt")
-                .at(field)
-                .expected(format!("-{prompt}..={}", prompt - 1))
-                .got(position)
-        })
-    };
-    let indices: Vec<usize> = list.iter().map(index).collect::<Result<_>>()?;
-    if indices.is_empty() {
-        return Err(Error::new("no positions").at(field).expected("at least one"));
-    }
-    if indices.windows(2).any(|pair| pair[0] >= pair[1]) {
-        return Err(Error::new("positions are not ascending")
-            .at(field)
-            .expected("ascending positions, each once")
-            .got(format!("{list:?}")));
-    }
-    Ok(indices)
-}
-
 #[cfg(test)]
-#[path = "resolve_tests.rs"]
 mod tests;

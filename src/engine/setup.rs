@@ -3,6 +3,7 @@
 use super::{
     batch::bucket,
     sequence::{continuations, rows_of},
+    sites::tap_width,
     types::Job,
 };
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     ops::{
         attention::{MAX_HEAD_DIM, PAGE},
         experts::MAX_KERNEL_EXPERTS,
+        hooks::tap_count,
         matmul::Dtype,
         residual_norm::MAX_KERNEL_DIM,
         sample::MAX_KERNEL_VOCAB,
@@ -129,6 +131,8 @@ const GPU_ROWS: (usize, usize) = (4096, 1024);
 /// Likewise, for tests.
 const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
 const CAPTURE_BYTES: usize = 64 << 20;
+/// Rows of the vector bank: enough to put every row of a long prompt in another's place.
+const LEAST_VECTORS: usize = 1024;
 
 impl Limits {
     /// With `kv_bytes` for pages of `page_bytes` each.
@@ -144,8 +148,9 @@ impl Limits {
         let most = (2 * options.max_batch + 1) * c.layers * blocks;
         let pages = ((kv_bytes / page_bytes) as usize).min(most);
         let sites = 2 * c.layers + 1;
-        // Every site and branch of a row, the final norm among them.
-        let taps = 2 * sites + 1;
+        // All that a row can show.
+        let captured = |tap| tap_width(tap, config).div_ceil(c.dim);
+        let most_captured: usize = (0..tap_count(c.layers)).map(captured).sum();
         let ops = 4 * sites;
         let (rows, head_rows) = step_rows(options);
         Self {
@@ -153,10 +158,10 @@ impl Limits {
             rows,
             positions: c.context,
             pages,
-            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(2 * taps),
+            capture_rows: (CAPTURE_BYTES / (4 * c.dim)).max(most_captured),
             residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
             ops,
-            vectors: (4 * options.max_batch).max(ops),
+            vectors: (4 * options.max_batch).max(ops).max(LEAST_VECTORS),
             receipts: 8 * rows + ops,
             head_rows,
             draws: 1 << 16,
@@ -204,11 +209,6 @@ impl Limits {
                 .got(format!("{pages} for {} positions", rows_of(job)))
                 .hint("give the cache more memory, or shorten the prompt or max_tokens"));
         }
-        if job.capture.len() > self.capture_rows {
-            return Err(Error::new("too many captures in one request")
-                .expected(format!("at most {}", self.capture_rows))
-                .got(job.capture.len()));
-        }
         let ids = job.watch.len() + job.score.len() + job.n as usize;
         let top = job.logprobs.unwrap_or(0) as usize;
         if job.n as usize > self.draws || ids > self.ids || top > self.top {
@@ -221,6 +221,13 @@ impl Limits {
             return Err(Error::new("too many injections and conditions in one request")
                 .expected(format!("at most {}", self.ops))
                 .got(operations));
+        }
+        let rows = super::hooks::bank_rows(job);
+        if rows > self.vectors {
+            return Err(Error::new("too many vectors in one request")
+                .expected(format!("at most {}", self.vectors))
+                .got(rows)
+                .hint("a larger --max-batch makes room for more"));
         }
         Ok(())
     }

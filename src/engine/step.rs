@@ -32,6 +32,8 @@ pub(super) struct Plan {
     /// (tap, row, destination).
     pub captures: Vec<(u32, u32, u32)>,
     pub takes: Vec<Take>,
+    /// Rows of the capture buffer that those fill.
+    pub captured: usize,
     receipts: usize,
     /// Rows whose logits are wanted.
     heads: Vec<u32>,
@@ -101,6 +103,8 @@ impl<T: Float> Core<T> {
         self.stats.head_rows += plan.heads.len() as u64;
         let receipts = step.rows.receipt.clone();
         self.is_decoding = plan.rows.iter().all(|row| self.is_sample(row));
+        let acts_on_heads = |row: &PlannedRow| self.hooks.acts_on_heads(row.slot as usize);
+        step.has_heads |= plan.rows.iter().any(acts_on_heads);
         let is_recorded = self.is_recorded(&plan, &chunks);
         if is_recorded {
             fill_up(&mut step, bucket(plan.rows.len()));
@@ -146,7 +150,7 @@ impl<T: Float> Core<T> {
             norms.fetch(0, norms.len(), &mut outputs.norms, 0)?;
         }
         self.state.receipts.fetch(0, step.receipts, &mut outputs.receipts, 0)?;
-        let captured = (self.limits.capture_row(turn, 0) * dim, plan.takes.len() * dim);
+        let captured = (self.limits.capture_row(turn, 0) * dim, plan.captured * dim);
         let drained = self.state.captured.drain(&self.device, captured, &mut outputs.captured)?;
         let ends = [self.device.mark()?, drained];
         let (rows, takes, is_decoding) = (plan.rows, plan.takes, self.is_decoding);
@@ -197,7 +201,9 @@ impl<T: Float> Core<T> {
         let dead = Draw { row: NONE, slot: NONE, ..draws[0] };
         draws.resize(rows, dead);
         self.draws.set(&draws)?;
-        let key = (rows as u64) << 1 | u64::from(step.items.shares());
+        let key = (rows as u64) << 2
+            | u64::from(step.has_heads) << 1
+            | u64::from(step.items.shares());
         let vocab = self.config.vocab;
         let (device, config, weights) = (&self.device, &self.config, &self.weights);
         let (hooks, state) = (&mut self.hooks, &mut self.state);

@@ -32,12 +32,18 @@ pub struct Job {
 /// Vector, site, operation, strength and window.
 #[derive(Clone, Debug)]
 pub struct Injection {
-    /// (dim,) finite; empty for an operation without one.
+    /// (width,) finite; empty for an operation without one. The width is the stream's, at `head_out`
+    /// a head's.
     pub vector: Arc<[f32]>,
+    /// Each position of the window has a vector of its own: `vector` is (positions, width). For `add`
+    /// and `replace` with [`StrengthMode::Raw`].
+    pub by_position: bool,
     /// Which point of the block.
     pub site: Site,
     /// Block, from 0.
     pub layer: usize,
+    /// Head of attention, from 0: exactly at `head_out`.
+    pub head: Option<usize>,
     /// What is done.
     pub op: Op,
     /// s, in units of `mode`; 0 where the operation has none.
@@ -63,8 +69,10 @@ impl Default for Injection {
     fn default() -> Self {
         Self {
             vector: Arc::default(),
+            by_position: false,
             site: Site::default(),
             layer: 0,
+            head: None,
             op: Op::default(),
             strength: 0.0,
             mode: StrengthMode::default(),
@@ -201,7 +209,7 @@ pub struct FirstToken {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Receipt {
-    /// `resid_post.20` and the like.
+    /// `resid_post.20`, `head_out.20.3` and the like.
     pub site: String,
     /// What was done.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -217,7 +225,7 @@ pub struct Receipt {
     /// Of the window's positions every so many.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub every: usize,
-    /// ‖v‖.
+    /// ‖v‖; their mean where each position of the window has its own.
     pub vector_norm: f32,
     /// N of mode `reference`: the mean clean ‖h‖ over the window's prompt positions but the first
     /// of the prompt; for the other modes too where it is known.

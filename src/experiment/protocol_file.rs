@@ -349,7 +349,7 @@ fn vectors(table: VectorsTable, base: &Path) -> Result<VectorRecipe> {
             .got(format!("{template:?}"))
     })?;
     check_placeholders(&template, &["word"]).at(|| "template".into())?;
-    check(!table.site.is_branch(), || {
+    check(table.site.is_stream(), || {
         Error::new("trials inject into the stream")
             .at("site")
             .expected("resid_pre, resid_mid or resid_post")

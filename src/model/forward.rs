@@ -14,6 +14,7 @@ use crate::{
         cap_logits::cap_logits,
         enter::{Enter, enter},
         experts::{Routed, experts},
+        heads::{Heads, heads},
         hooks::{CapturePlan, Hooks, site_count, tap_count},
         matmul::{gated_matmul, matmul},
         residual_norm::{Receipt, ResidualNorm, residual_norm},
@@ -36,6 +37,8 @@ pub struct Step {
     pub sources: Vec<Source>,
     /// Rows that are copied out: (tap, row, destination).
     pub captures: Vec<(u32, u32, u32)>,
+    /// Whether anything is done with single heads of attention, or copied out of them.
+    pub has_heads: bool,
     /// Receipts of all rows.
     pub receipts: usize,
     /// How attention divides the rows.
@@ -96,6 +99,8 @@ pub struct State<T> {
     pub receipts: Buffer<Receipt>,
     /// (rows,), the conditions that rows have met.
     met: Buffer<u32>,
+    /// See [`Step::has_heads`].
+    has_heads: bool,
     rope: RopeTable,
     /// Of blocks that are made for a window, where their angles are others.
     local_rope: Option<RopeTable>,
@@ -137,6 +142,7 @@ impl<T: Float> State<T> {
             norms: Buffer::zeroed(device, site_count(c.layers) * rows)?,
             receipts: Buffer::zeroed(device, sizes.receipts)?,
             met: Buffer::zeroed(device, rows)?,
+            has_heads: false,
             rope: rope(&c.rope)?,
             local_rope: has_local.then(|| rope(&c.local_rope)).transpose()?,
         })
@@ -156,6 +162,7 @@ impl<T: Float> State<T> {
         self.sources.set(&step.sources)?;
         self.captures.set(&step.captures)?;
         self.plan.set(&step.items)?;
+        self.has_heads = step.has_heads;
         self.receipts.write(0, &vec![[f32::NAN; 2]; step.receipts])
     }
 
@@ -191,7 +198,6 @@ pub fn forward<T: Float>(
 ) -> Result<()> {
     let s = state;
     let c = config;
-    let heads = c.heads;
     let mut entered = 0;
     let mut branch_gain = None; // of the block before
     for (l, (w, block)) in weights.layers.iter().zip(&c.blocks).enumerate() {
@@ -209,10 +215,10 @@ pub fn forward<T: Float>(
             Angles::Local => Some(s.local_rope.as_ref().unwrap_or(&s.rope)),
         };
         let (qkv, at, norms) = (&mut s.qkv, &s.at, w.query_norms.as_ref());
-        rope_append(device, RopeAppend { rows: n, heads, qkv, at, norms, rope, layer: l, cache })?;
+        rope_append(device, RopeAppend { rows: n, heads: c.heads, qkv, at, norms, rope, layer: l, cache })?;
         let of = Attention {
             rows: n,
-            heads,
+            heads: c.heads,
             qkv: &s.qkv,
             at: &s.at,
             plan: &mut s.plan,
@@ -224,6 +230,26 @@ pub fn forward<T: Float>(
             out: &mut s.attn,
         };
         attention(device, of)?;
+        if s.has_heads {
+            heads(
+                device,
+                Heads {
+                    rows: n,
+                    shape: [c.heads, c.kv_heads, c.head_dim],
+                    layers: c.layers,
+                    layer: l,
+                    dim: c.dim,
+                    qkv: &s.qkv,
+                    attn: &mut s.attn,
+                    hooks,
+                    met: &mut s.met,
+                    at: &s.at,
+                    captures: &s.captures,
+                    captured: &mut s.captured,
+                    receipts: &mut s.receipts,
+                },
+            )?;
+        }
         matmul(device, n, &s.attn, &w.out, &mut s.branch)?;
         let norms = (w.attn_post_norm.as_ref(), w.mlp_norm.as_ref());
         s.write_stream(device, c, hooks, 2 * l + 1, (n, n), norms)?;

@@ -112,7 +112,12 @@ impl Prompt {
         }
     }
 
-    fn window(&self, window: &Window) -> Result<Vec<TokenWindow>> {
+    /// The windows that one stands for, as in [`Self::windows`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn window(&self, window: &Window) -> Result<Vec<TokenWindow>> {
         let n = self.tokens.len();
         let one = |from, to| Ok(vec![TokenWindow { from, to, every: 1 }]);
         match window {

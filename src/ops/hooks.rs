@@ -13,10 +13,36 @@ pub fn site_count(layers: usize) -> usize {
     2 * layers + 1
 }
 
-/// What can be copied out, numbered along the stream: `2s` is the stream at site `s` after its
-/// operations, `2s + 1` the branch that is added there, and the last one the final norm's output.
+/// What can be copied out: `2s` is the stream at site `s` after its operations, `2s + 1` the branch
+/// that is added there, then the final norm's output, then [`HeadTap`]s, four a block.
 pub fn tap_count(layers: usize) -> usize {
-    2 * site_count(layers) + 1
+    head_tap(layers, layers, HeadTap::Query)
+}
+
+/// What the heads of attention show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadTap {
+    /// Queries after rope, (heads · `head_dim`).
+    Query,
+    /// Keys after rope, (`kv_heads` · `head_dim`).
+    Key,
+    /// Values, likewise.
+    Value,
+    /// What each head gave, after its operations, (heads · `head_dim`).
+    Output,
+}
+
+/// The tap of the heads of a block of an n-layer model.
+pub fn head_tap(layers: usize, layer: usize, of: HeadTap) -> usize {
+    2 * site_count(layers) + 1 + 4 * layer + of as usize
+}
+
+/// The block and what of its heads a tap shows, in an n-layer model; `None` where it shows the stream,
+/// a branch or the final norm.
+pub fn heads_of_tap(layers: usize, tap: usize) -> Option<(usize, HeadTap)> {
+    let at = tap.checked_sub(head_tap(layers, 0, HeadTap::Query))?;
+    let of = [HeadTap::Query, HeadTap::Key, HeadTap::Value, HeadTap::Output][at % 4];
+    Some((at / 4, of))
 }
 
 /// Conditions that a sequence may have.
@@ -35,7 +61,8 @@ pub const GATES: usize = 8;
 /// GATE        h' = h; condition `gate` is met if low < c / r < high
 /// ```
 ///
-/// and with [`HookOp::KEEP_NORM`] h' · ‖h‖ / ‖h'‖, where ‖h'‖ > 2⁻¹⁶ ‖h‖: less is rounding.
+/// v is row `vector` of the bank, or with [`HookOp::BY_POSITION`] the row as many behind it as the
+/// position is in its window. And with [`HookOp::KEEP_NORM`] h' · ‖h‖ / ‖h'‖, where ‖h'‖ > 2⁻¹⁶ ‖h‖: less is rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct HookOp {
@@ -53,6 +80,8 @@ pub struct HookOp {
     pub flags: u32,
     /// The condition under which it acts, or [`NONE`]; of a gate, the condition that it decides.
     pub gate: u32,
+    /// Which head's output it acts on; read only where heads' outputs are.
+    pub head: u32,
     /// A factor.
     pub scale: f32,
     /// Least coordinate.
@@ -82,6 +111,8 @@ impl HookOp {
     pub const KEEP_NORM: u32 = 2;
     /// Acts from the first row on that met the condition.
     pub const LATCHED: u32 = 4;
+    /// Each position of the window has a vector of its own.
+    pub const BY_POSITION: u32 = 8;
 
     /// h += scale · v at every position from `from` on; other kinds start from it.
     pub fn add(vector: u32, from: u32, scale: f32) -> Self {
@@ -93,6 +124,7 @@ impl HookOp {
             kind: Self::ADD,
             flags: 0,
             gate: NONE,
+            head: 0,
             scale,
             low: 0.0,
             high: 0.0,
@@ -104,6 +136,13 @@ impl HookOp {
     pub fn holds(&self, position: u32) -> bool {
         (self.from..self.to).contains(&position)
             && (position - self.from).is_multiple_of(self.every)
+    }
+
+    /// The row of the bank that acts at a position of its window.
+    #[inline(always)]
+    pub(super) fn vector_at(&self, position: u32) -> usize {
+        let by_position = self.has(Self::BY_POSITION);
+        (self.vector + if by_position { (position - self.from) / self.every } else { 0 }) as usize
     }
 
     /// Whether a flag is set.
@@ -125,11 +164,15 @@ pub struct Hooks {
 /// Which operations sequences have.
 pub(super) struct OpTable {
     pub taps: usize,
+    /// The first tap of heads, which are the last ones.
+    first_of_heads: usize,
     pub ops_per_slot: usize,
     /// (slots, taps + 1): operations of slot s at tap i are `first[s, i]..first[s, i + 1]`.
     pub first: Buffer<u32>,
     /// (slots, `ops_per_slot`), by tap.
     pub ops: Buffer<HookOp>,
+    /// (slots,): whether it has operations on outputs of heads.
+    of_heads: Vec<bool>,
 }
 
 impl OpTable {
@@ -158,15 +201,22 @@ impl Hooks {
         let taps = tap_count(layers);
         let table = OpTable {
             taps,
+            first_of_heads: head_tap(layers, 0, HeadTap::Query),
             ops_per_slot,
             first: Buffer::zeroed(device, slots * (taps + 1))?,
             ops: Buffer::zeroed(device, slots * ops_per_slot)?,
+            of_heads: vec![false; slots],
         };
         Ok(Self {
             table,
             latched: Buffer::zeroed(device, slots * GATES)?,
             vectors: Buffer::zeroed(device, vectors * dim)?,
         })
+    }
+
+    /// Whether the sequence in a slot has operations on outputs of heads.
+    pub fn acts_on_heads(&self, slot: usize) -> bool {
+        self.table.of_heads[slot]
     }
 
     /// Writes the operations of a slot: (tap, operation), sorted by tap, and where each condition
@@ -186,6 +236,7 @@ impl Hooks {
         let first = |tap| ops.partition_point(|(at, _)| *at < tap) as u32;
         let first: Vec<u32> = (0..=table.taps).map(first).collect();
         table.first.write(slot * (table.taps + 1), &first)?;
+        table.of_heads[slot] = ops.last().is_some_and(|(tap, _)| *tap >= table.first_of_heads);
         if ops.iter().any(|(_, op)| op.gate != NONE) {
             self.latched.write(slot * GATES, latched)?;
         }

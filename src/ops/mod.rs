@@ -8,6 +8,7 @@ pub mod cap_logits;
 pub mod copy_pages;
 pub mod enter;
 pub mod experts;
+pub mod heads;
 pub mod hooks;
 pub(crate) mod math;
 pub mod matmul;

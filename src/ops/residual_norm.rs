@@ -136,9 +136,8 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
             // SAFETY: each row has its own receipts and conditions.
             let (receipts, met) = unsafe { (receipts.range(first, ops.len()), met.range(row, 1)) };
             let conditions = Conditions { met: &mut met[0], latched: &latched[slot * GATES..] };
-            let at =
-                Operate { h, dim, vectors, position: positions[row], ops, receipts, conditions };
-            at.run(cpu.isa());
+            let position = positions[row];
+            Operate { h, stride: dim, vectors, position, ops, receipts, conditions }.run(cpu.isa());
         };
         if let Some(branch) = branch.get(row * dim..(row + 1) * dim) {
             let gain = p.branch_gain.map(Buffer::host);
@@ -175,7 +174,7 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: ResidualNorm<'_, T>) {
 }
 
 /// The same numbers, for several threads.
-fn atomics(numbers: &mut [u32]) -> &[AtomicU32] {
+pub(super) fn atomics(numbers: &mut [u32]) -> &[AtomicU32] {
     let (at, len) = (numbers.as_mut_ptr(), numbers.len());
     // SAFETY: an `AtomicU32` is as large and as aligned as a `u32`, and nobody else has these.
     unsafe { std::slice::from_raw_parts(at.cast(), len) }
@@ -235,11 +234,11 @@ impl Kernel for Inverse<'_> {
 }
 
 /// What is known of a row's conditions.
-struct Conditions<'a> {
+pub(super) struct Conditions<'a> {
     /// Those it has met, a bit each.
-    met: &'a mut u32,
+    pub met: &'a mut u32,
     /// Where its sequence first met each.
-    latched: &'a [AtomicU32],
+    pub latched: &'a [AtomicU32],
 }
 
 impl Conditions<'_> {
@@ -262,19 +261,19 @@ impl Conditions<'_> {
 }
 
 /// The operations of a tap on a row's values.
-struct Operate<'a> {
-    h: &'a mut [f32],
-    dim: usize,
-    /// The bank.
-    vectors: &'a [f32],
-    position: u32,
-    ops: &'a [HookOp],
-    receipts: &'a mut [Receipt],
-    conditions: Conditions<'a>,
+pub(super) struct Operate<'a> {
+    pub h: &'a mut [f32],
+    /// The bank, and how long its rows are: at least as h.
+    pub vectors: &'a [f32],
+    pub stride: usize,
+    pub position: u32,
+    pub ops: &'a [HookOp],
+    pub receipts: &'a mut [Receipt],
+    pub conditions: Conditions<'a>,
 }
 
 impl Operate<'_> {
-    fn run(mut self, isa: Isa) {
+    pub fn run(mut self, isa: Isa) {
         for (op, receipt) in self.ops.iter().zip(self.receipts) {
             let (is_gate, is_seen) = (op.kind == HookOp::GATE, op.holds(self.position));
             if !is_seen {
@@ -284,7 +283,8 @@ impl Operate<'_> {
                 }
                 continue;
             }
-            let v = &self.vectors[op.vector as usize * self.dim..][..self.dim];
+            let at = op.vector_at(self.position) * self.stride;
+            let v = &self.vectors[at..][..self.h.len()];
             if is_gate {
                 let value = isa.run(Value { h: self.h, v, op });
                 let is_met = op.low < value && value < op.high;

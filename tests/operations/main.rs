@@ -14,6 +14,7 @@ mod reference;
 
 mod attention;
 mod experts;
+mod heads;
 mod hooks;
 mod logits;
 mod matmul;

@@ -355,7 +355,7 @@ fn pitfall_6_vectors_are_measured_where_they_are_injected() {
         });
         let request: Request = serde_json::from_value(request).unwrap();
         let job = resolve(&request, &model, &mut VectorFiles::new(folder.path()));
-        job.map(|(_, job)| job.inject[0].vector.to_vec())
+        job.map(|resolved| resolved.job.inject[0].vector.to_vec())
     };
     let sea = |layer: usize, site: &str| {
         resolved(json!({

@@ -1,10 +1,13 @@
 use std::collections::BTreeMap;
 
-use super::*;
-use crate::{engine::vectors::VectorSet, request::CaptureSite};
+use super::{captures::captures, *};
+use crate::{
+    engine::vectors::{Header, VectorSet},
+    request::{CaptureSite, Layers, NamedPositions, Positions, VectorRef},
+};
 
 const LIMITS: Limits =
-    Limits { layers: 4, dim: 2, vocab: 10, context: 16, changes_branches: false };
+    Limits { layers: 4, heads: 2, head_dim: 1, dim: 2, vocab: 10, context: 16, changes_branches: false };
 
 /// The error's text; `want` must stand in it.
 #[track_caller]
