@@ -1,6 +1,7 @@
 //! Compares a device with the processor's own code, which the tests hold to definitions in f64:
 //! every operation, a small model with injections, and whether a row depends on its batch.
 
+mod heads;
 mod mixture;
 mod stream;
 
@@ -128,6 +129,7 @@ pub fn check(kind: DeviceKind, device: &Device, quick: bool) -> Result<Vec<Compa
     };
     for &(kv_heads, group, head_dim) in heads {
         all.extend(heads_of(&cpu, device, kv_heads, group, head_dim)?);
+        all.extend(heads::operated(&cpu, device, [kv_heads * group, kv_heads, head_dim])?);
     }
     all.extend(logits(&cpu, device, if quick { 1000 } else { 49_152 })?);
     all.extend(model(kind, &config)?);

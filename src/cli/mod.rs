@@ -16,6 +16,7 @@ mod grade;
 mod hub;
 mod lens;
 mod output;
+mod patch;
 mod progress;
 mod report;
 pub(crate) mod requests;
@@ -62,6 +63,7 @@ enum Command {
     Table(table::Args),
     Generate(generate::Args),
     Forward(forward::Args),
+    Patch(patch::Args),
     Bench(bench::Args),
     Check(check::Args),
     Doctor(doctor::Args),
@@ -82,6 +84,7 @@ impl Command {
             Self::Table(args) => table::execute(&args),
             Self::Generate(args) => generate::execute(&args),
             Self::Forward(args) => forward::execute(&args),
+            Self::Patch(args) => patch::execute(&args),
             Self::Bench(args) => bench::execute(&args),
             Self::Check(args) => check::execute(&args),
             Self::Doctor(args) => doctor::execute(&args),

@@ -302,7 +302,7 @@ fn word_list(args: &Args) -> Result<Vec<String>> {
 }
 
 /// Ascending; all where none is named.
-fn layers(wanted: &[usize], all: usize) -> Result<Vec<usize>> {
+pub fn layers(wanted: &[usize], all: usize) -> Result<Vec<usize>> {
     if wanted.is_empty() {
         return Ok((0..all).collect());
     }

@@ -22,6 +22,7 @@ pub mod grid;
 pub mod judging;
 pub mod lens;
 mod next;
+pub mod patch_sweep;
 pub mod plan;
 pub mod prepare;
 pub mod probe;
