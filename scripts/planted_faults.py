@@ -310,11 +310,13 @@ FAULTS = [Fault(*fault, *tests) for tests, faults in [
         ("probe.cu", "the last elements are missing",
          "chunk < p.dim / 4;", "chunk < p.dim / 4 - 1;"),
         ("probe.cu", "the norm's square",
-         "i < p.probes ? dot : sqrtf(dot);", "dot;"),
+         "i < probes ? dot : sqrtf(dot);", "dot;"),
         ("probe.cu", "outputs overlap",
-         "* (p.probes + 1);", "* p.probes;"),
+         "static_cast<int64_t>(item.out) + i", "static_cast<int64_t>(item.out) / 2 + i"),
         ("probe.cu", "a place is taken for a row",
-         "const uint32_t at = p.rows[blockIdx.x];", "const uint32_t at = p.rows[blockIdx.x] == NONE ? NONE : blockIdx.x;"),
+         "static_cast<int64_t>(item.row) * p.dim", "static_cast<int64_t>(blockIdx.x) * p.dim"),
+        ("probe.cu", "every item has the first vectors",
+         "(static_cast<int64_t>(item.first) + i) * p.dim", "static_cast<int64_t>(i) * p.dim"),
     ]),
 ] for fault in faults]
 

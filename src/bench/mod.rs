@@ -11,7 +11,7 @@ use std::time::Instant;
 use crate::{
     device::{Buffer, Device},
     error::Result,
-    ops::probe::{Probe, probe},
+    ops::probe::{Probe, ProbeItem, probe},
 };
 
 /// Enough to empty the largest L2 cache.
@@ -40,8 +40,8 @@ pub struct Bench<'a> {
 struct Flush {
     /// (rows, dim)
     values: Buffer<f32>,
-    /// (rows,), all of them.
-    rows: Buffer<u32>,
+    /// (rows,), one for each.
+    items: Buffer<ProbeItem>,
     /// (rows,), their norms.
     norms: Buffer<f32>,
 }
@@ -50,21 +50,20 @@ impl Flush {
     const DIM: usize = 4096;
 
     fn new(device: &Device) -> Result<Self> {
-        let rows: Vec<u32> = (0..(FLUSH_BYTES / 4 / Self::DIM) as u32).collect();
+        let item = |row| ProbeItem { row, first: 0, probes: 0, out: row };
+        let items: Vec<_> = (0..(FLUSH_BYTES / 4 / Self::DIM) as u32).map(item).collect();
         Ok(Self {
-            values: Buffer::zeroed(device, rows.len() * Self::DIM)?,
-            norms: Buffer::zeroed(device, rows.len())?,
-            rows: Buffer::upload(device, &rows)?,
+            values: Buffer::zeroed(device, items.len() * Self::DIM)?,
+            norms: Buffer::zeroed(device, items.len())?,
+            items: Buffer::upload(device, &items)?,
         })
     }
 
     fn run(&mut self, device: &Device) -> Result<()> {
-        let Self { values, rows, norms } = self;
-        let (count, dim) = (rows.len(), Self::DIM);
-        probe(
-            device,
-            Probe { count, rows, resid: values, vectors: values, probes: 0, dim, out: norms },
-        )
+        let Self { values, items, norms } = self;
+        let (count, dim) = (items.len(), Self::DIM);
+        let (rows, vectors) = (&*values, &*values);
+        probe(device, Probe { count, items, most: 0, rows, vectors, dim, out: norms })
     }
 }
 

@@ -136,10 +136,9 @@ impl Workload {
             from: self.start,
             ..Injection::default()
         });
-        let capture = |&layer: &usize| Capture {
-            site: CaptureSite::ResidPost,
-            layer: Some(layer),
-            positions: (self.start..self.prompt_tokens).collect(),
+        let positions = self.start..self.prompt_tokens;
+        let capture = |&layer: &usize| {
+            Capture::rows(CaptureSite::ResidPost, Some(layer), positions.clone().collect())
         };
         Job {
             tokens: tokens.collect(),

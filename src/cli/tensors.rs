@@ -133,11 +133,9 @@ mod tests {
     }
 
     fn job(captures: &[(CaptureSite, Option<usize>, &[usize])]) -> Job {
-        let capture = captures.iter().map(|(site, layer, positions)| Capture {
-            site: *site,
-            layer: *layer,
-            positions: positions.to_vec(),
-        });
+        let capture = captures
+            .iter()
+            .map(|(site, layer, positions)| Capture::rows(*site, *layer, positions.to_vec()));
         Job { capture: capture.collect(), ..Job::default() }
     }
 

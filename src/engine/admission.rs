@@ -7,10 +7,12 @@ use super::{
     core::Core,
     hooks::{self, Own, Planned, Tally, are_continued_alike, clean_rows, have_same_prompt},
     kv::PageTable,
-    prompts::{CleanRun, Key},
-    sequence::{Active, Child, Pending, Role, Sequence, Trunk, continuations, rows_of, samples},
+    prompts::{CleanRun, Key, RowKey, VectorId},
+    sequence::{
+        Active, Captured, Child, Pending, Role, Sequence, Trunk, continuations, rows_of, samples,
+    },
     sites::row_shape,
-    types::{Event, Job},
+    types::{Capture, Event, Job},
 };
 use crate::{
     device::{Device, cuda::Mark},
@@ -44,6 +46,9 @@ fn copy<T: Float>(
     copies.push([begin, device.mark()?]);
     Ok(())
 }
+
+/// A job's operations, and its probes with their places in the bank.
+type Resolved = (Vec<Planned>, Vec<(Arc<[f32]>, u32)>);
 
 /// Pages that a prompt and its continuations need.
 struct Room {
@@ -138,14 +143,16 @@ impl<T: Float> Core<T> {
         let depth = self.config.layers;
         let rows = waiting().flat_map(|pending| clean_rows(&pending.job, pending.own, depth));
         let held = self.prompts.get(key);
-        let missing = rows.filter(|row| held.is_none_or(|held| held.captured(row.at).is_none()));
-        let mut captures: Vec<(u32, u32)> = missing.map(|row| (row.at.1, row.at.0)).collect();
+        let missing = rows.filter(|row| held.is_none_or(|held| held.captured(&row.at).is_none()));
+        let mut captures: Vec<RowKey> = missing.map(|row| row.at).collect();
         captures.sort_unstable();
         captures.dedup();
+        let Some(probes) = self.take_probes(&captures)? else { return Ok(false) };
 
-        let is_new = held.is_none();
+        let is_new = self.prompts.get(key).is_none();
         let Some(known) = (if is_new { self.insert_clean(key)? } else { Some(key.len() - 1) })
         else {
+            self.release_probes(&probes);
             return Ok(false);
         };
         let layers = self.prompts.reserve(key, &layers, from);
@@ -153,13 +160,14 @@ impl<T: Float> Core<T> {
             if is_new {
                 self.prompts.remove(&mut self.pool, key);
             }
+            self.release_probes(&probes);
             return Ok(false);
         }
         let kept = if layers.is_empty() { known } else { from };
-        let first = captures.first().map_or(known, |&(position, _)| position as usize);
+        let first = captures.first().map_or(known, |at| at.position as usize);
         let next = known.min(kept).min(first);
         let Some(entry) = self.prompts.touch(key) else { return Ok(false) };
-        entry.running = Some(CleanRun { layers, captures });
+        entry.running = Some(CleanRun { layers, captures, probes });
         let pages = entry.pages.clone();
         let sequence =
             Sequence::new(Role::Clean(key.clone()), key.to_vec(), next, pages, Vec::new());
@@ -246,7 +254,7 @@ impl<T: Float> Core<T> {
         if !self.prompts.make_room(&mut self.pool, wanted, &key) {
             return Ok(false);
         }
-        let planned = match self.plan(&key, &job)? {
+        let (planned, probes) = match self.plan(&key, &job)? {
             Ok(Some(planned)) => planned,
             Ok(None) => return Ok(false),
             Err(error) => {
@@ -260,7 +268,7 @@ impl<T: Float> Core<T> {
         let mut askers: Vec<Pending> = taken.collect();
         askers.reverse();
         self.reserved += room.child;
-        let trunk = self.start_trunk(slot, (&job, key, own), &room, planned)?;
+        let trunk = self.start_trunk(slot, (&job, key, own), &room, (planned, probes))?;
         let id = self.next_trunk;
         self.next_trunk += 1;
         let alone = askers.len() * job.tokens.len() * self.config.layers;
@@ -276,7 +284,7 @@ impl<T: Float> Core<T> {
         slot: usize,
         (job, key, own): (&Arc<Job>, Key, Own),
         room: &Room,
-        planned: Vec<Planned>,
+        (planned, probes): (Vec<Planned>, Vec<(Arc<[f32]>, u32)>),
     ) -> Result<Trunk> {
         let (prompt, layers) = (job.tokens.len(), self.config.layers);
         let forks = own.start > 0 || own.cut > 0;
@@ -295,15 +303,14 @@ impl<T: Float> Core<T> {
             cut: own.cut as u32,
         });
         let width = |site| row_shape(site, &self.config).into_iter().product::<usize>();
-        let zeros = |c: &super::types::Capture| vec![0.0; c.positions.len() * width(c.site)];
-        let mut captures: Vec<Vec<f32>> = job.capture.iter().map(zeros).collect();
+        let captured = |capture: &Capture| Captured::new(capture, width(capture.site));
+        let mut captures: Vec<Captured> = job.capture.iter().map(captured).collect();
         if let Some(clean) = self.prompts.touch(&key).filter(|_| forks) {
             clean.users += 1;
             for row in clean_rows(job, own, layers) {
                 let values =
-                    clean.captured(row.at).expect("a job starts when its clean run has all");
-                captures[row.capture][row.index * values.len()..][..values.len()]
-                    .copy_from_slice(values);
+                    clean.captured(&row.at).expect("a job starts when its clean run has all");
+                captures[row.capture].take(row.index, values);
             }
         }
         let tally = vec![Tally::default(); planned.len()];
@@ -328,6 +335,7 @@ impl<T: Float> Core<T> {
             tally,
             latched: [NONE; GATES],
             captures,
+            probes,
             pages: None,
             is_sole: room.is_sole,
             child_pages: room.child,
@@ -357,7 +365,7 @@ impl<T: Float> Core<T> {
         &mut self,
         key: &Key,
         job: &Job,
-    ) -> Result<std::result::Result<Option<Vec<Planned>>, Error>> {
+    ) -> Result<std::result::Result<Option<Resolved>, Error>> {
         let clean = self.prompts.get(key).filter(|clean| clean.running.is_none());
         let clean = clean.map(|clean| clean.norms(key.len()));
         // Refusals come before the bank is touched.
@@ -369,21 +377,68 @@ impl<T: Float> Core<T> {
             planned.clear();
         }
         for at in 0..planned.len() {
-            let Planned { vector: Some(vector), rows, op, .. } = &mut planned[at] else { continue };
-            let Some((first, is_new)) = self.bank.take(vector, *rows) else {
-                let taken = planned[..at].iter().filter_map(|planned| planned.vector.as_ref());
-                taken.for_each(|vector| self.bank.release(vector));
+            let Planned { vector: Some(vector), rows, .. } = &planned[at] else { continue };
+            let (vector, rows) = (Arc::clone(vector), *rows);
+            let Some(first) = self.take_vectors(&vector, rows)? else {
+                self.release_vectors(&planned[..at]);
                 return Ok(Ok(None));
             };
-            op.vector = first;
-            if is_new {
-                // A head's vector is shorter than a row of the bank.
-                for (row, values) in vector.chunks(vector.len() / *rows).enumerate() {
-                    self.hooks.vectors.write((first as usize + row) * self.config.dim, values)?;
-                }
+            planned[at].op.vector = first;
+        }
+        let mut probes = Vec::new();
+        for vectors in hooks::probes(job) {
+            let Some(first) = self.take_vectors(vectors, vectors.len() / self.config.dim)? else {
+                self.release_vectors(&planned);
+                self.release_probes(&probes);
+                return Ok(Ok(None));
+            };
+            probes.push((Arc::clone(vectors), first));
+        }
+        Ok(Ok(Some((planned, probes))))
+    }
+
+    /// The first of the bank's rows that hold vectors, or `None` where it is full.
+    fn take_vectors(&mut self, vectors: &Arc<[f32]>, rows: usize) -> Result<Option<u32>> {
+        let Some((first, is_new)) = self.bank.take(vectors, rows) else { return Ok(None) };
+        if is_new {
+            // A head's vector is shorter than a row of the bank.
+            for (row, values) in vectors.chunks(vectors.len() / rows).enumerate() {
+                self.hooks.vectors.write((first as usize + row) * self.config.dim, values)?;
             }
         }
-        Ok(Ok(Some(planned)))
+        Ok(Some(first))
+    }
+
+    /// Puts the vectors into the bank that a clean run's rows are multiplied with.
+    fn take_probes(&mut self, captures: &[RowKey]) -> Result<Option<Vec<(Arc<[f32]>, u32)>>> {
+        let mut taken: Vec<(Arc<[f32]>, u32)> = Vec::new();
+        for VectorId(vectors) in captures.iter().filter_map(|at| at.probe.as_ref()) {
+            if taken.iter().any(|(other, _)| Arc::ptr_eq(other, vectors)) {
+                continue;
+            }
+            let rows = vectors.len() / self.config.dim;
+            let first = if rows == 0 { Some(0) } else { self.take_vectors(vectors, rows)? };
+            let Some(first) = first else {
+                self.release_probes(&taken);
+                return Ok(None);
+            };
+            taken.push((Arc::clone(vectors), first));
+        }
+        Ok(Some(taken))
+    }
+
+    /// Gives operations' vectors back.
+    pub(super) fn release_vectors(&mut self, planned: &[Planned]) {
+        for vector in planned.iter().filter_map(|planned| planned.vector.as_ref()) {
+            self.bank.release(vector);
+        }
+    }
+
+    /// Likewise those of probes.
+    pub(super) fn release_probes(&mut self, probes: &[(Arc<[f32]>, u32)]) {
+        for (vectors, _) in probes.iter().filter(|(vectors, _)| !vectors.is_empty()) {
+            self.bank.release(vectors);
+        }
     }
 
     fn write_ops(

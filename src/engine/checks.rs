@@ -3,12 +3,12 @@
 use super::{
     hooks::{norm, window_positions},
     sites::{injected_width, layer_name, site_index, site_name},
-    types::{Capture, Condition, Injection, Job},
+    types::{Capture, Condition, Injection, Job, Reduce},
 };
 use crate::{
     error::{Error, Result},
     model::ModelConfig,
-    request::{Op, Site, StrengthMode},
+    request::{CaptureSite, Op, Site, StrengthMode},
 };
 
 /// Samples of one prompt; more are more requests.
@@ -203,6 +203,27 @@ fn check_capture(capture: &Capture, config: &ModelConfig, prompt: usize) -> Resu
     }
     if let Some(layer) = capture.layer.filter(|&layer| layer >= config.layers) {
         return Err(out_of_range(layer, config));
+    }
+    let is_wide = matches!(
+        capture.site,
+        CaptureSite::Logits | CaptureSite::HeadOut | CaptureSite::Q | CaptureSite::K | CaptureSite::V
+    );
+    match &capture.reduce {
+        Reduce::Rows | Reduce::Mean => {}
+        Reduce::Probe(_) if is_wide => {
+            return Err(Error::new(format!("{} cannot be probed", capture.site.name()))
+                .expected("the stream, what is added to it, or the final norm"));
+        }
+        Reduce::Probe(vectors) => {
+            if !vectors.len().is_multiple_of(config.dim) {
+                return Err(Error::new("vectors of the wrong length")
+                    .expected(format!("{} numbers each (the model's width)", config.dim))
+                    .got(vectors.len()));
+            }
+            if !vectors.iter().all(|v| v.is_finite()) {
+                return Err(Error::new("NaN or infinity in a vector").expected("finite numbers"));
+            }
+        }
     }
     let ascending = capture.positions.is_sorted_by(|a, b| a < b);
     if !ascending || capture.positions.last().is_none_or(|&last| last >= prompt) {

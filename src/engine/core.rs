@@ -18,13 +18,14 @@ use super::{
     types::{Event, Job, Outcome},
 };
 use crate::{
-    device::{Device, cuda::Mark},
+    device::{Buffer, Device, cuda::Mark},
     error::{Error, Result},
     model::{ModelConfig, Tokenizer, forward::State, weights::Weights},
     ops::{
         Float,
         attention::{Cache, CacheShape, PAGE},
         hooks::{Hooks, site_count},
+        probe::ProbeItem,
         sample::Draws,
         summarize::Summaries,
     },
@@ -64,6 +65,10 @@ pub struct Core<T> {
     pub(super) draws: Draws,
     pub(super) summaries: Summaries,
     pub(super) outputs: [Outputs; 2],
+    /// Rows of a step that are probed, and the results.
+    pub(super) probe_items: Buffer<ProbeItem>,
+    /// See `probe_items`.
+    pub(super) probed: Buffer<f32>,
     /// The step whose results are not collected yet.
     pub(super) in_flight: Option<InFlight>,
     /// Begins and ends of copies of pages since the last step was queued.
@@ -110,7 +115,8 @@ impl<T: Float> Core<T> {
         let sizes = (config.layers, config.dim);
         let outputs = || {
             let norms = site_count(config.layers) * limits.rows;
-            Outputs::new(&device, norms, limits.receipts, limits.capture_rows * config.dim)
+            let captured = limits.capture_rows * config.dim;
+            Outputs::new(&device, norms, limits.receipts, (captured, limits.probed))
         };
         Ok(Self {
             hooks: Hooks::new(&device, sizes, limits.slots, limits.ops, limits.vectors)?,
@@ -119,6 +125,8 @@ impl<T: Float> Core<T> {
             draws: Draws::new(&device, limits.draws, limits.slots)?,
             summaries: Summaries::new(&device, limits.head_rows, limits.ids, limits.top)?,
             outputs: [outputs()?, outputs()?],
+            probe_items: Buffer::zeroed(&device, limits.capture_rows)?,
+            probed: Buffer::zeroed(&device, limits.probed)?,
             in_flight: None,
             copies: Vec::new(),
             pool: PagePool::new(limits.pages),
@@ -321,9 +329,9 @@ impl<T: Float> Core<T> {
         let Some(trunk) = self.trunks.get(&id).filter(|trunk| trunk.jobs.is_empty()) else {
             return;
         };
-        for vector in trunk.planned.iter().filter_map(|planned| planned.vector.as_ref()) {
-            self.bank.release(vector);
-        }
+        let (planned, probes) = (trunk.planned.clone(), trunk.probes.clone());
+        self.release_vectors(&planned);
+        self.release_probes(&probes);
         self.trunks.remove(&id);
     }
 }

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use super::{
+    prompts::{RowKey, VectorId},
     sites::{cut, is_below, site_index, site_name, tap, tap_index},
-    types::{Condition, Injection, Job, Receipt},
+    types::{Condition, Injection, Job, Receipt, Reduce},
 };
 use crate::{
     error::{Error, Result},
@@ -70,16 +71,15 @@ pub fn is_clean(tap: usize, position: usize, own: Own, layers: usize) -> bool {
     position < own.start || is_below(tap, own.cut, layers)
 }
 
-/// A captured row that is a clean run's: which of the job's captures, which of its positions, and
-/// the row's tap and position.
-#[derive(Clone, Copy, Debug)]
+/// A captured row that is a clean run's: which of the job's captures, and which of its positions.
+#[derive(Clone, Debug)]
 pub struct CleanRow {
     /// Index into `Job::capture`.
     pub capture: usize,
     /// Index into `Capture::positions`.
     pub index: usize,
-    /// Tap and position.
-    pub at: (u32, u32),
+    /// The row.
+    pub at: RowKey,
 }
 
 /// The captured rows that a job takes from its prompt's clean run.
@@ -89,7 +89,12 @@ pub fn clean_rows(job: &Job, own: Own, layers: usize) -> impl Iterator<Item = Cl
         let positions = wanted.positions.iter().enumerate();
         positions.filter_map(move |(index, &position)| {
             let tap = tap.filter(|&tap| is_clean(tap, position, own, layers))?;
-            Some(CleanRow { capture, index, at: (tap as u32, position as u32) })
+            let probe = match &wanted.reduce {
+                Reduce::Probe(vectors) => Some(VectorId(Arc::clone(vectors))),
+                Reduce::Rows | Reduce::Mean => None,
+            };
+            let at = RowKey { position: position as u32, tap: tap as u32, probe };
+            Some(CleanRow { capture, index, at })
         })
     })
 }
@@ -309,9 +314,24 @@ pub fn operations(job: &Job) -> usize {
     live(job).map(|injection| 1 + usize::from(injection.when.is_some())).sum()
 }
 
-/// The most rows of the vector bank that a job takes.
-pub fn bank_rows(job: &Job) -> usize {
-    live(job).map(|injection| vector_rows(injection) + usize::from(injection.when.is_some())).sum()
+/// The most rows of the vector bank that a job takes, in a model of a width.
+pub fn bank_rows(job: &Job, dim: usize) -> usize {
+    let of = |injection| vector_rows(injection) + usize::from(injection.when.is_some());
+    let probes = probes(job).map(|vectors| vectors.len() / dim);
+    live(job).map(of).chain(probes).sum()
+}
+
+/// The vectors that a job's captured rows are multiplied with, each once.
+pub fn probes(job: &Job) -> impl Iterator<Item = &Arc<[f32]>> {
+    let of = |at: usize| match &job.capture[at].reduce {
+        Reduce::Probe(vectors) if !vectors.is_empty() => Some(vectors),
+        _ => None,
+    };
+    (0..job.capture.len()).filter_map(move |at| {
+        let vectors = of(at)?;
+        let known = (0..at).filter_map(of).any(|other| Arc::ptr_eq(other, vectors));
+        (!known).then_some(vectors)
+    })
 }
 
 /// Positions of an injection's window, where it has an end.

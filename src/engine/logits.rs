@@ -191,8 +191,9 @@ impl<T: Float> Core<T> {
                 if capture.site == CaptureSite::Logits
                     && let Ok(index) = capture.positions.binary_search(&position)
                 {
-                    let out = &mut out[index * vocab..][..vocab];
-                    self.state.logits.read(at * vocab, out)?;
+                    let mut logits = vec![0.0; vocab];
+                    self.state.logits.read(at * vocab, &mut logits)?;
+                    out.take(index, &logits);
                 }
             }
         }

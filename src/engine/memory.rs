@@ -106,7 +106,8 @@ fn work(config: &ModelConfig, limits: &Limits, element: u128) -> u128 {
     let row = 4 * (2 * dim + qkv) + element * (dim + heads + n(weights::padded_ffn(c))) + copies;
     let head_row = element * dim + 4 * n(c.vocab);
     let norms = 4 * n(site_count(c.layers)) * n(sizes.rows);
-    let outputs = 2 * (norms + 4 * n(limits.capture_rows) * dim + 8 * n(limits.receipts));
+    let outputs = 2 * (norms + 4 * n(limits.capture_rows) * dim + 8 * n(limits.receipts))
+        + 12 * n(limits.probed);
     let tables = 4 * n(tap_count(c.layers)) + 8 * n(sizes.entries);
     n(sizes.rows) * row
         + n(sizes.head_rows) * head_row

@@ -22,6 +22,8 @@ pub struct Outputs {
     pub receipts: Staging<Receipt>,
     /// (capture rows, dim).
     pub captured: Staging<f32>,
+    /// Products of rows that are probed, and their norms.
+    pub probed: Staging<f32>,
     chunks: Vec<Chunk>,
 }
 
@@ -36,11 +38,17 @@ impl Outputs {
     ///
     /// # Errors
     /// There is not enough memory.
-    pub fn new(device: &Device, norms: usize, receipts: usize, captured: usize) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        norms: usize,
+        receipts: usize,
+        (captured, probed): (usize, usize),
+    ) -> Result<Self> {
         Ok(Self {
             norms: Staging::new(device, norms)?,
             receipts: Staging::new(device, receipts)?,
             captured: Staging::new(device, captured)?,
+            probed: Staging::new(device, probed)?,
             chunks: Vec::new(),
         })
     }

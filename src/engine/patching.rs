@@ -171,8 +171,7 @@ impl Plan {
         let injection = &mut requests[at].job.inject[patch.injection];
         let positions = patch.positions(&other, injection)?;
         patch.shape(positions.len(), injection, config)?;
-        let (site, layer) = (CaptureSite::from(patch.site), Some(patch.layer));
-        let capture = Capture { site, layer, positions };
+        let capture = Capture::rows(CaptureSite::from(patch.site), Some(patch.layer), positions);
         Ok(Link { to: (at, patch.injection), from, capture, head: patch.head })
     }
 

@@ -1,7 +1,12 @@
 //! The clean runs of prompts: their pages, norms and cached residual rows, found by content and
 //! evicted least recently used.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    cmp::Ordering,
+    collections::HashMap,
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
 
 use super::{
     hooks::{CleanNorms, Own},
@@ -23,8 +28,8 @@ pub struct CleanPrompt {
     pub norms: Vec<f32>,
     /// Residual rows at `resid_pre.L`, by L.
     residuals: HashMap<usize, Residual>,
-    /// Captured rows, by tap and position.
-    captured: HashMap<(u32, u32), Box<[f32]>>,
+    /// Captured rows, or what was made of them.
+    captured: HashMap<RowKey, Box<[f32]>>,
     /// What the sequence that computes it now keeps.
     pub running: Option<CleanRun>,
     /// Jobs whose prompt rows are still to come.
@@ -37,17 +42,72 @@ pub struct CleanPrompt {
 pub struct CleanRun {
     /// Layers whose residual rows are kept.
     pub layers: Vec<usize>,
-    /// (position, tap) of captured rows, ascending.
-    pub captures: Vec<(u32, u32)>,
+    /// Captured rows, by position.
+    pub captures: Vec<RowKey>,
+    /// Where in the bank the vectors are that they are multiplied with.
+    pub probes: Vec<(Arc<[f32]>, u32)>,
 }
 
 impl CleanRun {
-    /// Taps that are captured at a position.
-    pub fn taps(&self, position: usize) -> impl Iterator<Item = u32> {
+    /// What is captured at a position.
+    pub fn at(&self, position: usize) -> &[RowKey] {
         let position = position as u32;
-        let first = self.captures.partition_point(|&(at, _)| at < position);
-        let here = self.captures[first..].iter().take_while(move |&&(at, _)| at == position);
-        here.map(|&(_, tap)| tap)
+        let first = self.captures.partition_point(|at| at.position < position);
+        let end = self.captures.partition_point(|at| at.position <= position);
+        &self.captures[first..end]
+    }
+
+    /// Where in the bank the vectors of a probe are.
+    pub fn place_of(&self, probe: &VectorId) -> Option<(&Arc<[f32]>, u32)> {
+        let place = self.probes.iter().find(|(other, _)| Arc::ptr_eq(other, &probe.0));
+        place.map(|(vectors, first)| (vectors, *first))
+    }
+}
+
+/// A captured row of a clean run.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RowKey {
+    /// Where in the prompt.
+    pub position: u32,
+    /// Where in the model.
+    pub tap: u32,
+    /// What it is multiplied with, instead of being kept itself.
+    pub probe: Option<VectorId>,
+}
+
+/// Vectors, the same where they are the same memory.
+#[derive(Clone, Debug)]
+pub struct VectorId(pub Arc<[f32]>);
+
+impl VectorId {
+    fn address(&self) -> usize {
+        self.0.as_ptr() as usize
+    }
+}
+
+impl PartialEq for VectorId {
+    fn eq(&self, other: &Self) -> bool {
+        self.address() == other.address()
+    }
+}
+
+impl Eq for VectorId {}
+
+impl Ord for VectorId {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.address().cmp(&other.address())
+    }
+}
+
+impl PartialOrd for VectorId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Hash for VectorId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address().hash(state);
     }
 }
 
@@ -67,15 +127,15 @@ impl CleanPrompt {
     }
 
     /// Whether a job can start from it, its own part and its clean captured rows being these.
-    pub fn serves(&self, own: Own, mut rows: impl Iterator<Item = (u32, u32)>) -> bool {
+    pub fn serves(&self, own: Own, mut rows: impl Iterator<Item = RowKey>) -> bool {
         self.running.is_none()
             && (own.cut == 0 || self.residuals.get(&own.cut).is_some_and(|r| r.from <= own.start))
             && rows.all(|at| self.captured.contains_key(&at))
     }
 
-    /// A captured row, by tap and position.
-    pub fn captured(&self, at: (u32, u32)) -> Option<&[f32]> {
-        self.captured.get(&at).map(Box::as_ref)
+    /// A captured row, or what was made of it.
+    pub fn captured(&self, at: &RowKey) -> Option<&[f32]> {
+        self.captured.get(at).map(Box::as_ref)
     }
 
     /// Whether it is being computed, or jobs still read it.
@@ -173,9 +233,9 @@ impl Prompts {
     }
 
     /// Keeps a captured row of a prompt's clean run; others make room for it.
-    pub fn keep_row(&mut self, key: &Key, at: (u32, u32), row: &[f32]) {
+    pub fn keep_row(&mut self, key: &Key, at: &RowKey, row: &[f32]) {
         let Some(entry) = self.touch(key) else { return };
-        if entry.captured.insert(at, row.into()).is_none() {
+        if entry.captured.insert(at.clone(), row.into()).is_none() {
             self.captured_bytes += size_of_val(row);
         }
         while self.captured_bytes > CAPTURED_BYTES && self.evict_captured(key) {}

@@ -6,7 +6,7 @@ use super::{
     hooks::{Own, Planned, Tally},
     kv::PageTable,
     prompts::Key,
-    types::{Event, FirstToken, Job, Sample, Score, TokenLogprob},
+    types::{Capture, Event, FirstToken, Job, Reduce, Sample, Score, TokenLogprob},
 };
 use crate::ops::{attention::SharedPrefix, hooks::GATES};
 
@@ -54,13 +54,53 @@ pub struct Trunk {
     /// Where its rows first met each condition.
     pub latched: [u32; GATES],
     /// One for each of the jobs' captures.
-    pub captures: Vec<Vec<f32>>,
+    pub captures: Vec<Captured>,
+    /// Where in the bank the vectors are that captured rows are multiplied with.
+    pub probes: Vec<(Arc<[f32]>, u32)>,
     /// Pages of the prompt, from its end to the last continuation's start.
     pub pages: Option<PageTable>,
     /// Whether its one continuation takes its pages over.
     pub is_sole: bool,
     /// Pages that one of its continuations needs.
     pub child_pages: usize,
+}
+
+/// What was captured so far.
+#[derive(Debug)]
+pub struct Captured {
+    /// As it is handed out.
+    data: Vec<f32>,
+    /// Of a mean: the sum, and of how many rows.
+    sum: Vec<f64>,
+    rows: usize,
+    is_mean: bool,
+}
+
+impl Captured {
+    /// Room for what a capture gives, of rows of so many numbers.
+    pub fn new(capture: &Capture, width: usize) -> Self {
+        let (rows, columns) = capture.reduce.shape(capture.positions.len(), width);
+        let is_mean = capture.reduce == Reduce::Mean;
+        let sum = if is_mean { vec![0.0; columns] } else { Vec::new() };
+        Self { data: vec![0.0; rows * columns], sum, rows: 0, is_mean }
+    }
+
+    /// Takes a row, or what was made of it; of a mean in the order of positions.
+    pub fn take(&mut self, index: usize, row: &[f32]) {
+        if !self.is_mean {
+            self.data[index * row.len()..][..row.len()].copy_from_slice(row);
+            return;
+        }
+        self.sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
+        self.rows += 1;
+    }
+
+    /// What is handed out, once all rows were taken.
+    pub fn finish(mut self) -> Vec<f32> {
+        let means = self.sum.iter().map(|sum| (sum / self.rows as f64) as f32);
+        self.data.iter_mut().zip(means).for_each(|(to, mean)| *to = mean);
+        self.data
+    }
 }
 
 /// A job that runs, or several that are the same.

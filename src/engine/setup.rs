@@ -3,8 +3,8 @@
 use super::{
     batch::bucket,
     sequence::{continuations, rows_of},
-    sites::tap_width,
-    types::Job,
+    sites::{row_shape, tap_width},
+    types::{Job, Reduce},
 };
 use crate::{
     device::{Cpu, Cuda, Device, DeviceKind, cpu::Isa, cuda::MatrixPath},
@@ -21,6 +21,7 @@ use crate::{
         residual_norm::MAX_KERNEL_DIM,
         sample::MAX_KERNEL_VOCAB,
     },
+    request::CaptureSite,
 };
 
 /// How an engine is set up.
@@ -108,6 +109,8 @@ pub struct Limits {
     pub vectors: usize,
     /// Receipts a step.
     pub receipts: usize,
+    /// Products and norms of probed rows a step.
+    pub probed: usize,
     /// Rows of logits made at a time.
     pub head_rows: usize,
     /// Tokens drawn at a time.
@@ -131,8 +134,11 @@ const GPU_ROWS: (usize, usize) = (4096, 1024);
 /// Likewise, for tests.
 const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
 const CAPTURE_BYTES: usize = 64 << 20;
-/// Rows of the vector bank: enough to put every row of a long prompt in another's place.
-const LEAST_VECTORS: usize = 1024;
+/// Rows of the vector bank: enough to put every row of a long prompt in another's place, or to probe every
+/// layer along a hundred words.
+const LEAST_VECTORS: usize = 4096;
+/// Products and norms of probed rows a step.
+const PROBED: usize = 1 << 21;
 
 impl Limits {
     /// With `kv_bytes` for pages of `page_bytes` each.
@@ -163,6 +169,7 @@ impl Limits {
             ops,
             vectors: (4 * options.max_batch).max(ops).max(LEAST_VECTORS),
             receipts: 8 * rows + ops,
+            probed: PROBED,
             head_rows,
             draws: 1 << 16,
             ids: 1 << 17,
@@ -222,12 +229,30 @@ impl Limits {
                 .expected(format!("at most {}", self.ops))
                 .got(operations));
         }
-        let rows = super::hooks::bank_rows(job);
+        let rows = super::hooks::bank_rows(job, config.dim);
         if rows > self.vectors {
             return Err(Error::new("too many vectors in one request")
                 .expected(format!("at most {}", self.vectors))
                 .got(rows)
                 .hint("a larger --max-batch makes room for more"));
+        }
+        // All that one row shows must fit into one step.
+        let probed = job.capture.iter().map(|capture| match &capture.reduce {
+            Reduce::Probe(vectors) => vectors.len() / config.dim + 1,
+            Reduce::Rows | Reduce::Mean => 0,
+        });
+        let rows = job.capture.iter().filter(|capture| capture.site != CaptureSite::Logits);
+        let rows: usize = rows
+            .map(|capture| row_shape(capture.site, config).iter().product::<usize>())
+            .map(|width| width.div_ceil(config.dim))
+            .sum();
+        if rows > self.capture_rows || probed.sum::<usize>() > self.probed {
+            return Err(Error::new("too many captures in one request")
+                .expected(format!(
+                    "at most {} rows of a token, and {} numbers of probes",
+                    self.capture_rows, self.probed
+                ))
+                .got(format!("{rows} rows")));
         }
         Ok(())
     }

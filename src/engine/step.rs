@@ -2,7 +2,7 @@
 
 use super::{
     batch::{PlannedRow, bucket, build, fill_up},
-    captures::Take,
+    captures::{Captures, Take},
     core::Core,
     hooks::{latched, tally_row},
     logits::HeadChunk,
@@ -29,11 +29,7 @@ pub(super) struct Plan {
     /// Which of the two outputs it writes.
     pub turn: usize,
     rows: Vec<PlannedRow>,
-    /// (tap, row, destination).
-    pub captures: Vec<(u32, u32, u32)>,
-    pub takes: Vec<Take>,
-    /// Rows of the capture buffer that those fill.
-    pub captured: usize,
+    pub captures: Captures,
     receipts: usize,
     /// Rows whose logits are wanted.
     heads: Vec<u32>,
@@ -91,7 +87,7 @@ impl<T: Float> Core<T> {
 
     fn queue_step(&mut self, plan: Plan) -> Result<InFlight> {
         let layers = self.config.layers;
-        let (mut step, place) = build(layers, &plan.rows, &plan.captures);
+        let (mut step, place) = build(layers, &plan.rows, &plan.captures.rows);
         self.stats.steps += 1;
         self.stats.rows += plan.rows.len() as u64;
         self.stats.layer_rows += step.active[..layers].iter().sum::<usize>() as u64;
@@ -150,10 +146,11 @@ impl<T: Float> Core<T> {
             norms.fetch(0, norms.len(), &mut outputs.norms, 0)?;
         }
         self.state.receipts.fetch(0, step.receipts, &mut outputs.receipts, 0)?;
-        let captured = (self.limits.capture_row(turn, 0) * dim, plan.captured * dim);
+        let captured = (self.limits.capture_row(turn, 0) * dim, plan.captures.captured * dim);
         let drained = self.state.captured.drain(&self.device, captured, &mut outputs.captured)?;
+        self.queue_probes(turn, &plan.captures)?;
         let ends = [self.device.mark()?, drained];
-        let (rows, takes, is_decoding) = (plan.rows, plan.takes, self.is_decoding);
+        let (rows, takes, is_decoding) = (plan.rows, plan.captures.takes, self.is_decoding);
         let copies = std::mem::take(&mut self.copies);
         Ok(InFlight {
             rows,
@@ -466,8 +463,9 @@ impl<T: Float> Core<T> {
             match role {
                 // The pages stay with the entry.
                 Role::Clean(key) => {
-                    if let Some(clean) = self.prompts.touch(&key) {
-                        clean.running = None;
+                    let run = self.prompts.touch(&key).and_then(|clean| clean.running.take());
+                    if let Some(run) = run {
+                        self.release_probes(&run.probes);
                     }
                 }
                 Role::Trunk(trunk) => {
@@ -495,7 +493,8 @@ impl<T: Float> Core<T> {
         trunk.tally = tally;
         trunk.pages = Some(pages);
         let jobs = trunk.jobs.clone();
-        for (capture, data) in std::mem::take(&mut trunk.captures).into_iter().enumerate() {
+        for (capture, captured) in std::mem::take(&mut trunk.captures).into_iter().enumerate() {
+            let data = captured.finish();
             for job in &jobs {
                 self.jobs[job].tell(|_| Event::Capture { capture, data: data.clone() });
             }

@@ -105,8 +105,8 @@ pub struct Condition {
     pub latch: bool,
 }
 
-/// Rows of one site to be copied out.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Rows of one site to be copied out, or what becomes of them.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Capture {
     /// What is copied.
     pub site: CaptureSite,
@@ -114,6 +114,51 @@ pub struct Capture {
     pub layer: Option<usize>,
     /// Of which prompt positions, ascending.
     pub positions: Vec<usize>,
+    /// What is handed out of the rows.
+    pub reduce: Reduce,
+}
+
+impl Capture {
+    /// The rows themselves.
+    pub fn rows(site: CaptureSite, layer: Option<usize>, positions: Vec<usize>) -> Self {
+        Self { site, layer, positions, reduce: Reduce::Rows }
+    }
+}
+
+/// What is handed out of captured rows.
+#[derive(Clone, Debug, Default)]
+pub enum Reduce {
+    /// Each row as it is.
+    #[default]
+    Rows,
+    /// Their mean, one row, summed in f64 in the order of positions.
+    Mean,
+    /// Of each row its dot products with these vectors, (vectors, dim), then its norm: taken where the
+    /// rows are, which stay there. The stream, what is added to it, and the final norm can be probed.
+    Probe(Arc<[f32]>),
+}
+
+impl PartialEq for Reduce {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Rows, Self::Rows) | (Self::Mean, Self::Mean) => true,
+            // Mostly they are the same memory, which need not be read.
+            (Self::Probe(a), Self::Probe(b)) => Arc::ptr_eq(a, b) || a == b,
+            _ => false,
+        }
+    }
+}
+
+impl Reduce {
+    /// What is handed out of so many rows of `width` numbers, which are as wide as the probes: how many
+    /// rows, and how wide.
+    pub fn shape(&self, rows: usize, width: usize) -> (usize, usize) {
+        match self {
+            Self::Rows => (rows, width),
+            Self::Mean => (1, width),
+            Self::Probe(vectors) => (rows, vectors.len() / width + 1),
+        }
+    }
 }
 
 /// What a job reports, in this order: captures (once the prompt is done) and tokens, then
@@ -131,7 +176,7 @@ pub enum Event {
     Capture {
         /// Index into `Job::capture`.
         capture: usize,
-        /// (positions, width) f32.
+        /// (positions, width) f32, or as [`Reduce::shape`] says.
         data: Vec<f32>,
     },
     /// All is done.

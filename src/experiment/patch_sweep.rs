@@ -107,8 +107,7 @@ impl Sweep {
     }
 
     fn capture(&self, layer: usize) -> Capture {
-        let site = CaptureSite::from(self.site);
-        Capture { site, layer: Some(layer), positions: self.positions.clone() }
+        Capture::rows(CaptureSite::from(self.site), Some(layer), self.positions.clone())
     }
 
     fn measured(&self, of: &Job) -> Job {

@@ -258,14 +258,11 @@ impl<'a> Plan<'a> {
         if kind != Kind::Probe {
             let last = self.tokens(trial).len() - 1;
             let (site, layer) = (CaptureSite::Logits, None);
-            return vec![Capture { site, layer, positions: vec![last] }];
+            return vec![Capture::rows(site, layer, vec![last])];
         }
         let Some((layers, (from, to))) = self.probed(trial) else { return Vec::new() };
-        let capture = |layer| Capture {
-            site: self.protocol.vectors.site.into(),
-            layer: Some(layer),
-            positions: (from..to).collect(),
-        };
+        let site = self.protocol.vectors.site.into();
+        let capture = |layer| Capture::rows(site, Some(layer), (from..to).collect());
         layers.into_iter().map(capture).collect()
     }
 

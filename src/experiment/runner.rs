@@ -318,11 +318,7 @@ fn clean_prompts(
     let prompts: Vec<Vec<u32>> = prompts.into_iter().map(<[u32]>::to_vec).collect();
     let mut jobs = prompts.iter().map(|tokens| Job {
         tokens: tokens.clone(),
-        capture: vec![Capture {
-            site: CaptureSite::Logits,
-            layer: None,
-            positions: vec![tokens.len() - 1],
-        }],
+        capture: vec![Capture::rows(CaptureSite::Logits, None, vec![tokens.len() - 1])],
         watch: vec![0], // the first token is reported to jobs that watch one
         sampling: Sampling { max_tokens: 0, ..Sampling::default() },
         n: 1,

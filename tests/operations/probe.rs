@@ -4,7 +4,7 @@ use half::bf16;
 use inkling::{
     device::{Buffer, Device},
     ops::{
-        probe::{Probe, probe},
+        probe::{Probe, ProbeItem, probe},
         rows::NONE,
     },
 };
@@ -24,7 +24,7 @@ struct Case {
     dim: usize,
     probes: usize,
     resid: Vec<f32>,
-    /// (probes, dim)
+    /// (2 · probes, dim)
     vectors: Vec<f32>,
 }
 
@@ -36,19 +36,31 @@ impl Case {
         for row in (0..STREAM).filter(|&row| !CHOSEN.contains(&(row as u32))) {
             resid[row * dim..][..dim].fill(f32::NAN);
         }
-        Self { dim, probes, resid, vectors: numbers.with_outliers(probes * dim, 1000.0) }
+        Self { dim, probes, resid, vectors: numbers.with_outliers(2 * probes * dim, 1000.0) }
+    }
+
+    /// The first vector of item number `at`, among the first ones.
+    fn first(at: usize) -> usize {
+        usize::from(at % 3 == 2)
     }
 
     /// The first `probes` dot products of these rows and their norms, with a row of NaNs behind.
     fn run(&self, device: &Device, chosen: &[u32], probes: usize) -> Vec<f32> {
         let mut out = nans(device, (chosen.len() + 1) * (probes + 1));
+        // One more than is asked for; of every third item the vectors are others.
+        let item = |(at, &row): (usize, &u32)| ProbeItem {
+            row,
+            first: Self::first(at) as u32,
+            probes: probes as u32,
+            out: (at * (probes + 1)) as u32,
+        };
+        let items: Vec<_> = [chosen, &[0]].concat().iter().enumerate().map(item).collect();
         let operands = Probe {
             count: chosen.len(),
-            // One more than is asked for.
-            rows: &Buffer::upload(device, &[chosen, &[0]].concat()).unwrap(),
-            resid: &upload::<f32>(device, &self.resid, 0),
+            items: &Buffer::upload(device, &items).unwrap(),
+            most: probes,
+            rows: &upload::<f32>(device, &self.resid, 0),
             vectors: &upload::<f32>(device, &self.vectors, self.dim),
-            probes,
             dim: self.dim,
             out: &mut out,
         };
@@ -95,7 +107,8 @@ impl Case {
                 continue;
             }
             let row = widen(&self.resid[from as usize * dim..][..dim]);
-            for (vector, &got) in self.vectors.chunks_exact(dim).zip(out) {
+            let own = self.vectors.chunks_exact(dim).skip(Self::first(c)).take(self.probes);
+            for (vector, &got) in own.zip(out) {
                 let vector = widen(vector);
                 let size = dot(&sizes(&row), &sizes(&vector));
                 close(&what, got, dot(&row, &vector), relative * size);
@@ -120,7 +133,7 @@ fn probe_is_dot_products_and_the_norm() {
 #[test]
 fn the_norm_of_a_probed_row_of_zeros_is_zero() {
     on_every_device::<bf16>(0, |device| {
-        let case = Case { dim: 8, probes: 1, resid: vec![0.0; 8], vectors: vec![1.0; 8] };
+        let case = Case { dim: 8, probes: 1, resid: vec![0.0; 8], vectors: vec![1.0; 16] };
         let out = case.run(device, &[0], 1);
         assert_eq!(out[..2], [0.0, 0.0]);
         vec![out]

@@ -70,7 +70,7 @@ pub fn inject(layer: usize, strength: f32, from: usize, to: Option<usize>) -> In
 /// `resid_post` of a block at all positions of a prompt.
 pub fn capture(layer: usize, positions: usize) -> Capture {
     let site = CaptureSite::ResidPost;
-    Capture { site, layer: Some(layer), positions: (0..positions).collect() }
+    Capture::rows(site, Some(layer), (0..positions).collect())
 }
 
 /// The folder of `name`'s model with more files.

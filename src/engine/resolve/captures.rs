@@ -47,7 +47,7 @@ pub(super) fn captures(
                     .got(point));
             }
             let Point { site, layer, .. } = point;
-            return Ok(vec![Capture { site, layer, positions }]);
+            return Ok(vec![Capture::rows(site, layer, positions)]);
         }
         _ => {
             return Err(Error::new("a capture needs one point")
@@ -73,7 +73,7 @@ pub(super) fn captures(
             layers.iter().copied().map(Some).collect()
         }
     };
-    let one = |layer| Capture { site, layer, positions: positions.clone() };
+    let one = |layer| Capture::rows(site, layer, positions.clone());
     Ok(layers.into_iter().map(one).collect())
 }
 

@@ -313,11 +313,7 @@ fn last_rows<'a>(
     let mut rows: Vec<Vec<f32>> = vec![Vec::new(); total];
     let mut jobs = prompts.map(|tokens| {
         let last = tokens.len().saturating_sub(1);
-        let capture = |layer: &usize| Capture {
-            site: site.into(),
-            layer: Some(*layer),
-            positions: vec![last],
-        };
+        let capture = |layer: &usize| Capture::rows(site.into(), Some(*layer), vec![last]);
         Job {
             tokens: tokens.clone(),
             capture: layers.iter().map(capture).collect(),
