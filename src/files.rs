@@ -1,14 +1,21 @@
-//! Files that appear whole or not at all.
+//! Files that appear whole or not at all, or grow by whole lines.
+
+mod lines;
 
 use std::{
     fmt::Write as _,
-    io::{self, Seek, SeekFrom, Write},
+    fs::TryLockError,
+    io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
 use fs_err as fs;
 
 use crate::error::{Error, Result};
+pub use lines::Lines;
+pub(crate) use lines::for_each_line;
+
+const LOCK: &str = ".lock";
 
 /// A file written beside its destination (as `NAME.tmp`) and renamed onto it by
 /// [`AtomicFile::commit`]; dropped before that, it leaves nothing behind.
@@ -87,6 +94,50 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Fails now if the file could not be written later: to be asked before long work.
 pub fn check_writable(path: &Path) -> Result<()> {
     AtomicFile::create(path).map(drop)
+}
+
+/// Keeps other processes from writing a folder, until the file is closed, however the process ends.
+///
+/// # Errors
+/// Another one writes it, or it cannot be locked.
+pub fn lock(dir: &Path) -> Result<fs::File> {
+    let path = dir.join(LOCK);
+    let mut file =
+        fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
+    match file.file().try_lock() {
+        Ok(()) => {
+            file.set_len(0)?;
+            writeln!(file, "{}", std::process::id())?;
+            Ok(file)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            Err(Error::new("another process is writing this folder")
+                .at(dir.display().to_string())
+                .got(format!("process {}", holder.trim()))
+                .hint("wait for it to end, or choose another folder"))
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(Error::new("the folder can't be locked against a second writer")
+                .at(dir.display().to_string())
+                .got(error)
+                .hint("choose a folder on a local disk"))
+        }
+    }
+}
+
+/// Bytes that are free where a folder is; `None` where that cannot be told.
+#[cfg(unix)]
+pub fn free_bytes(dir: &Path) -> Option<u64> {
+    let of = rustix::fs::statvfs(dir).ok()?;
+    of.f_bavail.checked_mul(of.f_frsize)
+}
+
+/// Likewise.
+#[cfg(not(unix))]
+pub fn free_bytes(_: &Path) -> Option<u64> {
+    None
 }
 
 /// Lower-case hexadecimal digits.

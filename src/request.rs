@@ -170,6 +170,7 @@ impl Injection {
 
 /// Where a vector comes from.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum VectorRef {
     /// `FILE#NAME`.
@@ -504,6 +505,38 @@ pub struct Capture {
     /// Of which prompt positions.
     #[serde(default)]
     pub positions: Positions,
+    /// What is handed out of the rows; absent: the rows themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reduce: Option<Reduction>,
+}
+
+/// What is made of captured rows.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Their mean, one row.
+    Mean,
+    /// ‖h‖ of each row.
+    Norm,
+    /// h·v / (‖h‖ ‖v‖) of each row with each vector.
+    Cosine(Probes),
+    /// h·v / ‖v‖ of each row with each vector.
+    Coordinate(Probes),
+    /// The logit lens: so many likeliest tokens of each row, taken for the stream after the last block, with
+    /// their log-probabilities.
+    Lens(usize),
+}
+
+/// Vectors that rows are compared with.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(untagged)]
+pub enum Probes {
+    /// `FILE#NAME`, or all vectors of `FILE`.
+    One(String),
+    /// Several.
+    Many(Vec<VectorRef>),
 }
 
 /// What can be copied out.

@@ -4,15 +4,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     args::{EngineArgs, ModelArgs},
+    capture::without_generation,
     generate::nothing_captured,
     progress::Bar,
     requests::RequestArgs,
     tensors::TensorFile,
 };
-use crate::{
-    error::Context,
-    request::{Request, Sampling},
-};
+use crate::captures::collect::collect;
 
 /// Run prompts and write what their requests capture to a safetensors file
 #[derive(clap::Args)]
@@ -43,26 +41,17 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let model = args.model.open()?;
     let checked = requests.resolve(&model)?;
-    let mut file = TensorFile::create(&args.out, checked.named(), &model.config)?;
+    let mut file = TensorFile::create(&args.out, &checked.items(), &model.config)?;
     let engine = args.engine.start(&model)?;
-    let jobs = checked.jobs(&engine)?;
+    let items = checked.fill(&engine)?;
     let mut bar = Bar::default();
-    let (mut done, total) = (0, jobs.len() as u64);
-    engine.run_all(jobs, |index, finished| {
-        let finished = finished.at(|| requests.place(index))?;
+    let (mut done, total) = (0, items.len() as u64);
+    let all: Vec<_> = items.iter().enumerate().collect();
+    collect(&engine, &all, |collected| {
         done += 1;
         bar.show("requests", done, total, 0);
-        file.write(index, &finished.captures)
+        file.write(collected.item, &collected.tensors)
     })?;
     file.commit()?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// What says how the prompt is continued has no part in a forward pass.
-fn without_generation(request: &mut Request) {
-    request.sampling = Sampling { max_tokens: 0, ..Sampling::default() };
-    request.n = 1;
-    request.stop.clear();
-    request.logprobs = None;
-    request.score.clear();
 }

@@ -18,8 +18,9 @@ use super::{
     tensors::TensorFile,
 };
 use crate::{
-    engine::{Finish, Finished, Receipt, Sample, Score, TokenLogprob},
-    error::{Context, Error, Result},
+    captures::collect::{Collected, collect},
+    engine::{Finish, Outcome, Receipt, Sample, Score, TokenLogprob},
+    error::{Error, Result},
     files::AtomicFile,
     request::Sampling,
 };
@@ -107,31 +108,34 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let mut checked = requests.resolve(&model)?;
     if captured > 0 && args.captures.is_none() {
         note(format!("capture is ignored in {captured} request(s): --captures FILE writes it"));
-        checked.list.iter_mut().for_each(|one| one.job.capture.clear());
+        for one in &mut checked.list {
+            one.job.capture.clear();
+            one.readings.clear();
+        }
     }
     let tensors = args
         .captures
         .as_deref()
-        .map(|path| TensorFile::create(path, checked.named(), &model.config))
+        .map(|path| TensorFile::create(path, &checked.items(), &model.config))
         .transpose()?;
     let sink = Sink::open(&args.out)?;
     let engine = args.engine.start(&model)?;
-    let jobs = checked.jobs(&engine)?;
+    let items = checked.fill(&engine)?;
     let mut answers = Answers { requests: &requests, sink, waiting: BTreeMap::new(), next: 0 };
     let mut writer = tensors;
     let mut bar = Bar::default();
-    let (mut done, mut drawn, total) = (0, 0, jobs.len() as u64);
+    let (mut done, mut drawn, total) = (0, 0, items.len() as u64);
     let mut stopped = None;
-    let result = engine.run_all(jobs, |index, finished| {
-        let finished = finished.at(|| requests.place(index))?;
+    let all: Vec<_> = items.iter().enumerate().collect();
+    let result = collect(&engine, &all, |Collected { item, tensors, outcome }| {
         if let Some(writer) = &mut writer {
-            writer.write(index, &finished.captures)?;
+            writer.write(item, &tensors)?;
         }
-        let samples = &finished.outcome.samples;
+        let samples = &outcome.samples;
         drawn += samples.iter().map(|sample| sample.tokens.len() as u64).sum::<u64>();
         done += 1;
         bar.show("requests", done, total, drawn);
-        answers.add(index, &finished).map_err(|error| {
+        answers.add(item, &outcome).map_err(|error| {
             stopped = Some(error);
             Error::new("stopped")
         })
@@ -192,9 +196,8 @@ struct Answers<'a> {
 }
 
 impl Answers<'_> {
-    fn add(&mut self, index: usize, finished: &Finished) -> anyhow::Result<()> {
+    fn add(&mut self, index: usize, outcome: &Outcome) -> anyhow::Result<()> {
         let request = &self.requests.list[index];
-        let outcome = &finished.outcome;
         let first = outcome.samples.first();
         let answer = Answer {
             id: &request.id,

@@ -5,6 +5,7 @@
 mod agreement;
 mod args;
 mod bench;
+mod capture;
 mod check;
 mod control;
 mod demo;
@@ -63,6 +64,7 @@ enum Command {
     Table(table::Args),
     Generate(generate::Args),
     Forward(forward::Args),
+    Capture(capture::Args),
     Patch(patch::Args),
     Bench(bench::Args),
     Check(check::Args),
@@ -84,6 +86,7 @@ impl Command {
             Self::Table(args) => table::execute(&args),
             Self::Generate(args) => generate::execute(&args),
             Self::Forward(args) => forward::execute(&args),
+            Self::Capture(args) => capture::execute(&args),
             Self::Patch(args) => patch::execute(&args),
             Self::Bench(args) => bench::execute(&args),
             Self::Check(args) => check::execute(&args),

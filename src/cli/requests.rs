@@ -11,8 +11,9 @@ use fs_err as fs;
 
 use super::output::note;
 use crate::{
+    captures::Item,
     engine::{
-        Engine, Job,
+        Engine,
         patching::{self, Patched},
         point,
         resolve::{Resolved, resolve},
@@ -114,6 +115,11 @@ impl Requests {
         Ok(Self { list, places, base })
     }
 
+    /// Requests that were not written as such, and where each stands.
+    pub fn of(list: Vec<Request>, places: Vec<String>, base: PathBuf) -> Self {
+        Self { list, places, base }
+    }
+
     /// Where a request stands, for messages.
     pub fn place(&self, index: usize) -> String {
         format!("{}, request {:?}", self.places[index], self.list[index].id)
@@ -130,7 +136,9 @@ impl Requests {
         let names: BTreeSet<String> = self.list.iter().flat_map::<Vec<_>, _>(of).collect();
         for name in names {
             // What is no name is refused with its request.
-            if let Ok(point) = point(&name, &model.config) {
+            if let Ok(point) = point(&name, &model.config)
+                && point.to_string() != name
+            {
                 note(format!("{name} is {point}"));
             }
         }
@@ -142,8 +150,8 @@ impl Requests {
         self.explain_hooks(model);
         let one = |(index, request): (usize, &Request)| {
             let resolved = resolve(request, model, &mut files).at(|| self.place(index))?;
-            let Resolved { prompt, job, patches } = resolved;
-            Ok(Patched { id: request.id.clone(), prompt, job, patches })
+            let Resolved { prompt, job, readings, patches } = resolved;
+            Ok(Patched { id: request.id.clone(), prompt, job, readings, patches })
         };
         let mut list = self.list.iter().enumerate().map(one).collect::<Result<Vec<_>>>()?;
         let plan = patching::Plan::new(&mut list, &model.config)
@@ -161,16 +169,21 @@ pub struct Checked<'a> {
 }
 
 impl Checked<'_> {
-    /// What the engine runs, with their ids.
-    pub fn named(&self) -> impl Iterator<Item = (&str, &Job)> {
-        self.list.iter().map(|one| (one.id.as_str(), &one.job))
+    /// What the engine runs; rows of others are zeros still.
+    pub fn items(&self) -> Vec<Item> {
+        let item = |one: &Patched| Item {
+            id: one.id.clone(),
+            job: one.job.clone(),
+            readings: one.readings.clone(),
+        };
+        self.list.iter().map(item).collect()
     }
 
     /// What the engine runs, after it has run what others take rows from.
-    pub fn jobs(mut self, engine: &Engine) -> Result<Vec<Job>> {
+    pub fn fill(mut self, engine: &Engine) -> Result<Vec<Item>> {
         let place = |(index, error): (usize, Error)| error.at(self.requests.place(index));
         self.plan.fill(engine, &mut self.list).map_err(place)?;
-        Ok(self.list.into_iter().map(|one| one.job).collect())
+        Ok(self.items())
     }
 }
 

@@ -131,7 +131,7 @@ impl<T: Float> Core<T> {
             copies: Vec::new(),
             pool: PagePool::new(limits.pages),
             bank: Bank::new(limits.vectors),
-            prompts: Prompts::new(limits.residual_pages),
+            prompts: Prompts::new(limits.residual_pages, limits.capture_bytes as usize),
             slots: (0..limits.slots).map(|_| None).collect(),
             jobs: HashMap::new(),
             next_job: 0,

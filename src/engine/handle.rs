@@ -19,7 +19,8 @@ use super::{
     core::{Command, Core, Submission},
     memory,
     setup::{Limits, Options, open},
-    types::{Event, Job, Outcome},
+    sites::row_shape,
+    types::{Capture, Event, Job, Outcome},
 };
 use crate::{
     device::{
@@ -243,9 +244,10 @@ impl Engine {
         result
     }
 
-    /// Streams jobs through, a bounded number in flight, and calls `done` with each one's index
-    /// as it finishes, in any order. `jobs` is asked for more after each call of `done`, even
-    /// where it had none before.
+    /// Streams jobs through and calls `done` with each one's index as it finishes, in any order. A bounded
+    /// number is in flight, and of their captures at most [`Options::capture_bytes`], or one job's: a
+    /// slow `done` is waited for. `jobs` is asked for more after each call of `done`, even where it had none
+    /// before.
     ///
     /// # Errors
     /// What `done` returns, at once; a job's own failure goes to `done`.
@@ -258,30 +260,39 @@ impl Engine {
         let (sender, events) = mpsc::channel();
         let mut jobs = jobs.into_iter();
         let mut next = 0;
-        // By tag: the job's index and its captures so far.
-        let mut running: HashMap<u64, (usize, Vec<Vec<f32>>)> = HashMap::new();
+        let mut running: HashMap<u64, Running> = HashMap::new();
+        // The next one, where its captures must wait for others' to be handed out.
+        let mut held: Option<Job> = None;
+        let mut captured = 0;
         let result = loop {
-            let room = in_flight.saturating_sub(running.len());
             let mut submissions = Vec::new();
-            // Asked again after its end: what `done` learns may make new jobs.
-            let refused = jobs.by_ref().take(room).find_map(|job| {
+            let mut refused = None;
+            while running.len() < in_flight && refused.is_none() {
+                // Asked again after its end: what `done` learns may make new jobs.
+                let Some(job) = held.take().or_else(|| jobs.next()) else { break };
+                let bytes = capture_bytes(&job, &self.config);
+                if bytes > 0 && captured > 0 && captured + bytes > self.limits.capture_bytes {
+                    held = Some(job);
+                    break;
+                }
                 let index = next;
                 next += 1;
                 if let Err(error) = self.check(&job) {
-                    return done(index, Err(error)).err();
+                    refused = done(index, Err(error)).err();
+                    continue;
                 }
+                captured += bytes;
                 let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
-                running.insert(tag, (index, vec![Vec::new(); job.capture.len()]));
+                running.insert(tag, Running { index, bytes, captures: vec![Vec::new(); job.capture.len()] });
                 submissions.push(Submission { tag, job, events: sender.clone() });
-                None
-            });
+            }
             if !submissions.is_empty() {
                 self.send(Command::Submit(submissions))?;
             }
             if let Some(error) = refused {
                 break Err(error);
             }
-            if running.is_empty() {
+            if running.is_empty() && held.is_none() {
                 break Ok(());
             }
             let (tag, event) = match events.recv_timeout(Duration::from_secs(1)) {
@@ -292,18 +303,19 @@ impl Engine {
             let result = match event {
                 Event::Token { .. } => continue,
                 Event::Capture { capture, data } => {
-                    if let Some((_, captures)) = running.get_mut(&tag) {
-                        captures[capture] = data;
+                    if let Some(running) = running.get_mut(&tag) {
+                        running.captures[capture] = data;
                     }
                     continue;
                 }
                 Event::Done(outcome) => Ok(outcome),
                 Event::Failed(error) => Err(error),
             };
-            let Some((index, captures)) = running.remove(&tag) else { continue };
+            let Some(Running { index, bytes, captures }) = running.remove(&tag) else { continue };
             if let Err(error) = done(index, result.map(|outcome| Finished { outcome, captures })) {
                 break Err(error);
             }
+            captured -= bytes;
         };
         running.into_keys().for_each(|tag| self.cancel(tag));
         result
@@ -317,6 +329,25 @@ impl Drop for Engine {
             drop(thread.join());
         }
     }
+}
+
+/// A job in flight.
+struct Running {
+    index: usize,
+    /// Of its captures.
+    bytes: u64,
+    captures: Vec<Vec<f32>>,
+}
+
+/// Bytes of a job's captures while they are collected: as they come, and as a clean run keeps them.
+pub fn capture_bytes(job: &Job, config: &ModelConfig) -> u64 {
+    let of = |capture: &Capture| {
+        let width = row_shape(capture.site, config).iter().product::<usize>();
+        let (rows, columns) = capture.reduce.shape(capture.positions.len(), width);
+        let kept = capture.positions.len() * capture.reduce.row_of(width);
+        4 * (rows * columns + kept) as u64
+    };
+    job.capture.iter().map(of).sum()
 }
 
 fn stopped() -> Error {

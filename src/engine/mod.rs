@@ -23,7 +23,7 @@ mod step;
 mod types;
 pub mod vectors;
 
-pub use handle::{Engine, Fingerprint, Finished, Stats};
+pub use handle::{Engine, Fingerprint, Finished, Stats, capture_bytes};
 pub use hooks::norm;
 pub use memory::Need;
 pub use points::{Point, point};

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    Capture, Engine, Injection, Job,
+    Capture, Engine, Injection, Job, Reading,
     hooks::window_positions,
     resolve::Limits,
     sites::injected_width,
@@ -113,6 +113,8 @@ pub struct Patched {
     pub prompt: Prompt,
     /// What is run.
     pub job: Job,
+    /// What is read off its captures.
+    pub readings: Vec<Reading>,
     /// What its injections take from others.
     pub patches: Vec<Patch>,
 }

@@ -161,19 +161,20 @@ pub struct Prompts {
     rows: PagePool,
     /// Of captured rows.
     captured_bytes: usize,
+    /// The most of them that are kept while nobody uses them.
+    most_captured: usize,
     clock: u64,
 }
 
-/// Bytes of captured rows that are kept while nobody uses them.
-const CAPTURED_BYTES: usize = 1 << 30;
-
 impl Prompts {
-    /// Room for `row_pages` pages of residual rows.
-    pub fn new(row_pages: usize) -> Self {
+    /// Room for `row_pages` pages of residual rows, and for so many bytes of captured rows that nobody
+    /// uses.
+    pub fn new(row_pages: usize, most_captured: usize) -> Self {
         Self {
             entries: HashMap::new(),
             rows: PagePool::new(row_pages),
             captured_bytes: 0,
+            most_captured,
             clock: 0,
         }
     }
@@ -238,7 +239,7 @@ impl Prompts {
         if entry.captured.insert(at.clone(), row.into()).is_none() {
             self.captured_bytes += size_of_val(row);
         }
-        while self.captured_bytes > CAPTURED_BYTES && self.evict_captured(key) {}
+        while self.captured_bytes > self.most_captured && self.evict_captured(key) {}
     }
 
     /// Drops the captured rows of the least recently used prompt that nobody uses.

@@ -7,7 +7,7 @@ mod vectors;
 use std::sync::Arc;
 
 use super::{
-    Condition, Injection, Job,
+    Condition, Injection, Job, Reading,
     patching::Patch,
     points,
     vectors::VectorFiles,
@@ -56,6 +56,8 @@ pub struct Resolved {
     pub prompt: Prompt,
     /// What the engine runs, once the patches are in it.
     pub job: Job,
+    /// What is read off each of the job's captures.
+    pub readings: Vec<Reading>,
     /// Rows of other requests that its injections take: see [`super::patching`].
     pub patches: Vec<Patch>,
 }
@@ -112,10 +114,16 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
         }
         inject.extend(own);
     }
-    let mut capture = Vec::new();
+    let (mut capture, mut readings) = (Vec::new(), Vec::new());
     for (i, wanted) in request.capture.iter().enumerate() {
         let field = format!("capture[{i}]");
-        capture.extend(captures::captures(wanted, prompt.tokens.len(), limits, &field)?);
+        for one in captures::captures(wanted, prompt.tokens.len(), limits, &field)? {
+            let mut source = Source { limits, model_hash: &|| model.hash(), files };
+            let reduced = captures::reduced(one, wanted.reduce.as_ref(), &mut source);
+            let (one, reading) = reduced.at(|| format!("{field}.reduce"))?;
+            capture.push(one);
+            readings.push(reading);
+        }
     }
     let job = Job {
         tokens: prompt.tokens.clone(),
@@ -128,7 +136,7 @@ pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Res
         score,
         watch: Vec::new(),
     };
-    Ok(Resolved { prompt, job, patches })
+    Ok(Resolved { prompt, job, readings, patches })
 }
 
 /// Checks the values that say how tokens are drawn.

@@ -43,6 +43,9 @@ pub struct Options {
     /// Whether jobs share what is clean. Tokens, logits and captures are the same, bit for bit;
     /// only a receipt's reference norm is unknown where no clean run was needed.
     pub share: bool,
+    /// Bytes of captures that [`run_all`](super::Engine::run_all) has in flight, and of clean runs' captured
+    /// rows that are kept while nobody uses them.
+    pub capture_bytes: u64,
     /// `None`: the best this machine has. Results are the same, bit for bit.
     pub isa: Option<Isa>,
     /// Which matrix kernels the CUDA devices use; `None`: the GPU's best.
@@ -68,6 +71,7 @@ impl Default for Options {
             context: None,
             kv_bytes: None,
             share: true,
+            capture_bytes: 1 << 30,
             isa: None,
             matrix_path: None,
             behind: false,
@@ -121,6 +125,8 @@ pub struct Limits {
     pub top: usize,
     /// Whether jobs share what is clean.
     pub share: bool,
+    /// See [`Options::capture_bytes`].
+    pub capture_bytes: u64,
     /// See [`Options::behind`].
     pub behind: bool,
     /// See [`Options::hooks`].
@@ -175,6 +181,7 @@ impl Limits {
             ids: 1 << 17,
             top: 1 << 16,
             share: options.share,
+            capture_bytes: options.capture_bytes,
             behind: options.behind,
             hooks: options.hooks,
         }

@@ -138,6 +138,32 @@ pub enum Reduce {
     Probe(Arc<[f32]>),
 }
 
+/// What is read off a job's capture.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reading {
+    /// The rows.
+    Rows,
+    /// Their mean.
+    Mean,
+    /// ‖h‖ of each row.
+    Norm,
+    /// Its cosine with each vector.
+    Cosine(Along),
+    /// h·v̂ with each vector.
+    Coordinate(Along),
+    /// So many likeliest tokens of each row by the logit lens.
+    Lens(usize),
+}
+
+/// The vectors that rows are compared with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Along {
+    /// As they were asked for.
+    pub names: Vec<String>,
+    /// ‖v‖ of each.
+    pub norms: Vec<f64>,
+}
+
 impl PartialEq for Reduce {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
@@ -156,7 +182,15 @@ impl Reduce {
         match self {
             Self::Rows => (rows, width),
             Self::Mean => (1, width),
-            Self::Probe(vectors) => (rows, vectors.len() / width + 1),
+            Self::Probe(_) => (rows, self.row_of(width)),
+        }
+    }
+
+    /// Numbers that are kept of a row of `width`.
+    pub fn row_of(&self, width: usize) -> usize {
+        match self {
+            Self::Rows | Self::Mean => width,
+            Self::Probe(vectors) => vectors.len() / width + 1,
         }
     }
 }

@@ -8,6 +8,7 @@ mod npy;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -420,15 +421,31 @@ fn encode_rows(vector: &Rows) -> (Vec<usize>, Vec<u8>) {
 }
 
 /// The vector files that requests name, each read once.
+#[derive(Default)]
 pub struct VectorFiles {
     base: PathBuf,
     sets: HashMap<PathBuf, Arc<VectorSet>>,
+    /// By a hash of their bits.
+    shared: HashMap<u64, Vec<Arc<[f32]>>>,
 }
 
 impl VectorFiles {
     /// Relative paths are taken from `base`: the folder of the request file.
     pub fn new(base: impl Into<PathBuf>) -> Self {
-        Self { base: base.into(), sets: HashMap::new() }
+        Self { base: base.into(), ..Self::default() }
+    }
+
+    /// The same numbers in the same memory, whoever asks: the engine holds each piece once.
+    pub fn share(&mut self, numbers: Vec<f32>) -> Arc<[f32]> {
+        let bits = |numbers: &[f32]| numbers.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        let mut hasher = DefaultHasher::new();
+        bits(&numbers).hash(&mut hasher);
+        let known = self.shared.entry(hasher.finish()).or_default();
+        if let Some(same) = known.iter().find(|other| bits(other) == bits(&numbers)) {
+            return Arc::clone(same);
+        }
+        known.push(numbers.into());
+        Arc::clone(&known[known.len() - 1])
     }
 
     /// The set in a file.

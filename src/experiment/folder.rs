@@ -5,14 +5,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::TryLockError,
-    io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write},
+    io::{BufReader, ErrorKind},
     path::{Path, PathBuf},
 };
 
 use fs_err as fs;
 use safetensors::{Dtype, tensor::TensorView};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 
 use crate::{
     engine::Capture,
@@ -21,7 +20,7 @@ use crate::{
         protocol::Protocol,
         results::{Fingerprint, Grade, Manifest, Run, Trial},
     },
-    files,
+    files::{self, Lines, for_each_line},
 };
 
 const MANIFEST: &str = "manifest.json";
@@ -30,7 +29,6 @@ const GRADES: &str = "grades.jsonl";
 const JUDGEMENTS: &str = "judgements.jsonl";
 const CAPTURES: &str = "captures";
 const VECTORS: &str = "vectors.safetensors";
-const LOCK: &str = ".lock";
 
 /// A run folder that this process alone writes to.
 #[derive(Debug)]
@@ -46,7 +44,7 @@ impl Folder {
     /// it, or it holds trials without a manifest.
     pub fn open(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        let lock = lock(dir)?;
+        let lock = files::lock(dir)?;
         let stored = read_manifest(dir)?;
         if stored.is_none() && dir.join(TRIALS).exists() {
             return Err(Error::new("the folder has trials but no manifest")
@@ -113,33 +111,6 @@ impl Folder {
     }
 }
 
-fn lock(dir: &Path) -> Result<fs::File> {
-    let path = dir.join(LOCK);
-    let mut file =
-        fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
-    match file.file().try_lock() {
-        Ok(()) => {
-            file.set_len(0)?;
-            writeln!(file, "{}", std::process::id())?;
-            Ok(file)
-        }
-        Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            Err(Error::new("another process is writing this run")
-                .at(dir.display().to_string())
-                .got(format!("process {}", holder.trim()))
-                .hint("wait for it to end, or choose another folder"))
-        }
-        Err(TryLockError::Error(error)) => {
-            Err(Error::new("the folder can't be locked against a second writer")
-                .at(dir.display().to_string())
-                .got(error)
-                .hint("choose a folder on a local disk"))
-        }
-    }
-}
-
 fn read_manifest(dir: &Path) -> Result<Option<Manifest>> {
     let path = dir.join(MANIFEST);
     let text = match fs::read_to_string(&path) {
@@ -159,77 +130,6 @@ fn check_once(trials: &[Trial]) -> Result<()> {
         None => Ok(()),
         Some(twice) => Err(Error::new("a trial stands twice in the file").got(&twice.id)),
     }
-}
-
-/// A file of JSON lines to which whole lines are appended.
-#[derive(Debug)]
-pub struct Lines {
-    file: fs::File,
-    path: PathBuf,
-    length: u64,
-}
-
-impl Lines {
-    /// Hands out the lines and drops a half-written last one from the file.
-    fn open<T: DeserializeOwned>(path: &Path, each: impl FnMut(T) -> Result<()>) -> Result<Self> {
-        let mut file = fs::OpenOptions::new().create(true).read(true).append(true).open(path)?;
-        let length = for_each_line(&mut BufReader::new(&mut file), each)
-            .at(|| path.display().to_string())?;
-        if length != file.metadata()?.len() {
-            file.set_len(length)?;
-            file.seek(SeekFrom::End(0))?;
-        }
-        Ok(Self { file, path: path.to_owned(), length })
-    }
-
-    /// Appends one line with one write. When that fails (a full disk), what was written of it is
-    /// taken back and the finished lines stay.
-    pub fn append(&mut self, line: &impl Serialize) -> Result<()> {
-        let mut bytes = serde_json::to_vec(line)
-            .map_err(|error| Error::new("can't write the line").got(error))?;
-        bytes.push(b'\n');
-        if let Err(error) = self.file.write_all(&bytes) {
-            let kept = match self.file.set_len(self.length) {
-                Ok(()) => "the finished lines are kept: make room and start the same command again",
-                Err(_) => "start the same command again: it drops the half-written line",
-            };
-            return Err(Error::new("can't append to the run")
-                .at(self.path.display().to_string())
-                .got(error)
-                .hint(kept));
-        }
-        self.length += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Waits until the disk has everything.
-    pub fn sync(&self) -> Result<()> {
-        Ok(self.file.sync_data()?)
-    }
-}
-
-/// Hands out the complete lines one by one and gives their length in bytes; what follows the last
-/// line break is half a line.
-fn for_each_line<T: DeserializeOwned>(
-    reader: &mut impl BufRead,
-    mut each: impl FnMut(T) -> Result<()>,
-) -> Result<u64> {
-    let (mut line, mut length) = (Vec::new(), 0);
-    for number in 1.. {
-        line.clear();
-        reader.read_until(b'\n', &mut line)?;
-        if !line.ends_with(b"\n") {
-            break;
-        }
-        let parsed = serde_json::from_slice(&line).map_err(|error| {
-            Error::new("not a line that this version of inkling reads")
-                .at(format!("line {number}"))
-                .got(error)
-        })?;
-        each(parsed)?;
-        length += line.len() as u64;
-    }
-    Ok(length)
 }
 
 /// Reads a run, finished or not, without changing it. Of a judge's verdicts on a trial the last

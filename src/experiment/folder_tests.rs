@@ -13,51 +13,6 @@ fn grade(trial: &str, judge: &str, yes: bool) -> Grade {
 }
 
 #[test]
-fn half_lines_are_dropped_and_broken_ones_named() {
-    let parse = |text: &str| {
-        let mut lines = Vec::new();
-        let keep = |line: u32| {
-            lines.push(line);
-            Ok(())
-        };
-        let length = for_each_line(&mut text.as_bytes(), keep)?;
-        Ok::<_, Error>((lines, length))
-    };
-    assert_eq!(parse("").unwrap(), (vec![], 0));
-    assert_eq!(parse("1\n2\n").unwrap(), (vec![1, 2], 4));
-    assert_eq!(parse("1\n2").unwrap(), (vec![1], 2), "2 may be the start of 23");
-    assert_eq!(parse("1").unwrap(), (vec![], 0));
-    let error = parse("1\nx\n3\n").unwrap_err().to_string();
-    assert!(error.contains("line 2"), "{error}");
-}
-
-#[test]
-fn appending_goes_on_where_the_whole_lines_end() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("lines.jsonl");
-    std::fs::write(&path, "1\n2\n3").unwrap();
-    let mut lines = Vec::new();
-    let keep = |line: u32| {
-        lines.push(line);
-        Ok(())
-    };
-    let mut file = Lines::open(&path, keep).unwrap();
-    assert_eq!(lines, [1, 2]);
-    file.append(&44).unwrap();
-    file.append(&5).unwrap();
-    assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n2\n44\n5\n");
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_full_disk_is_named() {
-    let path = PathBuf::from("/dev/full");
-    let file = fs::OpenOptions::new().append(true).open(&path).unwrap();
-    let error = Lines { file, path, length: 0 }.append(&1).unwrap_err().to_string();
-    assert!(error.contains("/dev/full") && error.contains("same command"), "{error}");
-}
-
-#[test]
 fn one_writer_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let first = Folder::open(dir.path()).unwrap();

@@ -171,7 +171,7 @@ fn vectors_of_another_model_are_refused() {
 #[test]
 fn captures_become_indices() {
     let capture = |site, layers, positions| {
-        let wanted = request::Capture { site: Some(site), hook: None, layers, positions };
+        let wanted = request::Capture { site: Some(site), hook: None, layers, positions, reduce: None };
         captures(&wanted, 5, LIMITS, "capture[0]")
     };
     let (post, logits) = (CaptureSite::ResidPost, CaptureSite::Logits);
