@@ -293,10 +293,11 @@ fn arrays(specs: &[Vec<Spec>], precision: Precision) -> Result<Files> {
 
 /// The first bytes of an `.npy` file (format 1.0): a multiple of 64.
 pub fn npy_header(descr: &str, shape: &[usize]) -> Vec<u8> {
-    let sizes: Vec<String> = shape.iter().map(|size| format!("{size},")).collect();
+    let sizes: Vec<String> = shape.iter().map(usize::to_string).collect();
+    let comma = if sizes.len() == 1 { "," } else { "" };
     let mut text = format!(
-        "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}",
-        sizes.join(" ")
+        "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}{comma}), }}",
+        sizes.join(", ")
     );
     text.push_str(&" ".repeat((text.len() + 11).next_multiple_of(64) - text.len() - 11));
     text.push('\n');

@@ -10,7 +10,7 @@ use serde_json::Value;
 const DEMO_MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// An f32 tensor.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
     pub shape: Vec<usize>,
     pub data: Vec<f32>,
@@ -55,7 +55,7 @@ pub fn read_lines(path: &Path) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// Every tensor of a safetensors file; bf16 is widened.
+/// Every tensor of a safetensors file, as f32.
 pub fn read_tensors(path: &Path) -> BTreeMap<String, Tensor> {
     let bytes = fs_err::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -67,6 +67,11 @@ pub fn read_tensors(path: &Path) -> BTreeMap<String, Tensor> {
                 .iter()
                 .map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16))
                 .collect(),
+            Dtype::I32 => fours.iter().map(|b| i32::from_le_bytes(*b) as f32).collect(),
+            Dtype::I64 => {
+                let eights = view.data().as_chunks::<8>().0.iter();
+                eights.map(|b| i64::from_le_bytes(*b) as f32).collect()
+            }
             other => panic!("{}: dtype {other:?}", path.display()),
         }
     };
