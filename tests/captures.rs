@@ -74,7 +74,7 @@ fn read_npy(path: &Path) -> (String, Vec<f32>) {
     assert!(header.contains("'<f4'"), "{header}");
     let shape = header.split("'shape': ").nth(1).unwrap().split('}').next().unwrap();
     let numbers = bytes[end..].as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    (shape.trim().trim_end_matches(", ").to_owned(), numbers)
+    (shape.trim().trim_end_matches(',').to_owned(), numbers)
 }
 
 #[test]
@@ -86,9 +86,10 @@ fn every_layout_has_the_same_numbers() {
 
     let shards = scratch.path().join("shards");
     captured(&input, &shards, &[]);
-    let index: Value =
-        serde_json::from_str(&fs_err::read_to_string(shards.join("captures.safetensors.index.json")).unwrap())
-            .unwrap();
+    let index: Value = serde_json::from_str(
+        &fs_err::read_to_string(shards.join("captures.safetensors.index.json")).unwrap(),
+    )
+    .unwrap();
     let map = index["weight_map"].as_object().unwrap();
     assert!(map.keys().eq(want.keys()));
     let got = read_tensors(&shards.join(map["r0/resid_post.0"].as_str().unwrap()));
@@ -110,8 +111,7 @@ fn every_layout_has_the_same_numbers() {
             let (point, first) =
                 (tensor["point"].as_str().unwrap(), tensor["first_row"].as_u64().unwrap());
             let layer: usize = point.rsplit('.').next().unwrap().parse().unwrap();
-            let want: Vec<f32> =
-                want[&format!("{id}/{point}")].rows().flatten().copied().collect();
+            let want: Vec<f32> = want[&format!("{id}/{point}")].rows().flatten().copied().collect();
             let (_, all) = read_npy(&npy.join(tensor["file"].as_str().unwrap()));
             assert_eq!(all[first as usize * 48..][..want.len()], want[..], "{id} {point}");
             let of_layer = |at: usize| rows[(at * LAYERS + layer) * 48..][..48].to_vec();
@@ -135,9 +135,7 @@ fn reductions_are_of_the_rows() {
         .unwrap();
     let vectors = read_tensors(&golden("plain").join("vectors.safetensors"));
     let positions = json!([0, 2, -1]);
-    let with = |reduce: Value| {
-        json!({"site": "resid_post", "layers": [1, 2], "positions": positions, "reduce": reduce})
-    };
+    let with = |reduce: Value| json!({"site": "resid_post", "layers": [1, 2], "positions": positions, "reduce": reduce});
     let cosine = json!({"cosine": "v.safetensors"});
     let ones = vec![1.0; 48];
     let coordinate = json!({"coordinate": ["v.safetensors#dust", ones]});
@@ -149,9 +147,8 @@ fn reductions_are_of_the_rows() {
     all.push(json!({"site": "logits", "positions": positions}));
     write_requests(&input, &json!(all), 5);
     let got = forward(&input, scratch.path());
-    let numbers = |name: &str| -> Vec<f64> {
-        got[name].rows().flatten().map(|&v| f64::from(v)).collect()
-    };
+    let numbers =
+        |name: &str| -> Vec<f64> { got[name].rows().flatten().map(|&v| f64::from(v)).collect() };
     let close = |got: f64, want: f64, what: &str| {
         assert!((got - want).abs() <= 1e-5 * (1.0 + want.abs()), "{what}: {got}, not {want}");
     };
@@ -174,7 +171,13 @@ fn reductions_are_of_the_rows() {
                 close(norms[at], norm, "norm");
                 for (i, tensor) in vectors.values().enumerate() {
                     let of_layer = if tensor.shape.len() == 1 { 0 } else { layer };
-                    let v: Vec<f64> = tensor.rows().nth(of_layer).unwrap().iter().map(|&v| f64::from(v)).collect();
+                    let v: Vec<f64> = tensor
+                        .rows()
+                        .nth(of_layer)
+                        .unwrap()
+                        .iter()
+                        .map(|&v| f64::from(v))
+                        .collect();
                     let want = dot(row, &v) / norm / dot(&v, &v).sqrt();
                     close(cosines[at * vectors.len() + i], want, "cosine");
                 }
@@ -286,7 +289,8 @@ fn a_full_disk_loses_nothing_that_was_reported() {
     let mut command = Command::new("bash");
     command.args(["-c", script, "bash", env!("CARGO_BIN_EXE_inkling")]);
     command.args(["capture", "--dtype", "f32", "--model"]).arg(golden("plain"));
-    let output = command.arg("--input").arg(&input).arg("--out").arg(&cut).args(npy).output().unwrap();
+    let output =
+        command.arg("--input").arg(&input).arg("--out").arg(&cut).args(npy).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{said}");
     assert!(said.contains("resid_post.") && said.contains("same command"), "{said}");
@@ -300,7 +304,11 @@ fn a_full_disk_loses_nothing_that_was_reported() {
 fn a_reader_that_has_gone_ends_it() {
     let scratch = tempfile::tempdir().unwrap();
     let input = scratch.path().join("requests.jsonl");
-    write_requests(&input, &json!([{"site": "resid_post", "layers": "all", "reduce": "norm"}]), MANY);
+    write_requests(
+        &input,
+        &json!([{"site": "resid_post", "layers": "all", "reduce": "norm"}]),
+        MANY,
+    );
     let script = "\"$@\" | head -n 3; exit ${PIPESTATUS[0]}";
     let mut command = Command::new("bash");
     command.args(["-c", script, "bash", env!("CARGO_BIN_EXE_inkling"), "capture", "--model"]);

@@ -127,12 +127,7 @@ fn injection(
     }
 }
 
-fn capture(
-    dice: &mut Dice,
-    prompt: usize,
-    config: &ModelConfig,
-    probes: &[Arc<[f32]>],
-) -> Capture {
+fn capture(dice: &mut Dice, prompt: usize, config: &ModelConfig, probes: &[Arc<[f32]>]) -> Capture {
     let site = dice.pick(&[
         CaptureSite::ResidPre,
         CaptureSite::ResidMid,
@@ -152,7 +147,11 @@ fn capture(
     }
     let is_wide = matches!(
         site,
-        CaptureSite::Logits | CaptureSite::HeadOut | CaptureSite::Q | CaptureSite::K | CaptureSite::V
+        CaptureSite::Logits
+            | CaptureSite::HeadOut
+            | CaptureSite::Q
+            | CaptureSite::K
+            | CaptureSite::V
     );
     let reduce = match dice.roll(4) {
         0 => Reduce::Mean,

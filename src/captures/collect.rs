@@ -28,7 +28,11 @@ pub struct Collected {
 enum Task {
     Request(usize),
     /// The logit lens of a row of one of its captures.
-    Lens { item: usize, capture: usize, row: usize },
+    Lens {
+        item: usize,
+        capture: usize,
+        row: usize,
+    },
 }
 
 /// An item whose rows the lens still looks at.
@@ -109,8 +113,7 @@ fn begin(
     for (capture, reading) in item.readings.iter().enumerate() {
         let Reading::Lens(top) = reading else { continue };
         let rows = item.job.capture[capture].positions.len();
-        let lens =
-            Lens { tokens: vec![0; rows * top], logprobs: vec![0.0; rows * top] };
+        let lens = Lens { tokens: vec![0; rows * top], logprobs: vec![0.0; rows * top] };
         unfinished.lenses.insert(capture, lens);
         unfinished.rows_left += rows;
         let data = &unfinished.finished.captures[capture];

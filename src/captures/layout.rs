@@ -138,15 +138,23 @@ fn shards(
     let mut extents = vec![Vec::new(); items.len()];
     for (file, group) in groups.iter().enumerate() {
         let named = group.iter().flat_map(|&request| {
-            specs[request].iter().map(move |spec| (request, format!("{}/{}", items[request].id, spec.point), spec))
+            specs[request]
+                .iter()
+                .map(move |spec| (request, format!("{}/{}", items[request].id, spec.point), spec))
         });
         let tensors: Vec<(usize, String, &Spec)> = named.collect();
         let entries = tensors.iter().map(|(_, name, spec)| {
-            (name.clone(), spec.kind.safetensors(precision), spec.shape.clone(), bytes_of(spec, precision))
+            (
+                name.clone(),
+                spec.kind.safetensors(precision),
+                spec.shape.clone(),
+                bytes_of(spec, precision),
+            )
         });
         let columns = tensors.iter().filter(|(.., spec)| !spec.columns.is_empty());
-        let columns: BTreeMap<String, String> =
-            columns.map(|(_, name, spec)| (format!("{name}.columns"), spec.columns.join(","))).collect();
+        let columns: BTreeMap<String, String> = columns
+            .map(|(_, name, spec)| (format!("{name}.columns"), spec.columns.join(",")))
+            .collect();
         let (header, offsets) = safetensors(entries, &columns)?;
         let end = tensors.iter().map(|(.., spec)| bytes_of(spec, precision)).sum::<u64>();
         let bytes = header.len() as u64 + end;
@@ -160,15 +168,15 @@ fn shards(
 }
 
 fn requests(items: &[Item], specs: &[Vec<Spec>], precision: Precision) -> Result<Files> {
-    let mut planned =
-        Files { files: Vec::new(), extents: Vec::new(), extra: Vec::new() };
+    let mut planned = Files { files: Vec::new(), extents: Vec::new(), extra: Vec::new() };
     for (file, (item, specs)) in items.iter().zip(specs).enumerate() {
         let first = check_uniform(item, specs)?;
         let (tokens, row) = (first.positions.len(), &first.shape[1..]);
         let layers = specs.len();
         let row_bytes = (row.iter().product::<usize>() * precision.bytes()) as u64;
         let states = [vec![tokens, layers], row.to_vec()].concat();
-        let ids = |values: Vec<i64>| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let ids =
+            |values: Vec<i64>| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
         let positions = first.positions.iter().map(|&position| position as i64).collect();
         let token = |&position: &usize| i64::from(item.job.tokens[position]);
         let token_ids = ids(first.positions.iter().map(token).collect());
@@ -182,9 +190,11 @@ fn requests(items: &[Item], specs: &[Vec<Spec>], precision: Precision) -> Result
             states,
             tokens as u64 * layers as u64 * row_bytes,
         )];
-        entries.extend(extra.iter().map(|(name, bytes)| {
-            ((*name).to_owned(), "I64", vec![tokens], bytes.len() as u64)
-        }));
+        entries.extend(
+            extra
+                .iter()
+                .map(|(name, bytes)| ((*name).to_owned(), "I64", vec![tokens], bytes.len() as u64)),
+        );
         let points: Vec<&str> = specs.iter().map(|spec| spec.point.as_str()).collect();
         let metadata = BTreeMap::from([("points".to_owned(), points.join(","))]);
         let sizes: u64 = entries.iter().map(|(.., bytes)| bytes).sum();
@@ -267,21 +277,27 @@ fn arrays(specs: &[Vec<Spec>], precision: Precision) -> Result<Files> {
         specs.iter().flatten().map(|spec| (spec.point.as_str(), spec.kind)).collect();
     for (point, (rows, row, requests)) in &points {
         let kind = kinds[point];
-        let descr = kind.numpy(precision).ok_or_else(|| {
-            Error::new("NumPy has no bf16").at("npy").expected("f32 or f16")
-        })?;
+        let descr = kind
+            .numpy(precision)
+            .ok_or_else(|| Error::new("NumPy has no bf16").at("npy").expected("f32 or f16"))?;
         let shape = [vec![*rows], row.clone()].concat();
         let header = npy_header(descr, &shape);
         let data = (shape.iter().product::<usize>() * kind.bytes(precision)) as u64;
         places.insert(point, (files.len(), header.len() as u64));
         let bytes = header.len() as u64 + data;
-        files.push(PlannedFile { name: format!("{point}.npy"), header, bytes, requests: *requests });
+        files.push(PlannedFile {
+            name: format!("{point}.npy"),
+            header,
+            bytes,
+            requests: *requests,
+        });
     }
     let mut extents = Vec::new();
     for specs in specs {
         let mut own = Vec::new();
         for spec in specs {
-            let (file, next) = places.get_mut(spec.point.as_str()).expect("every point has a place");
+            let (file, next) =
+                places.get_mut(spec.point.as_str()).expect("every point has a place");
             own.push(Extent { file: *file, offset: *next, stride: 0, row_bytes: 0 });
             *next += bytes_of(spec, precision);
         }

@@ -108,12 +108,7 @@ impl Store {
     ///
     /// # Errors
     /// It holds something else, another process writes it, or it cannot be written.
-    pub fn open(
-        dir: &Path,
-        manifest: &Manifest,
-        files: Files,
-        items: &[Item],
-    ) -> Result<Self> {
+    pub fn open(dir: &Path, manifest: &Manifest, files: Files, items: &[Item]) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let lock = files::lock(dir)?;
         check_manifest(dir, manifest)?;
@@ -361,7 +356,8 @@ fn check_manifest(dir: &Path, manifest: &Manifest) -> Result<()> {
     let path = dir.join(MANIFEST);
     let place = || path.display().to_string();
     if !path.exists() {
-        let names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+        let names =
+            fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
         if let Some(other) = names.iter().find(|name| *name != ".lock") {
             return Err(Error::new("the folder holds something else")
                 .at(dir.display().to_string())

@@ -231,10 +231,18 @@ mod tests {
     #[test]
     fn numbers_are_rounded_to_nearest_even() {
         let values = Values::Float(vec![1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
-        let halves: Vec<u16> =
-            values.bytes(Precision::Bf16).as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
+        let halves: Vec<u16> = values
+            .bytes(Precision::Bf16)
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| u16::from_le_bytes(*b))
+            .collect();
         assert_eq!(halves, [0x3f80, 0x3f80, 0x3f82]);
         assert_eq!(values.bytes(Precision::F16).len(), 6);
-        assert_eq!(Values::Token(vec![-1, 7]).bytes(Precision::F16), [255, 255, 255, 255, 7, 0, 0, 0]);
+        assert_eq!(
+            Values::Token(vec![-1, 7]).bytes(Precision::F16),
+            [255, 255, 255, 255, 7, 0, 0, 0]
+        );
     }
 }

@@ -154,7 +154,8 @@ impl Args {
     /// Of `--at`: a site alone stands for every block.
     fn captures(&self, config: &ModelConfig) -> Vec<Capture> {
         let names = self.at.iter().flat_map(|name| {
-            let is_site = !name.contains('.') && !matches!(&name[..], "final_norm" | "logits" | "lm_head");
+            let is_site =
+                !name.contains('.') && !matches!(&name[..], "final_norm" | "logits" | "lm_head");
             let is_all = is_site && !name.contains('[');
             match is_all {
                 true => (0..config.layers).map(|layer| format!("{name}.{layer}")).collect(),
@@ -236,7 +237,9 @@ fn store(args: &Args, engine: &Engine, model: &Model, items: &[Item]) -> Result<
         bar.show("requests", done, total, 0);
         Ok(())
     })
-    .map_err(|error| error.hint("what is in captures.jsonl is kept: start the same command again"))?;
+    .map_err(|error| {
+        error.hint("what is in captures.jsonl is kept: start the same command again")
+    })?;
     store.finish(items, config)?;
     drop(bar);
     let seconds = start.elapsed().as_secs_f64();
@@ -316,8 +319,7 @@ fn print(engine: &Engine, items: &[Item]) -> anyhow::Result<()> {
             let (shape, positions, columns) = (spec.shape, spec.positions, spec.columns);
             (spec.point, Shown { shape, positions, columns, values })
         });
-        let line =
-            Line { id: &item.id, tokens: &item.job.tokens, tensors: shown.collect() };
+        let line = Line { id: &item.id, tokens: &item.job.tokens, tensors: shown.collect() };
         let text = serde_json::to_string(&line)
             .map_err(|error| Error::new("can't write the line").got(error))?;
         output.line(text).map_err(|error| {

@@ -272,8 +272,7 @@ fn csv(report: &Report) -> Result<Vec<u8>> {
             let numbers = [report.patched.values[at][place], report.patched.effects[at][place]];
             let [value, effect] = numbers.map(|number| number.to_string());
             let [place, ..] = cells.cells();
-            let record =
-                [layer.to_string(), place, clean.into(), corrupted.into(), value, effect];
+            let record = [layer.to_string(), place, clean.into(), corrupted.into(), value, effect];
             writer.write_record(record).map_err(failed)?;
         }
     }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use crate::{
-    captures::{Item, Precision, Values, layout::{Files, single}},
+    captures::{
+        Item, Precision, Values,
+        layout::{Files, single},
+    },
     error::{Error, Result},
     files::AtomicFile,
     model::ModelConfig,
@@ -42,10 +45,8 @@ impl TensorFile {
     /// Puts the file in place. An error when a request was never written.
     pub fn commit(self) -> Result<()> {
         if self.missing > 0 {
-            return Err(Error::new("the engine left captures out").got(format!(
-                "{} requests without",
-                self.missing
-            )));
+            return Err(Error::new("the engine left captures out")
+                .got(format!("{} requests without", self.missing)));
         }
         self.file.commit()
     }

@@ -107,7 +107,8 @@ impl<T: Float> Core<T> {
                 let tap = tap.filter(|&tap| !is_clean(tap, position, trunk.own, layers))?;
                 let probe = match &trunk.job.capture[at].reduce {
                     Reduce::Probe(vectors) => {
-                        let place = trunk.probes.iter().find(|(other, _)| Arc::ptr_eq(other, vectors));
+                        let place =
+                            trunk.probes.iter().find(|(other, _)| Arc::ptr_eq(other, vectors));
                         Some((vectors, place.map_or(0, |(_, first)| *first)))
                     }
                     Reduce::Rows | Reduce::Mean => None,

@@ -181,11 +181,8 @@ fn check_condition(when: &Condition, injection: &Injection, config: &ModelConfig
     let order = |site: Site, layer| (site_index(site, layer), site.is_stream());
     let (seen, acts) = (order(when.site, when.layer), order(injection.site, injection.layer));
     // What heads gave is changed before it is added where these others are seen.
-    let fits = if when.latch || injection.site == Site::HeadOut {
-        seen.0 < acts.0
-    } else {
-        seen <= acts
-    };
+    let fits =
+        if when.latch || injection.site == Site::HeadOut { seen.0 < acts.0 } else { seen <= acts };
     if fits {
         return Ok(());
     }
@@ -206,7 +203,11 @@ fn check_capture(capture: &Capture, config: &ModelConfig, prompt: usize) -> Resu
     }
     let is_wide = matches!(
         capture.site,
-        CaptureSite::Logits | CaptureSite::HeadOut | CaptureSite::Q | CaptureSite::K | CaptureSite::V
+        CaptureSite::Logits
+            | CaptureSite::HeadOut
+            | CaptureSite::Q
+            | CaptureSite::K
+            | CaptureSite::V
     );
     match &capture.reduce {
         Reduce::Rows | Reduce::Mean => {}

@@ -283,7 +283,10 @@ impl Engine {
                 }
                 captured += bytes;
                 let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
-                running.insert(tag, Running { index, bytes, captures: vec![Vec::new(); job.capture.len()] });
+                running.insert(
+                    tag,
+                    Running { index, bytes, captures: vec![Vec::new(); job.capture.len()] },
+                );
                 submissions.push(Submission { tag, job, events: sender.clone() });
             }
             if !submissions.is_empty() {

@@ -41,7 +41,12 @@ pub fn live(job: &Job) -> impl Iterator<Item = &Injection> {
 fn is_same_injection(a: &Injection, b: &Injection) -> bool {
     let what = |i: &Injection| {
         let numbers = [i.strength, i.bounds.0, i.bounds.1].map(f32::to_bits);
-        ((i.site, i.layer, i.head), (i.op, i.mode, i.keep_norm, i.by_position), (i.from, i.to, i.every), numbers)
+        (
+            (i.site, i.layer, i.head),
+            (i.op, i.mode, i.keep_norm, i.by_position),
+            (i.from, i.to, i.every),
+            numbers,
+        )
     };
     let bits = |v: &f32| v.to_bits();
     what(a) == what(b)

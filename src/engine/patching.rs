@@ -4,9 +4,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    Capture, Engine, Injection, Job, Reading,
-    hooks::window_positions,
-    resolve::Limits,
+    Capture, Engine, Injection, Job, Reading, hooks::window_positions, resolve::Limits,
     sites::injected_width,
 };
 use crate::{

@@ -6,12 +6,7 @@ mod vectors;
 
 use std::sync::Arc;
 
-use super::{
-    Condition, Injection, Job, Reading,
-    patching::Patch,
-    points,
-    vectors::VectorFiles,
-};
+use super::{Condition, Injection, Job, Reading, patching::Patch, points, vectors::VectorFiles};
 use crate::{
     error::{Context, Error, Result},
     model::{Model, ModelConfig, Norms, Prompt, TokenWindow, Tokenizer},

@@ -198,9 +198,8 @@ impl<T: Float> Core<T> {
         let dead = Draw { row: NONE, slot: NONE, ..draws[0] };
         draws.resize(rows, dead);
         self.draws.set(&draws)?;
-        let key = (rows as u64) << 2
-            | u64::from(step.has_heads) << 1
-            | u64::from(step.items.shares());
+        let key =
+            (rows as u64) << 2 | u64::from(step.has_heads) << 1 | u64::from(step.items.shares());
         let vocab = self.config.vocab;
         let (device, config, weights) = (&self.device, &self.config, &self.weights);
         let (hooks, state) = (&mut self.hooks, &mut self.state);

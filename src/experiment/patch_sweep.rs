@@ -56,11 +56,7 @@ impl Sweep {
     ///
     /// # Errors
     /// The prompts are of different lengths, or do not differ in what is measured; the device has failed.
-    pub fn run(
-        &self,
-        engine: &Engine,
-        mut progress: impl FnMut(usize, usize),
-    ) -> Result<Patched> {
+    pub fn run(&self, engine: &Engine, mut progress: impl FnMut(usize, usize)) -> Result<Patched> {
         self.check()?;
         let shown = engine.run(Job {
             capture: self.layers.iter().map(|&layer| self.capture(layer)).collect(),
@@ -69,9 +65,11 @@ impl Sweep {
         let clean = self.value(&shown)?;
         let corrupted = self.value(&engine.run(self.measured(&self.corrupted))?)?;
         if (clean - corrupted).abs() < 1e-6 {
-            return Err(Error::new("the two prompts give the same answer: nothing could come back")
-                .expected("prompts whose next tokens differ")
-                .got(format!("{clean} and {corrupted}")));
+            return Err(Error::new(
+                "the two prompts give the same answer: nothing could come back",
+            )
+            .expected("prompts whose next tokens differ")
+            .got(format!("{clean} and {corrupted}")));
         }
         let places = self.places(engine);
         let mut values = vec![vec![f64::NAN; places]; self.layers.len()];
@@ -98,10 +96,12 @@ impl Sweep {
     pub fn check(&self) -> Result<()> {
         let (clean, corrupted) = (self.clean.tokens.len(), self.corrupted.tokens.len());
         if clean != corrupted {
-            return Err(Error::new("prompts of different lengths cannot be patched place by place")
-                .expected(format!("as many tokens as the clean prompt's {clean}"))
-                .got(corrupted)
-                .hint("choose words of as many tokens; `inkling tokens` shows them"));
+            return Err(Error::new(
+                "prompts of different lengths cannot be patched place by place",
+            )
+            .expected(format!("as many tokens as the clean prompt's {clean}"))
+            .got(corrupted)
+            .hint("choose words of as many tokens; `inkling tokens` shows them"));
         }
         Ok(())
     }
@@ -124,7 +124,13 @@ impl Sweep {
     /// The corrupted prompt with the rows of one place.
     fn job(&self, engine: &Engine, layer: usize, rows: &[f32], place: usize) -> Job {
         let (config, mut job) = (engine.config(), self.measured(&self.corrupted));
-        let patch = Injection { site: self.site, layer, op: Op::Replace, strength: 1.0, ..Injection::default() };
+        let patch = Injection {
+            site: self.site,
+            layer,
+            op: Op::Replace,
+            strength: 1.0,
+            ..Injection::default()
+        };
         if self.site != Site::HeadOut {
             let position = self.positions[place];
             let vector = Arc::from(&rows[place * config.dim..][..config.dim]);

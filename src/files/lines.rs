@@ -24,7 +24,10 @@ impl Lines {
     ///
     /// # Errors
     /// The file cannot be read or written, or a whole line is none of these.
-    pub fn open<T: DeserializeOwned>(path: &Path, each: impl FnMut(T) -> Result<()>) -> Result<Self> {
+    pub fn open<T: DeserializeOwned>(
+        path: &Path,
+        each: impl FnMut(T) -> Result<()>,
+    ) -> Result<Self> {
         let mut file = fs::OpenOptions::new().create(true).read(true).append(true).open(path)?;
         let length = for_each_line(&mut BufReader::new(&mut file), each)
             .at(|| path.display().to_string())?;
@@ -88,7 +91,6 @@ pub(crate) fn for_each_line<T: DeserializeOwned>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
 
     #[test]
     fn half_lines_are_dropped_and_broken_ones_named() {

@@ -215,7 +215,10 @@ pub fn forward<T: Float>(
             Angles::Local => Some(s.local_rope.as_ref().unwrap_or(&s.rope)),
         };
         let (qkv, at, norms) = (&mut s.qkv, &s.at, w.query_norms.as_ref());
-        rope_append(device, RopeAppend { rows: n, heads: c.heads, qkv, at, norms, rope, layer: l, cache })?;
+        rope_append(
+            device,
+            RopeAppend { rows: n, heads: c.heads, qkv, at, norms, rope, layer: l, cache },
+        )?;
         let of = Attention {
             rows: n,
             heads: c.heads,

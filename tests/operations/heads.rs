@@ -228,7 +228,8 @@ impl Case {
             for (tap, row, to) in captures(self.dim, self.widths()) {
                 let row = row as usize;
                 let qkv = &self.qkv[row * (q + 2 * kv)..][..q + 2 * kv];
-                let (got, what) = (&captured[to as usize * self.dim..], format!("{device}, row {row}"));
+                let (got, what) =
+                    (&captured[to as usize * self.dim..], format!("{device}, row {row}"));
                 let exact = match tap as usize - head_tap(LAYERS, LAYER, HeadTap::Query) {
                     0 => &qkv[..q],
                     1 => &qkv[q..q + kv],
@@ -250,7 +251,8 @@ impl Case {
 
 #[test]
 fn heads_are_changed_one_by_one_and_copied_whole() {
-    for shape in [[4, 2, 16, 32], [9, 3, 64, 576], [3, 1, 40, 72], [2, 2, 256, 264], [8, 2, 24, 64]] {
+    for shape in [[4, 2, 16, 32], [9, 3, 64, 576], [3, 1, 40, 72], [2, 2, 256, 264], [8, 2, 24, 64]]
+    {
         for seed in 0..6 {
             let case = Case::new(shape, seed);
             case.check::<bf16>(1.0 / 256.0);

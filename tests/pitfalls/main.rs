@@ -1,9 +1,10 @@
-//! What replications of the injected-thoughts experiment got wrong, one test for each. (The tenth and the
-//! twelfth are the report's: they stand with its tests.)
+//! What replications of the injected-thoughts experiment got wrong, one test for each (the tenth and the
+//! twelfth are the report's: they stand with its tests), and in `field` what other engines do.
 
 #[path = "../common/mod.rs"]
 #[allow(dead_code, reason = "shared by several test binaries")]
 mod common;
+mod field;
 mod tiny;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -180,14 +180,15 @@ fn along(
         return Err(Error::new(format!("no vectors are of {}", capture.site.name()))
             .expected("the stream, or what attention and the MLP add to it"));
     };
-    let (mut all, mut along) =
-        (Vec::new(), Along { names: Vec::new(), norms: Vec::new() });
+    let (mut all, mut along) = (Vec::new(), Along { names: Vec::new(), norms: Vec::new() });
     for (i, one) in wanted.iter().enumerate() {
         let vector = source.vector(one, (site, layer), None).at(|| format!("[{i}]"))?;
         along.norms.push(norm(&vector));
         all.extend_from_slice(&vector);
         along.names.push(match one {
-            VectorRef::Named(name) => name.rsplit_once('#').map_or(name.as_str(), |(_, n)| n).into(),
+            VectorRef::Named(name) => {
+                name.rsplit_once('#').map_or(name.as_str(), |(_, n)| n).into()
+            }
             VectorRef::Sum(_) | VectorRef::Values(_) => format!("vector {i}"),
         });
     }

@@ -6,8 +6,15 @@ use crate::{
     request::{CaptureSite, Layers, NamedPositions, Positions, VectorRef},
 };
 
-const LIMITS: Limits =
-    Limits { layers: 4, heads: 2, head_dim: 1, dim: 2, vocab: 10, context: 16, changes_branches: false };
+const LIMITS: Limits = Limits {
+    layers: 4,
+    heads: 2,
+    head_dim: 1,
+    dim: 2,
+    vocab: 10,
+    context: 16,
+    changes_branches: false,
+};
 
 /// The error's text; `want` must stand in it.
 #[track_caller]
@@ -171,7 +178,8 @@ fn vectors_of_another_model_are_refused() {
 #[test]
 fn captures_become_indices() {
     let capture = |site, layers, positions| {
-        let wanted = request::Capture { site: Some(site), hook: None, layers, positions, reduce: None };
+        let wanted =
+            request::Capture { site: Some(site), hook: None, layers, positions, reduce: None };
         captures(&wanted, 5, LIMITS, "capture[0]")
     };
     let (post, logits) = (CaptureSite::ResidPost, CaptureSite::Logits);
