@@ -354,6 +354,7 @@ pub enum Measure {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Site {
     /// The block's input (`resid_pre.0` is the embedding).
     ResidPre,
@@ -380,6 +381,7 @@ impl Site {
 /// What is done to a row h with a vector v.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Op {
     /// h += change.
     #[default]
@@ -414,6 +416,7 @@ impl Op {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum StrengthMode {
     /// h += s·v.
     #[default]
@@ -510,10 +513,24 @@ pub struct Capture {
     pub reduce: Option<Reduction>,
 }
 
+impl Capture {
+    /// All prompt positions of a site, in every block where there is one in each.
+    pub fn all(site: CaptureSite) -> Self {
+        Self {
+            site: Some(site),
+            hook: None,
+            layers: site.has_layer().then_some(Layers::All(All::All)),
+            positions: Positions::default(),
+            reduce: None,
+        }
+    }
+}
+
 /// What is made of captured rows.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Reduction {
     /// Their mean, one row.
     Mean,
@@ -543,6 +560,7 @@ pub enum Probes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum CaptureSite {
     /// The block's input, after the injections there.
     ResidPre,

@@ -15,6 +15,9 @@ use inkling::{
     request::{CaptureSite, Measure, Op, Sampling, Site, StrengthMode},
 };
 
+/// Several, each (dim,), or of several rows.
+type Vectors = [Arc<[f32]>];
+
 /// A stream of random choices.
 struct Dice(u64);
 
@@ -165,7 +168,7 @@ fn job(
     dice: &mut Dice,
     config: &ModelConfig,
     tokens: Vec<u32>,
-    (vectors, probes): (&[Arc<[f32]>], &[Arc<[f32]>]),
+    (vectors, probes): (&Vectors, &Vectors),
 ) -> Job {
     let prompt = tokens.len();
     let injections = dice.pick(&[0, 1, 1, 1, 2, 3]);

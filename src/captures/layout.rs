@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tensors::{Item, Precision, Spec};
 use crate::{
+    engine::vectors::npy_header,
     error::{Error, Result},
     model::ModelConfig,
 };
@@ -305,22 +306,6 @@ fn arrays(specs: &[Vec<Spec>], precision: Precision) -> Result<Files> {
     }
     let extra = vec![Vec::new(); specs.len()];
     Ok(Files { files, extents, extra })
-}
-
-/// The first bytes of an `.npy` file (format 1.0): a multiple of 64.
-pub fn npy_header(descr: &str, shape: &[usize]) -> Vec<u8> {
-    let sizes: Vec<String> = shape.iter().map(usize::to_string).collect();
-    let comma = if sizes.len() == 1 { "," } else { "" };
-    let mut text = format!(
-        "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}{comma}), }}",
-        sizes.join(", ")
-    );
-    text.push_str(&" ".repeat((text.len() + 11).next_multiple_of(64) - text.len() - 11));
-    text.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((text.len() as u16).to_le_bytes());
-    bytes.extend(text.as_bytes());
-    bytes
 }
 
 /// A safetensors file's first bytes, padded to a multiple of 8, and where each tensor begins.

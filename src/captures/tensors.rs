@@ -165,8 +165,8 @@ impl Values {
     /// Little-endian bytes.
     pub fn bytes(&self, precision: Precision) -> Vec<u8> {
         match (self, precision) {
-            (Self::Token(ids), _) => le_bytes(ids, |id| id.to_le_bytes()),
-            (Self::Float(values), Precision::F32) => le_bytes(values, |v| v.to_le_bytes()),
+            (Self::Token(ids), _) => le_bytes(ids, i32::to_le_bytes),
+            (Self::Float(values), Precision::F32) => le_bytes(values, f32::to_le_bytes),
             (Self::Float(values), Precision::F16) => {
                 le_bytes(values, |v| f16::from_f32(v).to_le_bytes())
             }

@@ -46,7 +46,7 @@ pub struct Args {
     /// Texts, one a line, tokenised as they are
     #[arg(long, value_name = "FILE")]
     texts: Option<PathBuf>,
-    /// Capture this point of every request: resid_post.20, or without a layer those of all blocks, or another
+    /// Capture this point of every request: `resid_post.20`, or without a layer those of all blocks, or another
     /// program's name; may be repeated
     #[arg(long, value_name = "POINT")]
     at: Vec<String>,

@@ -36,7 +36,8 @@ pub struct Args {
     /// The prompts are what a user says to a chat model, and the answer begins with this
     #[arg(long, value_name = "PREFILL", num_args = 0..=1, default_missing_value = "")]
     chat: Option<String>,
-    /// Point of a block, as in requests: resid_pre, resid_mid, resid_post, attn_out, mlp_out, or head_out: head by head
+    /// Point of a block, as in requests: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or
+    /// `head_out`: head by head
     #[arg(long, value_name = "SITE", default_value = "resid_pre", value_parser = site)]
     site: Site,
     /// Only these blocks, e.g. 12,20 [default: all]

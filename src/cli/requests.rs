@@ -145,7 +145,7 @@ impl Requests {
     }
 
     /// Checks all requests against the model.
-    pub fn resolve(&self, model: &Model) -> Result<Checked<'_>> {
+    pub fn resolve(&self, model: &Model) -> Result<Checked> {
         let mut files = VectorFiles::new(&self.base);
         self.explain_hooks(model);
         let one = |(index, request): (usize, &Request)| {
@@ -154,21 +154,19 @@ impl Requests {
             Ok(Patched { id: request.id.clone(), prompt, job, readings, patches })
         };
         let mut list = self.list.iter().enumerate().map(one).collect::<Result<Vec<_>>>()?;
-        let plan = patching::Plan::new(&mut list, &model.config)
-            .map_err(|(index, error)| error.at(self.place(index)))?;
-        Ok(Checked { requests: self, list, plan })
+        let plan = patching::Plan::new(&mut list, &model.config)?;
+        Ok(Checked { list, plan })
     }
 }
 
 /// Requests that were checked against the model.
-pub struct Checked<'a> {
-    requests: &'a Requests,
+pub struct Checked {
     /// In the order of the file.
     pub list: Vec<Patched>,
     plan: patching::Plan,
 }
 
-impl Checked<'_> {
+impl Checked {
     /// What the engine runs; rows of others are zeros still.
     pub fn items(&self) -> Vec<Item> {
         let item = |one: &Patched| Item {
@@ -181,8 +179,7 @@ impl Checked<'_> {
 
     /// What the engine runs, after it has run what others take rows from.
     pub fn fill(mut self, engine: &Engine) -> Result<Vec<Item>> {
-        let place = |(index, error): (usize, Error)| error.at(self.requests.place(index));
-        self.plan.fill(engine, &mut self.list).map_err(place)?;
+        self.plan.fill(engine, &mut self.list)?;
         Ok(self.items())
     }
 }

@@ -14,7 +14,10 @@ use super::{
     progress::Bar,
 };
 use crate::{
-    engine::vectors::{Header, VectorSet, norm},
+    engine::{
+        point,
+        vectors::{Header, VectorSet, norm},
+    },
     error::{Context, Error, Result},
     experiment::{
         protocol::{Chat, Protocol, Recipe, VectorRecipe},
@@ -32,10 +35,13 @@ pub struct Args {
     /// The words
     #[arg(value_name = "WORD", required_unless_present_any = ["words", "import"])]
     word: Vec<String>,
-    /// Take these vectors instead of making some: safetensors, .npy or GGUF. --layers then says which block
-    /// each of their rows is of
+    /// Take these vectors instead of making some: safetensors, .npy or GGUF, where --layers says which block
+    /// each of their rows is of, or a folder with a sparse autoencoder of `SAELens`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["word", "words", "recipe"])]
     import: Vec<PathBuf>,
+    /// With a sparse autoencoder: the features whose decoder rows are taken, e.g. 12,4096
+    #[arg(long, value_name = "FEATURES", value_delimiter = ',', requires = "import")]
+    features: Vec<usize>,
     /// More words: a file with one a line, or builtin:concepts
     #[arg(long, value_name = "LIST")]
     words: Option<String>,
@@ -46,7 +52,7 @@ pub struct Args {
     /// How: mean-difference, single, contrast, pca, embedding or unembedding
     #[arg(long, value_name = "RECIPE", default_value = "mean-difference", value_parser = recipe)]
     recipe: Recipe,
-    /// Where in a block, as in requests: `resid_pre`, `resid_mid` or `resid_post`
+    /// Where in a block, as in requests: `resid_pre`, `resid_mid`, `resid_post`, `attn_out` or `mlp_out`
     #[arg(long, value_name = "SITE", default_value = "resid_post", value_parser = site)]
     site: Site,
     /// For contrast and pca: what the user says with the concept ({word} in it) and without; may be repeated
@@ -64,7 +70,8 @@ pub struct Args {
     /// Words whose mean is subtracted [default: builtin:baseline]
     #[arg(long, value_name = "LIST")]
     baseline: Option<String>,
-    /// The vector set (safetensors); of one word also FILE.gguf, a control vector as llama.cpp reads it
+    /// The vector set (safetensors); of one word also FILE.gguf, a control vector as llama.cpp reads it, or
+    /// FILE.npy, (layers, dim)
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Print JSON
@@ -104,12 +111,16 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let words = word_list(args)?;
     let layers = layers(&args.layers, model.config.layers)?;
     files::check_writable(&args.out)?;
-    if is_control_vector(&args.out) && (words.len() > 1 || args.site != Site::ResidPost) {
-        return Err(Error::new("a GGUF control vector is one vector of resid_post")
-            .at(args.out.display().to_string())
-            .got(format!("{} words", words.len()))
-            .hint("--out FILE.safetensors takes all")
-            .into());
+    let (is_gguf, is_npy) = (has_extension(&args.out, "gguf"), has_extension(&args.out, "npy"));
+    if (is_gguf || is_npy) && words.len() > 1 || is_gguf && args.site != Site::ResidPost {
+        return Err(Error::new(match is_npy {
+            true => "an .npy file is one vector",
+            false => "a GGUF control vector is one vector of resid_post",
+        })
+        .at(args.out.display().to_string())
+        .got(format!("{} words", words.len()))
+        .hint("--out FILE.safetensors takes all")
+        .into());
     }
     let inputs = Inputs::new(&model, &Chat::default(), &recipe, &words)?;
     let engine = args.engine.start(&model)?;
@@ -178,7 +189,8 @@ impl Args {
 /// By its name in requests.
 fn site(text: &str) -> std::result::Result<Site, String> {
     let value = serde_json::Value::String(text.to_owned());
-    serde_json::from_value(value).map_err(|_| "one of resid_pre, resid_mid, resid_post".into())
+    let site = serde_json::from_value(value).ok().filter(|site| *site != Site::HeadOut);
+    site.ok_or_else(|| "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out".to_owned())
 }
 
 /// By its name in protocols.
@@ -194,8 +206,11 @@ fn recipe(text: &str) -> std::result::Result<Recipe, String> {
 fn import(args: &Args, model: &Model) -> Result<()> {
     let mut set: Option<VectorSet> = None;
     for path in &args.import {
-        let from = VectorSet::load(path)?;
         let place = || path.display().to_string();
+        let from = match path.is_dir() {
+            true => sparse_autoencoder(path, &args.features, model).at(place)?,
+            false => VectorSet::load(path)?,
+        };
         if from.dim() != Some(model.config.dim) {
             return Err(Error::new("the vectors are of another width than the model")
                 .at(place())
@@ -246,7 +261,11 @@ fn import(args: &Args, model: &Model) -> Result<()> {
                     model_hash: Some(hash.clone()),
                     site: Some(site),
                     layers: layers.clone(),
-                    recipe: format!("imported from {}", place()),
+                    recipe: match from.header.recipe.is_empty() {
+                        true => format!("imported from {}", place()),
+                        false => format!("{}, imported from {}", from.header.recipe, place()),
+                    },
+                    operation: from.header.operation,
                 })
             });
             if set.header.site != Some(site) {
@@ -267,13 +286,31 @@ fn import(args: &Args, model: &Model) -> Result<()> {
     Ok(())
 }
 
-fn is_control_vector(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "gguf")
+/// Decoder rows, which are of the point that the autoencoder was trained on.
+fn sparse_autoencoder(dir: &Path, features: &[usize], model: &Model) -> Result<VectorSet> {
+    let (mut set, hook) = VectorSet::load_sae(dir, features)?;
+    let point = point(&hook, &model.config)?;
+    let (site, layer) = point.injected()?;
+    if site == Site::HeadOut {
+        return Err(Error::new("an autoencoder of all heads together")
+            .expected("one of the stream, or of what attention and the MLP add")
+            .got(hook));
+    }
+    note(format!("{hook} is {point}"));
+    (set.header.site, set.header.layers) = (Some(site), vec![layer]);
+    Ok(set)
 }
 
-/// As a vector set, or where the name ends in .gguf as a control vector.
+fn has_extension(path: &Path, wanted: &str) -> bool {
+    path.extension().is_some_and(|extension| extension == wanted)
+}
+
+/// As a vector set, or where the name ends in .gguf as a control vector, in .npy as an array.
 fn save(set: &VectorSet, path: &Path, model: &Model) -> Result<()> {
-    if !is_control_vector(path) {
+    if has_extension(path, "npy") {
+        return set.save_npy(path);
+    }
+    if !has_extension(path, "gguf") {
         return set.save(path);
     }
     let left = set.save_control_vector(path, &model.config.architecture)?;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::{
+    bank::InBank,
     core::Core,
     hooks::{self, Own, Planned, Tally, are_continued_alike, clean_rows, have_same_prompt},
     kv::PageTable,
@@ -48,7 +49,7 @@ fn copy<T: Float>(
 }
 
 /// A job's operations, and its probes with their places in the bank.
-type Resolved = (Vec<Planned>, Vec<(Arc<[f32]>, u32)>);
+type Resolved = (Vec<Planned>, Vec<InBank>);
 
 /// Pages that a prompt and its continuations need.
 struct Room {
@@ -284,7 +285,7 @@ impl<T: Float> Core<T> {
         slot: usize,
         (job, key, own): (&Arc<Job>, Key, Own),
         room: &Room,
-        (planned, probes): (Vec<Planned>, Vec<(Arc<[f32]>, u32)>),
+        (planned, probes): Resolved,
     ) -> Result<Trunk> {
         let (prompt, layers) = (job.tokens.len(), self.config.layers);
         let forks = own.start > 0 || own.cut > 0;
@@ -410,8 +411,8 @@ impl<T: Float> Core<T> {
     }
 
     /// Puts the vectors into the bank that a clean run's rows are multiplied with.
-    fn take_probes(&mut self, captures: &[RowKey]) -> Result<Option<Vec<(Arc<[f32]>, u32)>>> {
-        let mut taken: Vec<(Arc<[f32]>, u32)> = Vec::new();
+    fn take_probes(&mut self, captures: &[RowKey]) -> Result<Option<Vec<InBank>>> {
+        let mut taken: Vec<InBank> = Vec::new();
         for VectorId(vectors) in captures.iter().filter_map(|at| at.probe.as_ref()) {
             if taken.iter().any(|(other, _)| Arc::ptr_eq(other, vectors)) {
                 continue;
@@ -435,7 +436,7 @@ impl<T: Float> Core<T> {
     }
 
     /// Likewise those of probes.
-    pub(super) fn release_probes(&mut self, probes: &[(Arc<[f32]>, u32)]) {
+    pub(super) fn release_probes(&mut self, probes: &[InBank]) {
         for (vectors, _) in probes.iter().filter(|(vectors, _)| !vectors.is_empty()) {
             self.bank.release(vectors);
         }

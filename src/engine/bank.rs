@@ -5,6 +5,9 @@ use std::{
     sync::Arc,
 };
 
+/// Vectors, and the first of the bank's rows that hold them.
+pub type InBank = (Arc<[f32]>, u32);
+
 /// Rows of the bank.
 #[derive(Debug)]
 pub struct Bank {

@@ -90,7 +90,11 @@ pub struct Finished {
     pub captures: Vec<Vec<f32>>,
 }
 
-/// A running engine. Dropping it ends its thread; jobs still running are dropped.
+/// A running engine: a thread of its own that owns the device, the weights and the cache. Several may run side by
+/// side, and a handle may be shared between threads. Dropping it ends its thread; jobs still running are dropped.
+///
+/// Jobs that are in flight together share what they have in common, and none's result depends on the others: the same
+/// job gives the same bits whatever runs beside it.
 pub struct Engine {
     commands: Mutex<Option<mpsc::Sender<Command>>>,
     thread: Option<JoinHandle<()>>,
@@ -197,7 +201,38 @@ impl Engine {
     }
 
     /// Submits a job; its events go to `events` with the tag, below 2⁶³ and unique among the jobs
-    /// that are not done.
+    /// that are not done. Tokens come as they are drawn, captures once the prompt is done, then [`Event::Done`]
+    /// or [`Event::Failed`]. Events that nobody receives are lost, and the job runs on: see [`Engine::cancel`].
+    ///
+    /// ```
+    /// use std::sync::mpsc;
+    /// use inkling::{Engine, engine::{Event, Job, Options}, model::ModelConfig, request::Sampling};
+    ///
+    /// let config = ModelConfig::of_shape("tiny", 64)?;
+    /// let engine = Engine::start_random(&config, &Options { max_batch: 4, ..Options::default() })?;
+    /// let sampling = Sampling { max_tokens: 40, ignore_eos: true, ..Sampling::default() };
+    /// let job = Job { tokens: vec![3, 1, 4], sampling, n: 1, ..Job::default() };
+    /// let (sender, events) = mpsc::channel();
+    /// engine.submit(job, 7, &sender)?;
+    /// let mut tokens = Vec::new();
+    /// for (tag, event) in events {
+    ///     assert_eq!(tag, 7);
+    ///     match event {
+    ///         Event::Token { token, .. } => tokens.push(token),
+    ///         Event::Done(_) => panic!("it was cancelled"),
+    ///         Event::Failed(error) => {
+    ///             assert!(error.to_string().contains("cancelled"));
+    ///             break;
+    ///         }
+    ///         _ => {}
+    ///     }
+    ///     if tokens.len() == 3 {
+    ///         engine.cancel(7); // enough was seen
+    ///     }
+    /// }
+    /// assert!(tokens.len() >= 3);
+    /// # Ok::<(), inkling::Error>(())
+    /// ```
     ///
     /// # Errors
     /// The job does not fit the model, or would change nothing it promises to change.
@@ -211,7 +246,7 @@ impl Engine {
         self.limits.check(job, &self.config)
     }
 
-    /// Drops a job; it reports `Failed`.
+    /// Drops a job, waiting or running; it reports [`Event::Failed`]. Others that asked for the same go on.
     pub fn cancel(&self, tag: u64) {
         drop(self.send(Command::Cancel(tag)));
     }
@@ -248,6 +283,37 @@ impl Engine {
     /// number is in flight, and of their captures at most [`Options::capture_bytes`], or one job's: a
     /// slow `done` is waited for. `jobs` is asked for more after each call of `done`, even where it had none
     /// before.
+    ///
+    /// ```
+    /// use inkling::{Engine, engine::{Injection, Job, Options}, model::ModelConfig, request::Sampling};
+    ///
+    /// let config = ModelConfig::of_shape("tiny", 64)?;
+    /// let engine = Engine::start_random(&config, &Options { max_batch: 8, ..Options::default() })?;
+    /// // Every layer against three strengths: what does the likeliest of two tokens gain?
+    /// let cell = |at: usize| Job {
+    ///     tokens: vec![3, 1, 4, 1, 5],
+    ///     inject: vec![Injection {
+    ///         vector: vec![0.5; config.dim].into(),
+    ///         layer: at / 3,
+    ///         strength: (at % 3) as f32,
+    ///         from: 2,
+    ///         ..Injection::default()
+    ///     }],
+    ///     watch: vec![9, 2],
+    ///     sampling: Sampling { max_tokens: 0, ..Sampling::default() },
+    ///     n: 1,
+    ///     ..Job::default()
+    /// };
+    /// let mut gains = vec![0.0; 3 * config.layers];
+    /// engine.run_all((0..gains.len()).map(cell), |at, finished| {
+    ///     let first = finished?.outcome.first.expect("tokens are watched");
+    ///     gains[at] = first.watch[0] - first.watch[1];
+    ///     Ok(())
+    /// })?;
+    /// assert_eq!(gains[0], gains[3], "strength 0 is the clean prompt, at any layer");
+    /// assert!(engine.stats().layer_rows_saved() > 0);
+    /// # Ok::<(), inkling::Error>(())
+    /// ```
     ///
     /// # Errors
     /// What `done` returns, at once; a job's own failure goes to `done`.

@@ -135,18 +135,14 @@ impl Plan {
     /// until [`Plan::fill`].
     ///
     /// # Errors
-    /// There is no such request, or it is patched itself; positions do not fit. The index is that of the
-    /// request at fault.
-    pub fn new(
-        requests: &mut [Patched],
-        config: &ModelConfig,
-    ) -> std::result::Result<Self, (usize, Error)> {
+    /// There is no such request, or it is patched itself; positions do not fit.
+    pub fn new(requests: &mut [Patched], config: &ModelConfig) -> Result<Self> {
         let mut links = Vec::new();
         for at in 0..requests.len() {
             for patch in requests[at].patches.clone() {
                 let link = Self::link(requests, (at, &patch), config);
-                let field = || format!("inject[{}].source", patch.field);
-                links.push(link.at(field).map_err(|error| (at, error))?);
+                let id = requests[at].id.clone();
+                links.push(link.at(|| format!("request {id:?}: inject[{}].source", patch.field))?);
             }
         }
         Ok(Self { links })
@@ -178,12 +174,8 @@ impl Plan {
     /// Runs the requests that others take rows from, as far as their prompts go, and puts the rows in.
     ///
     /// # Errors
-    /// One of them fails. The index is its.
-    pub fn fill(
-        &self,
-        engine: &Engine,
-        requests: &mut [Patched],
-    ) -> std::result::Result<(), (usize, Error)> {
+    /// One of them fails.
+    pub fn fill(&self, engine: &Engine, requests: &mut [Patched]) -> Result<()> {
         let mut sources: Vec<usize> = self.links.iter().map(|link| link.from).collect();
         sources.sort_unstable();
         sources.dedup();
@@ -205,18 +197,12 @@ impl Plan {
         });
         let jobs: Vec<Job> = jobs.collect();
         let mut rows: HashMap<usize, Vec<Vec<f32>>> = HashMap::new();
-        let mut failed = None;
-        let result = engine.run_all(jobs, |index, finished| match finished {
-            Ok(finished) => {
-                rows.insert(sources[index], finished.captures);
-                Ok(())
-            }
-            Err(error) => {
-                failed = Some((sources[index], error.clone()));
-                Err(error)
-            }
-        });
-        result.map_err(|error| failed.unwrap_or((sources.first().copied().unwrap_or(0), error)))?;
+        engine.run_all(jobs, |index, finished| {
+            let source = sources[index];
+            let finished = finished.at(|| format!("request {:?}", requests[source].id))?;
+            rows.insert(source, finished.captures);
+            Ok(())
+        })?;
         // Injections that take the same rows have the same memory: the bank then holds them once.
         let mut made: HashMap<(usize, usize, Option<usize>), Arc<[f32]>> = HashMap::new();
         for Link { to: (job, injection), from, capture, head } in &self.links {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    bank::InBank,
     hooks::{CleanNorms, Own},
     kv::{PagePool, PageTable},
 };
@@ -45,7 +46,7 @@ pub struct CleanRun {
     /// Captured rows, by position.
     pub captures: Vec<RowKey>,
     /// Where in the bank the vectors are that they are multiplied with.
-    pub probes: Vec<(Arc<[f32]>, u32)>,
+    pub probes: Vec<InBank>,
 }
 
 impl CleanRun {

@@ -74,6 +74,25 @@ impl Resolved {
 
 /// Renders a request's prompt and checks and resolves all that is asked about it.
 ///
+/// ```no_run
+/// use inkling::{Engine, Injection, Model, Request};
+/// use inkling::engine::{Options, resolve::resolve, vectors::VectorFiles};
+/// use inkling::request::{Message, VectorRef};
+///
+/// let model = Model::open("model.gguf".as_ref())?;
+/// let request = Request {
+///     id: "ocean".into(),
+///     messages: Some(vec![Message { role: "user".into(), content: "How are you?".into() }]),
+///     inject: vec![Injection::add(VectorRef::Named("words.safetensors#ocean".into()), 20, 4.0)],
+///     n: 1,
+///     ..Request::default()
+/// };
+/// let (_, job) = resolve(&request, &model, &mut VectorFiles::new("."))?.alone()?;
+/// let finished = Engine::start(&model, &Options::default())?.run(job)?;
+/// println!("{}", finished.outcome.samples[0].text);
+/// # Ok::<(), inkling::Error>(())
+/// ```
+///
 /// # Errors
 /// Something does not fit the model, the prompt or the vectors.
 pub fn resolve(request: &Request, model: &Model, files: &mut VectorFiles) -> Result<Resolved> {

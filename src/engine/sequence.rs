@@ -3,6 +3,7 @@
 use std::sync::{Arc, mpsc};
 
 use super::{
+    bank::InBank,
     hooks::{Own, Planned, Tally},
     kv::PageTable,
     prompts::Key,
@@ -56,7 +57,7 @@ pub struct Trunk {
     /// One for each of the jobs' captures.
     pub captures: Vec<Captured>,
     /// Where in the bank the vectors are that captured rows are multiplied with.
-    pub probes: Vec<(Arc<[f32]>, u32)>,
+    pub probes: Vec<InBank>,
     /// Pages of the prompt, from its end to the last continuation's start.
     pub pages: Option<PageTable>,
     /// Whether its one continuation takes its pages over.

@@ -127,6 +127,7 @@ impl Capture {
 
 /// What is handed out of captured rows.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub enum Reduce {
     /// Each row as it is.
     #[default]
@@ -140,6 +141,7 @@ pub enum Reduce {
 
 /// What is read off a job's capture.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Reading {
     /// The rows.
     Rows,
@@ -198,6 +200,7 @@ impl Reduce {
 /// What a job reports, in this order: captures (once the prompt is done) and tokens, then
 /// `Done` or `Failed`, exactly one of the two.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Event {
     /// A token was drawn for sample `sample`.
     Token {

@@ -5,6 +5,9 @@
 //! bf16, no header) and GGUF control vectors are read too.
 
 mod npy;
+mod sae;
+
+pub use npy::header as npy_header;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,7 +24,7 @@ use crate::{
     error::{Context, Error, Result},
     files,
     model::gguf::{self, Gguf},
-    request::Site,
+    request::{Op, Site},
 };
 
 /// The key of the header in the safetensors metadata.
@@ -43,9 +46,14 @@ pub struct Header {
     /// The block of each row, ascending; empty: not said (row i is block i where there are
     /// several rows, any block where there is one).
     pub layers: Vec<usize>,
+    /// What is meant to be done with them.
+    pub operation: Op,
     /// How they were made, in words.
     pub recipe: String,
 }
+
+/// How layers are counted in a header, in words: a file that says otherwise is refused.
+const NUMBERING: &str = "block, from 0";
 
 /// The header as it stands in the file.
 #[derive(Serialize, Deserialize)]
@@ -57,12 +65,32 @@ struct StoredHeader {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     site: Option<Site>,
     layers: Vec<usize>,
+    /// See [`NUMBERING`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layer_numbering: Option<String>,
+    #[serde(default)]
+    operation: Op,
     recipe: String,
     /// ‖v‖ of each row of each vector.
     norms: BTreeMap<String, Vec<f32>>,
 }
 
 /// Named vectors of one width.
+///
+/// ```
+/// use inkling::{VectorSet, engine::vectors::Header, request::Site};
+///
+/// let header = Header { site: Some(Site::ResidPost), layers: vec![10, 11], ..Header::default() };
+/// let mut set = VectorSet::new(header);
+/// set.insert("ocean", vec![vec![1.0, 0.0], vec![0.0, 2.0]])?;
+/// let path = std::env::temp_dir().join("inkling-doc-set.safetensors");
+/// set.save(&path)?;
+/// let again = VectorSet::load(&path)?;
+/// assert_eq!(again, set);
+/// assert_eq!(*again.get("ocean", Some(11))?, [0.0, 2.0]);
+/// # std::fs::remove_file(path)?;
+/// # Ok::<(), inkling::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct VectorSet {
     /// What they are of.
@@ -212,6 +240,7 @@ impl VectorSet {
             model_hash: stored.model_hash.clone(),
             site: stored.site,
             layers: stored.layers.clone(),
+            operation: stored.operation,
             recipe: stored.recipe.clone(),
         });
         let mut set = Self::new(header);
@@ -257,6 +286,7 @@ impl VectorSet {
             model_hash: None,
             site: Some(Site::ResidPost),
             layers: rows.keys().copied().collect(),
+            operation: Op::Add,
             recipe: "GGUF control vector".into(),
         });
         set.insert("direction", rows.into_values().collect())?;
@@ -302,6 +332,33 @@ impl VectorSet {
         Ok(left.into_iter().map(|(layer, _)| *layer).collect())
     }
 
+    /// Writes the set's only vector as `.npy`, (layers, dim) f32, or (dim,) of one layer. It says nothing of what it
+    /// is.
+    ///
+    /// # Errors
+    /// The set has another number of vectors; the file cannot be written.
+    pub fn save_npy(&self, path: &Path) -> Result<()> {
+        let vectors: Vec<&Rows> = self.vectors.values().collect();
+        let [vector] = vectors[..] else {
+            return Err(Error::new("an .npy file has one array")
+                .at(path.display().to_string())
+                .expected("a set of one vector")
+                .got(format!("{} vectors", vectors.len())));
+        };
+        let (shape, data) = encode_rows(vector);
+        files::write_atomically(path, &[npy::header("<f4", &shape), data].concat())
+    }
+
+    /// Reads decoder rows of a sparse autoencoder, a folder that `SAELens` wrote: `cfg.json` and
+    /// `sae_weights.safetensors` with `W_dec` (features, dim). Gives the rows `feature_N` without a place,
+    /// and the name of the point that they are of.
+    ///
+    /// # Errors
+    /// It is no such folder; there is no such feature.
+    pub fn load_sae(dir: &Path, features: &[usize]) -> Result<(Self, String)> {
+        sae::load(dir, features)
+    }
+
     /// Writes the set with its header; the file appears whole or not at all.
     pub fn save(&self, path: &Path) -> Result<()> {
         let stored = StoredHeader {
@@ -309,6 +366,8 @@ impl VectorSet {
             model_hash: self.header.model_hash.clone(),
             site: self.header.site,
             layers: self.header.layers.clone(),
+            layer_numbering: Some(NUMBERING.into()),
+            operation: self.header.operation,
             recipe: self.header.recipe.clone(),
             norms: self.norms(),
         };
@@ -342,6 +401,11 @@ fn parse_header(text: &str) -> Result<StoredHeader> {
             .expected(FORMAT)
             .got(header.format)
             .hint("the file was written by another version of inkling"));
+    }
+    if let Some(numbering) = header.layer_numbering.as_ref().filter(|n| *n != NUMBERING) {
+        return Err(Error::new("layers are counted in an unknown way")
+            .expected(NUMBERING)
+            .got(format!("{numbering:?}")));
     }
     if header.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
         return Err(

@@ -6,6 +6,7 @@ fn header(layers: &[usize]) -> Header {
         site: Some(Site::ResidPost),
         layers: layers.to_vec(),
         recipe: "by hand".into(),
+        ..Header::default()
     }
 }
 

@@ -53,6 +53,7 @@ impl ConceptVectors {
             site: Some(self.site),
             layers: self.layers.clone(),
             recipe: recipe.to_owned(),
+            ..Header::default()
         });
         for (word, rows) in self.words.iter().zip(self.rows()) {
             set.insert(word, rows)?;

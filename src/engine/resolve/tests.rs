@@ -51,6 +51,7 @@ fn folder(model: &str) -> tempfile::TempDir {
         site: Some(Site::ResidPost),
         layers: vec![1, 2],
         recipe: String::new(),
+        ..Header::default()
     });
     set.insert("sea", vec![vec![1.0, 0.0], vec![2.0, 0.0]]).unwrap();
     set.insert("air", vec![vec![0.0, 1.0], vec![0.0, 2.0]]).unwrap();

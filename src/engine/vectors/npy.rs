@@ -1,4 +1,5 @@
-//! `NumPy`'s `.npy`: one array, (dim,) or (layers, dim), of little-endian f2, f4 or f8 in C order.
+//! `NumPy`'s `.npy`: one array of little-endian numbers in C order; read are (dim,) and (layers, dim) of f2, f4
+//! or f8.
 
 use crate::error::{Error, Result};
 
@@ -55,6 +56,22 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>)> {
             .got(values.len()));
     }
     Ok((shape, values))
+}
+
+/// The first bytes of an `.npy` file (format 1.0): a multiple of 64.
+pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
+    let sizes: Vec<String> = shape.iter().map(usize::to_string).collect();
+    let comma = if sizes.len() == 1 { "," } else { "" };
+    let mut text = format!(
+        "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}{comma}), }}",
+        sizes.join(", ")
+    );
+    text.push_str(&" ".repeat((text.len() + 11).next_multiple_of(64) - text.len() - 11));
+    text.push('\n');
+    let mut bytes = [MAGIC, &[1, 0]].concat();
+    bytes.extend((text.len() as u16).to_le_bytes());
+    bytes.extend(text.as_bytes());
+    bytes
 }
 
 #[cfg(test)]
