@@ -23,6 +23,7 @@ fn trials(criterion: &mut Criterion) {
             prompt_tokens: PROMPT,
             start: 140,
             layer: 20,
+            all_layers: false,
             new_tokens: NEW,
             trials,
             vectors: trials,

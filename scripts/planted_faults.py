@@ -41,13 +41,14 @@ ATTENTION = ("operations", "attention::")
 MATMUL = ("operations", "matmul::")
 EXPERTS = ("operations", "experts::")
 STREAM = ("operations", "stream::")
+HEADS = ("operations", "heads::")
 LOGITS = ("operations", "logits::")
 PTX = ("operations", "ptx::")
 PROBE = ("operations", "probe::")
 SAMPLING = ("sampling", "")
 
 # What the tests of other files' faults run too: a fault here has a build of its own.
-SHARED = {"device.cuh", "fill_weight.cu", "math.cuh", "ptx.cuh", "select.cuh"}
+SHARED = {"device.cuh", "fill_weight.cu", "math.cuh", "operations.cuh", "ptx.cuh", "select.cuh"}
 
 FAULTS = [Fault(*fault, *tests) for tests, faults in [
     (ATTENTION, [
@@ -189,18 +190,18 @@ FAULTS = [Fault(*fault, *tests) for tests, faults in [
          "tile_chunk(to, chunk, p.out_row_groups)", "tile_chunk(to, chunk, p.x_row_groups)"),
         ("device.cuh", "tiles are not swizzled",
          "((chunk % 8) ^ (row % 8)) * 8;", "(chunk % 8) * 8;"),
-        ("residual_norm.cu", "a window is one position too long",
+        ("operations.cuh", "a window is one position too long",
          "it.from <= position && position < it.to", "it.from <= position && position <= it.to"),
-        ("residual_norm.cu", "partial sums are read before they are written",
+        ("operations.cuh", "partial sums are read before they are written",
          "= values), ...);\n            __syncthreads();\n", "= values), ...);\n"),
         ("residual_norm.cu", "found captures are read before they are written",
          "scratch->found[warp] = at;\n            }\n            __syncthreads();\n",
          "scratch->found[warp] = at;\n            }\n"),
-        ("residual_norm.cu", "the row's own captures are passed over",
+        ("operations.cuh", "the row's own captures are passed over",
          "entries[at].x < static_cast<uint32_t>(row);", "entries[at].x <= static_cast<uint32_t>(row);"),
-        ("residual_norm.cu", "the row's norm is no factor",
+        ("operations.cuh", "the row's norm is no factor",
          "float add = op.scale * size;", "float add = op.scale;"),
-        ("residual_norm.cu", "an operation's norm is from before the one ahead of it",
+        ("operations.cuh", "an operation's norm is from before the one ahead of it",
          "squares = {after, true};", "squares = {before, true};"),
         ("residual_norm.cu", "a branch with a norm is not scaled",
          "const float factor = p.branch_scale * inverse_norm(",
@@ -215,26 +216,42 @@ FAULTS = [Fault(*fault, *tests) for tests, faults in [
          "if (p.has_captures) capture(1, found, branch);", "if (p.has_captures) capture(1, found, h);"),
     ]),
     (("operations", "hooks::"), [
-        ("residual_norm.cu", "sums of operations are overwritten while others read them",
+        ("operations.cuh", "sums of operations are overwritten while others read them",
          "if (THREADS > WARP && op + 1 < ops) __syncthreads();", ""),
-        ("residual_norm.cu", "a coordinate below its bounds is left alone",
+        ("operations.cuh", "a coordinate below its bounds is left alone",
          "fminf(fmaxf(c, op.low * size), op.high * size)", "fminf(c, op.high * size)"),
-        ("residual_norm.cu", "bounds are no part of the row's norm",
+        ("operations.cuh", "bounds are no part of the row's norm",
          "op.low * size), op.high * size)", "op.low), op.high)"),
-        ("residual_norm.cu", "a norm is kept without its root",
+        ("operations.cuh", "a norm is kept without its root",
          "squares.sum * inverse_root(squares.sum) * inverse_root(after)", "squares.sum * inverse_root(after)"),
-        ("residual_norm.cu", "every other row of a window is none of it",
+        ("operations.cuh", "every other row of a window is none of it",
          "(position - it.from) % it.every == 0", "(position - it.from) % it.every != 1"),
-        ("residual_norm.cu", "a condition outside its window keeps what another row met",
+        ("operations.cuh", "a condition outside its window keeps what another row met",
          "met = (met & ~(1u << it.gate)) |", "met = (seen ? met & ~(1u << it.gate) : met) |"),
-        ("residual_norm.cu", "a condition latches at the last row that meets it",
+        ("operations.cuh", "a condition latches at the last row that meets it",
          "atomicMin(p.latched", "atomicExch(p.latched"),
-        ("residual_norm.cu", "a latched condition holds for rows before it",
+        ("operations.cuh", "a latched condition holds for rows before it",
          "it.gate] <= position", "it.gate] != NONE"),
-        ("residual_norm.cu", "the share of the stream is its coordinate",
+        ("operations.cuh", "the share of the stream is its coordinate",
          "if (relative) c *= inverse_root(squares.sum);", ""),
         ("residual_norm.cu", "operations on the branch are on the stream",
          "+ 2 * p.site + 2];", "+ 2 * p.site + 1];"),
+    ]),
+    (HEADS, [
+        ("heads.cu", "every head is changed by an operation on one",
+         "return it.head == static_cast<uint32_t>(head);", "return it.head >= 0;"),
+        ("heads.cu", "what was changed is not put back",
+         "uint2{pack_bf16(h[v].x, h[v].y), pack_bf16(h[v].z, h[v].w)};", "*reinterpret_cast<uint2*>(output(head, element));"),
+        ("heads.cu", "keys are counted from the first query",
+         "of == 1 ? p.heads : p.heads + p.kv_heads;", "of == 1 ? 0 : p.heads + p.kv_heads;"),
+        ("heads.cu", "values are captured as keys",
+         "head < p.heads + p.kv_heads ? 1 : 2;", "head < p.heads + p.kv_heads ? 1 : 1;"),
+        ("heads.cu", "a captured head stands where the first one does",
+         "capture(tap, head * p.dim, h);", "capture(tap, 0, h);"),
+        ("heads.cu", "rows of the bank are as long as a head",
+         "return model_dim;", "return dim;"),
+        ("operations.cuh", "every position has the first one's vector",
+         "it.flags & BY_POSITION ? (position - it.from) / it.every : 0;", "it.flags & BY_POSITION ? 0 : 0;"),
     ]),
     (LOGITS, [
         ("cap_logits.cu", "the cap forgets the sign",

@@ -386,6 +386,7 @@ fn model(kind: DeviceKind, config: &ModelConfig) -> Result<Vec<Comparison>> {
         prompt_tokens: 90,
         start: 70,
         layer: 1,
+        all_layers: false,
         new_tokens: 12,
         trials: 7,
         vectors: 3,

@@ -123,7 +123,7 @@ fn every_layout_has_the_same_numbers() {
     }
     let total: usize = prompts(9).iter().map(Vec::len).sum();
     let (shape, _) = read_npy(&npy.join("resid_post.1.npy"));
-    assert_eq!(shape, format!("({total}, 48,)"));
+    assert_eq!(shape, format!("({total}, 48)"));
 }
 
 /// Reductions against the rows that the same requests capture, in f64.

@@ -21,6 +21,8 @@ pub struct Workload {
     pub start: usize,
     /// Injected at the output of this block.
     pub layer: usize,
+    /// Injected at the outputs of all blocks instead.
+    pub all_layers: bool,
     /// Tokens that each trial draws.
     pub new_tokens: usize,
     /// Trials.
@@ -126,23 +128,26 @@ impl Workload {
 
     fn job(&self, config: &ModelConfig, trial: usize, vector: Option<Arc<[f32]>>) -> Job {
         let tokens = (0..self.prompt_tokens).map(|at| ((at * 7919 + 17) % config.vocab) as u32);
-        let injection = vector.map(|vector| Injection {
-            vector,
+        let layers = if self.all_layers { 0..config.layers } else { self.layer..self.layer + 1 };
+        let injection = |(vector, layer): (&Arc<[f32]>, usize)| Injection {
+            vector: Arc::clone(vector),
             site: Site::ResidPost,
-            layer: self.layer,
+            layer,
             op: Op::Add,
             strength: 0.1,
             mode: StrengthMode::Raw,
             from: self.start,
             ..Injection::default()
-        });
+        };
+        let inject =
+            vector.iter().flat_map(|vector| layers.clone().map(move |layer| (vector, layer)));
         let positions = self.start..self.prompt_tokens;
         let capture = |&layer: &usize| {
             Capture::rows(CaptureSite::ResidPost, Some(layer), positions.clone().collect())
         };
         Job {
             tokens: tokens.collect(),
-            inject: injection.into_iter().collect(),
+            inject: inject.map(injection).collect(),
             capture: self.capture.iter().map(capture).collect(),
             sampling: Sampling {
                 seed: trial as u64,

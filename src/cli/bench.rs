@@ -73,6 +73,9 @@ struct Trials {
     /// Block whose output is injected
     #[arg(long, value_name = "L", default_value_t = 20)]
     layer: usize,
+    /// `all`: the output of every block is injected, with the same vector
+    #[arg(long, value_name = "one|all", default_value = "one")]
+    inject: Places,
     /// Tokens that each trial draws
     #[arg(long, value_name = "N", default_value_t = 60)]
     new: usize,
@@ -109,6 +112,12 @@ struct Single {
 enum Switch {
     On,
     Off,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Places {
+    One,
+    All,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -213,6 +222,7 @@ fn trials(args: &Trials) -> anyhow::Result<()> {
         prompt_tokens: args.prompt_tokens,
         start: args.start,
         layer: args.layer,
+        all_layers: args.inject == Places::All,
         new_tokens: args.new,
         trials: args.count,
         vectors: args.vectors.unwrap_or(args.count),
@@ -232,6 +242,7 @@ fn single(args: &Single) -> anyhow::Result<()> {
         prompt_tokens: args.prompt_tokens,
         start: args.prompt_tokens - 1,
         layer: 0,
+        all_layers: false,
         new_tokens: args.new,
         trials: 1,
         vectors: 1,

@@ -165,7 +165,10 @@ impl Case {
         }
         let position = Self::position(row);
         for (at, op) in self.ops[self.slot[row] as usize].iter().enumerate() {
-            if position < op.from || position >= op.to || (position - op.from) % op.every != 0 {
+            if position < op.from
+                || position >= op.to
+                || !(position - op.from).is_multiple_of(op.every)
+            {
                 continue;
             }
             let behind = (position - op.from) / op.every;
