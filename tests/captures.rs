@@ -423,6 +423,13 @@ fn what_cannot_be_written_is_refused() {
     let long = json!([{"site": "resid_post", "layers": [0], "reduce": {"cosine": [[1.0, 2.0]]}}]);
     refused(long, &[], &["vector of the wrong length", "48"]);
 
+    // Two names of one point.
+    write_requests(&input, &json!([{"hook": "resid_post.1"}, {"hook": "model.layers.1"}]), 2);
+    for layout in ["npy", "shards", "requests"] {
+        let said = refused_capture(&input, &scratch.path().join("two"), &["--layout", layout]);
+        assert!(said.contains("one name") && said.contains("resid_post.1"), "{said}");
+    }
+
     // A folder of something else is left as it is.
     let out = scratch.path().join("other");
     write_requests(&input, &post(), 3);
@@ -435,6 +442,13 @@ fn what_cannot_be_written_is_refused() {
     assert!(refused_capture(&input, &out, &[]).contains("other requests or vectors"));
     write_requests(&input, &post(), 3);
     assert!(refused_capture(&input, &out, &["--as", "f16"]).contains("other precision"));
+    captured(&input, &out, &[]);
+    // A file that is gone is missed; a first start that was killed is no hindrance.
+    fs_err::remove_file(out.join("captures-00001-of-00001.safetensors")).unwrap();
+    assert!(refused_capture(&input, &out, &[]).contains("is gone"));
+    let out = scratch.path().join("killed");
+    fs_err::create_dir(&out).unwrap();
+    fs_err::write(out.join("manifest.json.tmp"), "{").unwrap();
     captured(&input, &out, &[]);
 }
 

@@ -61,6 +61,28 @@ fn all_rows_of_a_layer_are_the_other_prompt_from_there_on() {
     assert!(found["patched/resid_post.0"] != found["clean/resid_post.0"]);
 }
 
+/// What is injected into the other request's generated tokens is none of its prompt's business.
+#[test]
+fn the_other_request_may_be_steered_where_it_generates() {
+    let steering =
+        json!([{"vector": vec![0.5; 48], "layer": 0, "strength": 2, "window": "generated"}]);
+    let source =
+        json!([{"op": "replace", "layer": 1, "source": {"request": "clean"}, "window": "last"}]);
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("r.jsonl");
+    let line = |id: &str, tokens: &[u32], inject: &Value| {
+        let sampling = json!({"max_tokens": 4, "temperature": 0, "ignore_eos": true});
+        json!({"id": id, "tokens": tokens, "inject": inject, "sampling": sampling}).to_string()
+    };
+    let lines = [line("clean", &CLEAN, &steering), line("patched", &OTHER, &source)];
+    fs_err::write(&input, lines.join("\n")).unwrap();
+    let output = run(&["generate", "--input", input.to_str().unwrap()], &golden("plain"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let answers: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(answers[1]["receipts"][0]["rows_touched"], 1);
+}
+
 /// Rows of other positions, of another layer, and a single one everywhere.
 #[test]
 fn rows_go_where_they_are_wanted() {
@@ -116,6 +138,9 @@ fn sources_that_do_not_fit_are_refused() {
         &["another number of positions", "6"],
     );
     refused(patch(three, json!({"from": 1})), &["the window has no end"]);
+    refused(patch(of("clean"), json!({})), &["injection's window has no end"]);
+    let far = json!({"window": {"from": 0, "to": 1_000_000_000_000_i64}});
+    refused(patch(of("clean"), far), &["behind the other prompt"]);
     refused(
         patch(at("layer", json!(3)), json!({"window": "last"})),
         &["layer out of range", "source"],

@@ -352,6 +352,45 @@ fn equal_prompts_are_computed_once() {
     assert_eq!(stats_of(&[seeded(9), seeded(9), seeded(9)]), (20 * (layers - 2), 5));
 }
 
+/// Jobs of one prompt whose probes do not fit into the bank together, and whose norms are all one.
+#[test]
+fn probes_that_do_not_fit_together_come_one_after_the_other() {
+    let model = Model::open(&golden("plain")).unwrap();
+    let (mut dice, config) = (Dice(9), &model.config);
+    let tokens: Vec<u32> = (0..30).map(|at| at * 5 % 131).collect();
+    let steering = Injection {
+        vector: vectors(&mut dice, config.dim)[0].clone(),
+        layer: 2,
+        strength: 1.0,
+        from: 20,
+        ..Injection::default()
+    };
+    let job = |at: usize| {
+        let probe = |count: usize| -> Arc<[f32]> {
+            (0..count * config.dim).map(|i| ((at + i) % 11) as f32 - 5.0).collect()
+        };
+        let capture = |layer, probe| Capture {
+            reduce: Reduce::Probe(probe),
+            ..Capture::rows(CaptureSite::ResidPost, Some(layer), vec![3, 12, 25])
+        };
+        Job {
+            tokens: tokens.clone(),
+            inject: vec![steering.clone()],
+            capture: vec![capture(0, probe(300)), capture(1, probe(0)), capture(2, probe(1))],
+            sampling: Sampling { max_tokens: 0, ..Sampling::default() },
+            n: 1,
+            ..Job::default()
+        }
+    };
+    let jobs: Vec<Job> = (0..20).map(job).collect();
+    let options = Options { threads: Some(1), capture_bytes: 100_000, ..Options::default() };
+    let alone = Engine::start(&model, &Options { share: false, ..options.clone() }).unwrap();
+    let (got, _) = run(&model, &options, &jobs);
+    for (at, got) in got.into_iter().enumerate() {
+        assert!(got.captures == alone.run(jobs[at].clone()).unwrap().captures, "job {at}");
+    }
+}
+
 /// Jobs of one prompt that together want more logits of its last row than are read at once.
 #[test]
 fn more_watched_tokens_than_fit_are_more_passes() {

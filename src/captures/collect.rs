@@ -1,7 +1,7 @@
 //! Runs requests and hands out what they capture, a bounded number of bytes at a time.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
     rc::Rc,
     sync::Arc,
@@ -9,7 +9,7 @@ use std::{
 
 use super::tensors::{Item, Values, read_off};
 use crate::{
-    engine::{Engine, Finished, Injection, Job, Outcome, Reading},
+    engine::{Engine, Finished, Injection, Job, Outcome, Reading, capture_bytes},
     error::{Error, Result},
     request::{Op, Sampling, Site},
 };
@@ -50,8 +50,8 @@ struct Lens {
 }
 
 /// Runs items and hands out each when it is finished, in any order. New ones are begun only while the captures
-/// of those that are not handed out take at most [`Options::capture_bytes`](crate::engine::Options): `done`
-/// may be as slow as it likes.
+/// of those that are not handed out take at most [`Options::capture_bytes`](crate::engine::Options), and as much
+/// again for rows that a lens still looks at: `done` may be as slow as it likes.
 ///
 /// # Errors
 /// What `done` returns, at once; an item that fails, with its id.
@@ -64,10 +64,14 @@ pub fn collect(
     // Asked again after each call below: the lens makes new jobs.
     let more: Rc<RefCell<VecDeque<(Task, Job)>>> = Rc::default();
     let tasks: Rc<RefCell<Vec<Task>>> = Rc::default();
+    let looked_at: Rc<Cell<u64>> = Rc::default();
     let mut next = items.iter();
     let jobs = std::iter::from_fn(|| {
         let lens = more.borrow_mut().pop_front();
         let (task, job) = lens.or_else(|| {
+            if looked_at.get() > engine.capture_bytes() {
+                return None; // asked again when a row is done
+            }
             let (at, item) = next.next()?;
             Some((Task::Request(*at), item.job.clone()))
         })?;
@@ -91,10 +95,12 @@ pub fn collect(
                 if waiting.rows_left > 0 {
                     return Ok(());
                 }
+                looked_at.set(looked_at.get() - capture_bytes(&of.job, engine.config()));
                 unfinished.remove(&item).expect("it was just there")
             }
         };
         if complete.rows_left > 0 {
+            looked_at.set(looked_at.get() + capture_bytes(&of.job, engine.config()));
             unfinished.insert(item, complete);
             return Ok(());
         }

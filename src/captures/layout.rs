@@ -1,7 +1,10 @@
 //! In which files tensors stand, and where: known before anything runs, so that they can be written in any
 //! order and in pieces.
 
-use std::{collections::BTreeMap, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -107,8 +110,14 @@ fn bytes_of(spec: &Spec, precision: Precision) -> u64 {
 /// # Errors
 /// Two have one name.
 pub fn single(items: &[Item], config: &ModelConfig, precision: Precision) -> Result<Files> {
-    Layout::Shards.plan(items, config, precision, u64::MAX)
+    let specs: Vec<Vec<Spec>> = items.iter().map(|item| item.specs(config)).collect();
+    shards_of(vec![(0..items.len()).collect()], items, &specs, precision)
 }
+
+/// Readers of safetensors refuse headers of more than 100 MB.
+const HEADER_BYTES: usize = 50_000_000;
+/// Of a tensor in a header, beside its name.
+const ENTRY_BYTES: usize = 128;
 
 /// The name of the index of shards.
 pub const INDEX: &str = "captures.safetensors.index.json";
@@ -122,18 +131,32 @@ fn shards(
     let size = |specs: &Vec<Spec>| specs.iter().map(|spec| bytes_of(spec, precision)).sum::<u64>();
     // Requests are not divided.
     let mut groups: Vec<Vec<usize>> = Vec::new();
-    let mut left = 0;
+    let (mut left, mut header_left) = (0, 0);
     for (request, specs) in specs.iter().enumerate() {
         let bytes = size(specs);
-        if groups.is_empty() || bytes > left {
+        let names: usize =
+            specs.iter().map(|spec| spec.point.len() + items[request].id.len()).sum();
+        let header = names + ENTRY_BYTES * specs.len();
+        if groups.is_empty() || bytes > left || header > header_left {
             groups.push(Vec::new());
-            left = shard_bytes;
+            (left, header_left) = (shard_bytes, HEADER_BYTES);
         }
         left = left.saturating_sub(bytes);
+        header_left = header_left.saturating_sub(header);
         if let Some(group) = groups.last_mut() {
             group.push(request);
         }
     }
+    shards_of(groups, items, specs, precision)
+}
+
+/// A file for each group of requests.
+fn shards_of(
+    groups: Vec<Vec<usize>>,
+    items: &[Item],
+    specs: &[Vec<Spec>],
+    precision: Precision,
+) -> Result<Files> {
     let count = groups.len();
     let mut files = Vec::new();
     let mut extents = vec![Vec::new(); items.len()];
@@ -236,6 +259,10 @@ fn check_uniform<'a>(item: &Item, specs: &'a [Spec]) -> Result<&'a Spec> {
     if specs.iter().any(|spec| site(spec) != site(first)) {
         return refuse("the layout requests holds one site a request");
     }
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = specs.iter().find(|spec| !seen.insert(&spec.point)) {
+        return Err(twice_captured(&twice.point));
+    }
     if specs.iter().any(|spec| spec.positions != first.positions) {
         return refuse("the layout requests holds the same positions at every layer");
     }
@@ -258,6 +285,12 @@ fn file_name(id: &str) -> Result<&str> {
 fn arrays(specs: &[Vec<Spec>], precision: Precision) -> Result<Files> {
     // By point: rows so far, the shape of a row, and how many requests have it.
     let mut points: BTreeMap<&str, (usize, Vec<usize>, usize)> = BTreeMap::new();
+    for own in specs {
+        let mut seen = BTreeSet::new();
+        if let Some(twice) = own.iter().find(|spec| !seen.insert(&spec.point)) {
+            return Err(twice_captured(&twice.point));
+        }
+    }
     for spec in specs.iter().flatten() {
         let row = spec.shape[1..].to_vec();
         let (rows, known, requests) =
@@ -325,9 +358,7 @@ fn safetensors(
         let entry =
             serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] });
         if json.insert(name.clone(), entry).is_some() {
-            return Err(Error::new("two captures of one name").got(name).hint(
-                "a request captures a site of a layer once: put all positions into one list",
-            ));
+            return Err(twice_captured(&name));
         }
     }
     let mut text = serde_json::Value::Object(json).to_string();
@@ -337,4 +368,10 @@ fn safetensors(
     let start = bytes.len() as u64;
     offsets.iter_mut().for_each(|offset| *offset += start);
     Ok((bytes, offsets))
+}
+
+fn twice_captured(name: &str) -> Error {
+    Error::new("two captures of one name")
+        .got(name)
+        .hint("a request captures a site of a layer once: put all positions into one list")
 }

@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use fs_err as fs;
@@ -25,8 +26,9 @@ use crate::{
 /// Lines of finished requests.
 pub const DONE: &str = "captures.jsonl";
 const MANIFEST: &str = "manifest.json";
-/// Bytes that are written between two waits for the disk.
+/// Bytes, and time, that are between two waits for the disk.
 const SYNC_BYTES: u64 = 64 << 20;
+const SYNC_TIME: Duration = Duration::from_secs(5);
 /// Files that are open at a time.
 const OPEN_FILES: usize = 32;
 
@@ -100,6 +102,9 @@ pub struct Store {
     waiting: Vec<Done>,
     dirty: HashSet<usize>,
     unsynced: u64,
+    synced: Instant,
+    /// Files that were opened before, by this process.
+    begun: HashSet<usize>,
     _lock: fs::File,
 }
 
@@ -137,8 +142,11 @@ impl Store {
             waiting: Vec::new(),
             dirty: HashSet::new(),
             unsynced: 0,
+            synced: Instant::now(),
+            begun: HashSet::new(),
             _lock: lock,
         };
+        store.check_files()?;
         // Files that were complete when the last run was stopped.
         for file in (0..store.missing.len()).filter(|&file| store.missing[file] == 0) {
             let part = store.part(file);
@@ -147,6 +155,24 @@ impl Store {
             }
         }
         Ok(store)
+    }
+
+    /// Refuses to go on where a file is gone that has finished requests.
+    fn check_files(&self) -> Result<()> {
+        for (file, planned) in self.files.files.iter().enumerate() {
+            let is_there =
+                |path: PathBuf| fs::metadata(path).is_ok_and(|of| of.len() == planned.bytes);
+            let is_begun = self.missing[file] < planned.requests;
+            if is_begun && !is_there(self.path(file)) && !is_there(self.part(file)) {
+                return Err(Error::new(
+                    "a file of finished requests is gone, or has another length",
+                )
+                .at(self.path(file).display().to_string())
+                .expected(format!("{} bytes", planned.bytes))
+                .hint("begin again in another folder"));
+            }
+        }
+        Ok(())
     }
 
     /// Whether a request was finished before.
@@ -228,7 +254,8 @@ impl Store {
             self.missing[file] -= 1;
             is_complete |= self.missing[file] == 0;
         }
-        if is_complete || self.unsynced >= SYNC_BYTES { self.sync() } else { Ok(()) }
+        let is_due = self.unsynced >= SYNC_BYTES || self.synced.elapsed() >= SYNC_TIME;
+        if is_complete || is_due { self.sync() } else { Ok(()) }
     }
 
     fn tensor(&self, spec: &Spec, extent: Extent) -> DoneTensor {
@@ -279,16 +306,12 @@ impl Store {
             self.open.swap(at, last);
         } else {
             if self.open.len() == OPEN_FILES {
-                let (other, handle) = self.open.remove(0);
-                if self.dirty.contains(&other) {
-                    handle.sync_data()?;
-                }
+                self.open.remove(0); // synced with the others, when they are
             }
-            let path = self.part(file);
-            let planned = &self.files.files[file];
-            let mut options = fs::OpenOptions::new();
-            let mut handle = options.create(true).truncate(false).write(true).open(path)?;
-            if handle.metadata()?.len() != planned.bytes {
+            let mut handle = open(&self.part(file))?;
+            if self.begun.insert(file) {
+                // Also where it was begun before: whether its header has reached the disk is not known.
+                let planned = &self.files.files[file];
                 handle.write_all(&planned.header)?;
                 handle.set_len(planned.bytes)?;
             }
@@ -302,11 +325,13 @@ impl Store {
     /// # Errors
     /// The disk is full, or fails.
     pub fn sync(&mut self) -> Result<()> {
-        for (file, handle) in &self.open {
-            if self.dirty.contains(file) {
-                handle.sync_data()?;
+        for file in &self.dirty {
+            match self.open.iter().find(|(other, _)| other == file) {
+                Some((_, handle)) => handle.sync_all()?,
+                None => open(&self.part(*file))?.sync_all()?,
             }
         }
+        sync_folder(&self.dir)?;
         for line in &self.waiting {
             self.lines.append(line)?;
         }
@@ -318,7 +343,7 @@ impl Store {
             fs::rename(self.part(file), self.path(file))?;
         }
         self.waiting.clear();
-        self.unsynced = 0;
+        (self.unsynced, self.synced) = (0, Instant::now());
         Ok(())
     }
 
@@ -352,13 +377,32 @@ impl Store {
     }
 }
 
+/// A file that is written to where it belongs.
+fn open(path: &Path) -> Result<fs::File> {
+    Ok(fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?)
+}
+
+/// Waits until the names of new files are on the disk.
+#[cfg(unix)]
+fn sync_folder(dir: &Path) -> Result<()> {
+    Ok(fs::File::open(dir)?.sync_all()?)
+}
+
+/// Likewise: other systems do it by themselves.
+#[cfg(not(unix))]
+fn sync_folder(_: &Path) -> Result<()> {
+    Ok(())
+}
+
 fn check_manifest(dir: &Path, manifest: &Manifest) -> Result<()> {
     let path = dir.join(MANIFEST);
     let place = || path.display().to_string();
     if !path.exists() {
         let names =
             fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
-        if let Some(other) = names.iter().find(|name| *name != ".lock") {
+        // Of a first start that was killed.
+        let own = [".lock", "manifest.json.tmp"];
+        if let Some(other) = names.iter().find(|name| own.iter().all(|own| *name != own)) {
             return Err(Error::new("the folder holds something else")
                 .at(dir.display().to_string())
                 .expected("a new folder, an empty one, or one of captures")

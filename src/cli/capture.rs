@@ -26,7 +26,7 @@ use crate::{
         layout::Layout,
         store::{Manifest, Store},
     },
-    engine::{Engine, capture_bytes},
+    engine::{Engine, Reading, capture_bytes},
     error::{Error, Result},
     files::{self, hex},
     model::{Model, ModelConfig},
@@ -220,13 +220,19 @@ fn store(args: &Args, engine: &Engine, model: &Model, items: &[Item]) -> Result<
     let left: Vec<(usize, &Item)> =
         items.iter().enumerate().filter(|(at, _)| !store.has(*at)).collect();
     let bytes = store.bytes_left();
-    check_room(&args.out, bytes)?;
+    let free = files::free_bytes(&args.out);
+    check_room(&args.out, bytes, free)?;
     let largest = left.iter().map(|(_, item)| capture_bytes(&item.job, config)).max();
-    let memory = (args.memory_mib.max(2) << 20).max(2 * largest.unwrap_or(0));
+    // In flight, and kept by clean runs; as much as in flight once more where a lens looks at rows.
+    let lenses = left.iter().flat_map(|(_, item)| &item.readings);
+    let has_lens = lenses.into_iter().any(|reading| matches!(reading, Reading::Lens(_)));
+    let parts = if has_lens { 3 } else { 2 };
+    let memory = parts * engine.capture_bytes().max(largest.unwrap_or(0));
     note(format!(
-        "{} requests ({before} written before), {} in {count} files; at most {} of captures in memory",
+        "{} requests ({before} written before), {} in {count} files{}; at most {} of captures in memory",
         items.len(),
         DecimalBytes(bytes),
+        free.map_or_else(String::new, |free| format!(" ({} free)", DecimalBytes(free))),
         BinaryBytes(memory)
     ));
     let (mut bar, start) = (Bar::default(), Instant::now());
@@ -253,8 +259,8 @@ fn store(args: &Args, engine: &Engine, model: &Model, items: &[Item]) -> Result<
     Ok(())
 }
 
-fn check_room(dir: &Path, bytes: u64) -> Result<()> {
-    match files::free_bytes(dir) {
+fn check_room(dir: &Path, bytes: u64, free: Option<u64>) -> Result<()> {
+    match free {
         Some(free) if free < bytes => Err(Error::new("the captures do not fit onto the disk")
             .at(dir.display().to_string())
             .expected(format!("at most the {free} bytes that are free"))

@@ -207,6 +207,11 @@ fn import(args: &Args, model: &Model) -> Result<()> {
     let mut set: Option<VectorSet> = None;
     for path in &args.import {
         let place = || path.display().to_string();
+        if !args.features.is_empty() && !path.is_dir() {
+            return Err(Error::new("features are of a folder with a sparse autoencoder")
+                .at("--features")
+                .got(place()));
+        }
         let from = match path.is_dir() {
             true => sparse_autoencoder(path, &args.features, model).at(place)?,
             false => VectorSet::load(path)?,

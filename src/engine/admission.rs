@@ -110,7 +110,7 @@ impl<T: Float> Core<T> {
                         continue;
                     }
                     _ => {
-                        if !self.start_clean(&key, own)? {
+                        if !self.start_clean(at, &key, own)? {
                             return Ok(());
                         }
                         waiting = self.waiting_rows();
@@ -127,8 +127,19 @@ impl<T: Float> Core<T> {
         Ok(())
     }
 
-    /// Starts a prompt's clean run, keeping what waiting jobs need of it.
-    fn start_clean(&mut self, key: &Key, own: Own) -> Result<bool> {
+    /// The captured rows that jobs take from a prompt's clean run, and that it does not have yet.
+    fn missing_rows<'a>(&self, key: &Key, jobs: impl Iterator<Item = &'a Pending>) -> Vec<RowKey> {
+        let (depth, held) = (self.config.layers, self.prompts.get(key));
+        let rows = jobs.flat_map(|pending| clean_rows(&pending.job, pending.own, depth));
+        let missing = rows.filter(|row| held.is_none_or(|held| held.captured(&row.at).is_none()));
+        let mut rows: Vec<RowKey> = missing.map(|row| row.at).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        rows
+    }
+
+    /// Starts the clean run that the waiting job at `at` needs, keeping what others need of it too.
+    fn start_clean(&mut self, at: usize, key: &Key, own: Own) -> Result<bool> {
         let runs = self.slots.iter().flatten().filter(|s| matches!(s.role, Role::Clean(..)));
         let Some(slot) = self.free_slot().filter(|_| runs.count() < CLEAN_RUNS) else {
             return Ok(false);
@@ -141,14 +152,21 @@ impl<T: Float> Core<T> {
         layers.dedup();
         // The first job's layer first: it must have room.
         layers.sort_by_key(|&layer| layer != own.cut);
+        let mut captures = self.missing_rows(key, waiting());
+        let mut probes = None;
+        if self.fit_into_steps(&captures) {
+            probes = self.take_probes(&captures)?;
+        }
+        if probes.is_none() {
+            // All together want too much: the first one fits by itself.
+            captures = self.missing_rows(key, std::iter::once(&self.queue[at]));
+            probes = self.take_probes(&captures)?;
+        }
+        let Some(probes) = probes else { return Ok(false) };
         let depth = self.config.layers;
-        let rows = waiting().flat_map(|pending| clean_rows(&pending.job, pending.own, depth));
-        let held = self.prompts.get(key);
-        let missing = rows.filter(|row| held.is_none_or(|held| held.captured(&row.at).is_none()));
-        let mut captures: Vec<RowKey> = missing.map(|row| row.at).collect();
-        captures.sort_unstable();
-        captures.dedup();
-        let Some(probes) = self.take_probes(&captures)? else { return Ok(false) };
+        let wanted = self.queue.iter().take(LOOK_AHEAD).filter(|pending| pending.key == *key);
+        let wanted = wanted.flat_map(|pending| clean_rows(&pending.job, pending.own, depth));
+        self.prompts.trim(key, wanted.map(|row| row.at));
 
         let is_new = self.prompts.get(key).is_none();
         let Some(known) = (if is_new { self.insert_clean(key)? } else { Some(key.len() - 1) })
@@ -414,12 +432,12 @@ impl<T: Float> Core<T> {
     fn take_probes(&mut self, captures: &[RowKey]) -> Result<Option<Vec<InBank>>> {
         let mut taken: Vec<InBank> = Vec::new();
         for VectorId(vectors) in captures.iter().filter_map(|at| at.probe.as_ref()) {
-            if taken.iter().any(|(other, _)| Arc::ptr_eq(other, vectors)) {
+            let is_known = taken.iter().any(|(other, _)| Arc::ptr_eq(other, vectors));
+            if is_known || vectors.is_empty() {
                 continue;
             }
             let rows = vectors.len() / self.config.dim;
-            let first = if rows == 0 { Some(0) } else { self.take_vectors(vectors, rows)? };
-            let Some(first) = first else {
+            let Some(first) = self.take_vectors(vectors, rows)? else {
                 self.release_probes(&taken);
                 return Ok(None);
             };
@@ -430,15 +448,17 @@ impl<T: Float> Core<T> {
 
     /// Gives operations' vectors back.
     pub(super) fn release_vectors(&mut self, planned: &[Planned]) {
-        for vector in planned.iter().filter_map(|planned| planned.vector.as_ref()) {
-            self.bank.release(vector);
+        for planned in planned {
+            if let Some(vector) = &planned.vector {
+                self.bank.release(vector, planned.rows);
+            }
         }
     }
 
     /// Likewise those of probes.
     pub(super) fn release_probes(&mut self, probes: &[InBank]) {
-        for (vectors, _) in probes.iter().filter(|(vectors, _)| !vectors.is_empty()) {
-            self.bank.release(vectors);
+        for (vectors, _) in probes {
+            self.bank.release(vectors, vectors.len() / self.config.dim);
         }
     }
 

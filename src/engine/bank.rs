@@ -13,14 +13,13 @@ pub type InBank = (Arc<[f32]>, u32);
 pub struct Bank {
     /// Runs of free rows: the first of each, and how many. No two touch.
     free: BTreeMap<u32, u32>,
-    /// By address; the `Arc` keeps it valid.
-    rows: HashMap<usize, Entry>,
+    /// By address, which the `Arc` keeps valid, and number of rows.
+    rows: HashMap<(usize, u32), Entry>,
 }
 
 #[derive(Debug)]
 struct Entry {
     first: u32,
-    rows: u32,
     references: usize,
     vector: Arc<[f32]>,
 }
@@ -34,9 +33,9 @@ impl Bank {
     /// The first of `rows` rows of a vector that follow each other, and whether it must be uploaded;
     /// `None` where there is no room.
     pub fn take(&mut self, vector: &Arc<[f32]>, rows: usize) -> Option<(u32, bool)> {
-        let (key, rows) = (vector.as_ptr() as usize, rows as u32);
+        let rows = rows as u32;
+        let key = (vector.as_ptr() as usize, rows);
         if let Some(entry) = self.rows.get_mut(&key) {
-            debug_assert_eq!(entry.rows, rows, "a vector is always as long");
             entry.references += 1;
             return Some((entry.first, false));
         }
@@ -45,20 +44,20 @@ impl Bank {
         if len > rows {
             self.free.insert(first + rows, len - rows);
         }
-        self.rows.insert(key, Entry { first, rows, references: 1, vector: Arc::clone(vector) });
+        self.rows.insert(key, Entry { first, references: 1, vector: Arc::clone(vector) });
         Some((first, true))
     }
 
     /// Gives a vector's rows back once.
-    pub fn release(&mut self, vector: &Arc<[f32]>) {
-        let key = vector.as_ptr() as usize;
+    pub fn release(&mut self, vector: &Arc<[f32]>, rows: usize) {
+        let key = (vector.as_ptr() as usize, rows as u32);
         let entry = self.rows.get_mut(&key).expect("released as often as taken");
         debug_assert!(Arc::ptr_eq(&entry.vector, vector));
         entry.references -= 1;
         if entry.references > 0 {
             return;
         }
-        let (mut first, mut len) = (entry.first, entry.rows);
+        let (mut first, mut len) = (entry.first, rows as u32);
         self.rows.remove(&key);
         if let Some(after) = self.free.remove(&(first + len)) {
             len += after;
@@ -89,14 +88,15 @@ mod tests {
         assert_eq!(bank.take(&a, 3), Some((0, false)), "held already");
         assert_eq!(bank.take(&c, 5), None, "four are left");
         assert_eq!(bank.take(&c, 4), Some((4, true)));
-        bank.release(&a);
+        assert_eq!(bank.take(&b, 5), None, "the same numbers as other rows");
+        bank.release(&a, 3);
         let d = vector();
         assert_eq!(bank.take(&d, 1), None, "a is still used");
-        bank.release(&a);
-        bank.release(&c);
+        bank.release(&a, 3);
+        bank.release(&c, 4);
         assert_eq!(bank.take(&d, 4), Some((4, true)), "three and four rows do not touch");
-        bank.release(&d);
-        bank.release(&b);
+        bank.release(&d, 4);
+        bank.release(&b, 1);
         assert_eq!(bank.take(&d, 8), Some((0, true)), "all are one run again");
     }
 }

@@ -67,7 +67,7 @@ impl<T: Float> Core<T> {
         let Some(run) = &clean.running else { return true };
         let wanted = || {
             run.at(position).iter().map(|at| {
-                let probe = at.probe.as_ref().and_then(|probe| run.place_of(probe));
+                let probe = at.probe.as_ref().map(|probe| run.place_of(probe));
                 (at, Wanted { tap: at.tap as usize, row, probe })
             })
         };
@@ -123,6 +123,18 @@ impl<T: Float> Core<T> {
             self.plan_take(plan, Taker::Trunk { trunk: id, capture, index }, &wanted);
         }
         Some(hits().any(|(.., tap)| tap.is_none()))
+    }
+
+    /// Whether what a clean run is to keep of each position fits into one step.
+    pub(super) fn fit_into_steps(&self, rows: &[RowKey]) -> bool {
+        let empty = Captures::default();
+        rows.chunk_by(|a, b| a.position == b.position).all(|here| {
+            let wanted = here.iter().map(|at| {
+                let probe = at.probe.as_ref().map(|probe| (&probe.0, 0));
+                Wanted { tap: at.tap as usize, row: 0, probe }
+            });
+            self.fits(&empty, wanted)
+        })
     }
 
     /// Whether a step has room for more rows.

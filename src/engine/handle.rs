@@ -195,6 +195,11 @@ impl Engine {
         self.limits.slots
     }
 
+    /// See [`Options::capture_bytes`].
+    pub fn capture_bytes(&self) -> u64 {
+        self.limits.capture_bytes
+    }
+
     /// What the bits of results depend on beside the job.
     pub fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint

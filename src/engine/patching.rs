@@ -58,11 +58,17 @@ impl Patch {
         let len = other.tokens.len();
         let mut positions: Vec<usize> = match &self.window {
             None => {
-                let to = injection.to.unwrap_or(injection.from + 1);
+                let to = injection.to.ok_or_else(|| {
+                    Error::new("the injection's window has no end")
+                        .expected("a `window` with one, such as \"prompt\", or one of the source")
+                })?;
+                check_end(to, len)?;
                 (injection.from..to).step_by(injection.every).collect()
             }
             Some(window) => {
                 let windows = other.window(window).at(|| "window".into())?;
+                let ends = windows.iter().filter_map(|window| window.to);
+                ends.max().map_or(Ok(()), |to| check_end(to, len))?;
                 let each = |w: crate::model::TokenWindow| {
                     (w.from..w.to.unwrap_or(len).max(w.from)).step_by(w.every)
                 };
@@ -70,13 +76,9 @@ impl Patch {
             }
         };
         positions.sort_unstable();
-        match positions.last() {
-            None => Err(Error::new("no position of the other request").at("window")),
-            Some(&last) if last >= len => Err(Error::new("a position behind the other prompt")
-                .at("window")
-                .expected(format!("prompt positions: below {len}"))
-                .got(last)),
-            Some(_) => Ok(positions),
+        match positions.is_empty() {
+            true => Err(Error::new("no position of the other request's prompt").at("window")),
+            false => Ok(positions),
         }
     }
 
@@ -192,7 +194,7 @@ impl Plan {
             sampling: Sampling { max_tokens: 0, ..Sampling::default() },
             n: 1,
             tokens: requests[*from].job.tokens.clone(),
-            inject: requests[*from].job.inject.clone(),
+            inject: of_prompt(&requests[*from].job),
             ..Job::default()
         });
         let jobs: Vec<Job> = jobs.collect();
@@ -219,6 +221,22 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The injections that touch a prompt: nothing is generated here.
+fn of_prompt(job: &Job) -> Vec<Injection> {
+    let prompt = job.tokens.len();
+    job.inject.iter().filter(|injection| injection.from < prompt).cloned().collect()
+}
+
+fn check_end(to: usize, len: usize) -> Result<()> {
+    if to <= len {
+        return Ok(());
+    }
+    Err(Error::new("a position behind the other prompt")
+        .at("window")
+        .expected(format!("prompt positions: below {len}"))
+        .got(to - 1))
 }
 
 /// One head of rows of (heads, `head_dim`).

@@ -3,7 +3,7 @@
 
 use std::{
     cmp::Ordering,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{Hash, Hasher},
     sync::Arc,
 };
@@ -58,10 +58,10 @@ impl CleanRun {
         &self.captures[first..end]
     }
 
-    /// Where in the bank the vectors of a probe are.
-    pub fn place_of(&self, probe: &VectorId) -> Option<(&Arc<[f32]>, u32)> {
+    /// The vectors of a probe, and where in the bank they are, if there are any.
+    pub fn place_of<'a>(&self, probe: &'a VectorId) -> (&'a Arc<[f32]>, u32) {
         let place = self.probes.iter().find(|(other, _)| Arc::ptr_eq(other, &probe.0));
-        place.map(|(vectors, first)| (vectors, *first))
+        (&probe.0, place.map_or(0, |(_, first)| *first))
     }
 }
 
@@ -76,13 +76,13 @@ pub struct RowKey {
     pub probe: Option<VectorId>,
 }
 
-/// Vectors, the same where they are the same memory.
+/// Vectors, the same where they are the same memory, or none at all.
 #[derive(Clone, Debug)]
 pub struct VectorId(pub Arc<[f32]>);
 
 impl VectorId {
     fn address(&self) -> usize {
-        self.0.as_ptr() as usize
+        if self.0.is_empty() { 0 } else { self.0.as_ptr() as usize }
     }
 }
 
@@ -145,13 +145,18 @@ impl CleanPrompt {
     }
 
     fn captured_bytes(&self) -> usize {
-        self.captured.values().map(|row| size_of_val(&**row)).sum()
+        self.captured.values().map(|row| kept_bytes(row)).sum()
     }
 
     /// The norms, for `prompt` positions.
     pub fn norms(&self, prompt: usize) -> CleanNorms<'_> {
         CleanNorms { norms: &self.norms, prompt }
     }
+}
+
+/// Of a captured row and of its place in the table.
+fn kept_bytes(row: &[f32]) -> usize {
+    size_of_val(row) + 2 * size_of::<(RowKey, Box<[f32]>)>()
 }
 
 /// All clean runs at hand.
@@ -238,9 +243,22 @@ impl Prompts {
     pub fn keep_row(&mut self, key: &Key, at: &RowKey, row: &[f32]) {
         let Some(entry) = self.touch(key) else { return };
         if entry.captured.insert(at.clone(), row.into()).is_none() {
-            self.captured_bytes += size_of_val(row);
+            self.captured_bytes += kept_bytes(row);
         }
         while self.captured_bytes > self.most_captured && self.evict_captured(key) {}
+    }
+
+    /// Drops captured rows of a prompt that nobody wants any more, where there are too many. Nobody may be using
+    /// this prompt's rows.
+    pub fn trim(&mut self, key: &Key, wanted: impl Iterator<Item = RowKey>) {
+        if self.captured_bytes <= self.most_captured {
+            return;
+        }
+        let wanted: HashSet<RowKey> = wanted.collect();
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        let before = entry.captured_bytes();
+        entry.captured.retain(|at, _| wanted.contains(at));
+        self.captured_bytes -= before - entry.captured_bytes();
     }
 
     /// Drops the captured rows of the least recently used prompt that nobody uses.
