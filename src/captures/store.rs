@@ -102,6 +102,8 @@ pub struct Store {
     waiting: Vec<Done>,
     dirty: HashSet<usize>,
     unsynced: u64,
+    /// Bytes on their way into a file.
+    scratch: Vec<u8>,
     synced: Instant,
     /// Files that were opened before, by this process.
     begun: HashSet<usize>,
@@ -142,6 +144,7 @@ impl Store {
             waiting: Vec::new(),
             dirty: HashSet::new(),
             unsynced: 0,
+            scratch: Vec::new(),
             synced: Instant::now(),
             begun: HashSet::new(),
             _lock: lock,
@@ -237,7 +240,10 @@ impl Store {
                     .got(values.len()));
             }
             if extent.stride == 0 {
-                self.put(*extent, &values.bytes(self.precision))?;
+                let mut bytes = std::mem::take(&mut self.scratch);
+                values.encode(self.precision, &mut bytes);
+                self.put(*extent, &bytes)?;
+                self.scratch = bytes;
             }
         }
         self.put_interleaved(&extents, values)?;
@@ -286,9 +292,9 @@ impl Store {
     /// Tensors whose rows stand between each other's, in one write.
     fn put_interleaved(&mut self, extents: &[Extent], values: &[Values]) -> Result<()> {
         let Some(&first) = extents.iter().find(|extent| extent.stride > 0) else { return Ok(()) };
-        let mut all = Vec::new();
+        let (mut all, mut bytes) = (std::mem::take(&mut self.scratch), Vec::new());
         for (extent, values) in extents.iter().zip(values).filter(|(e, _)| e.stride > 0) {
-            let bytes = values.bytes(self.precision);
+            values.encode(self.precision, &mut bytes);
             let (row, stride) = (extent.row_bytes as usize, extent.stride as usize);
             all.resize(bytes.len() / row * stride, 0);
             let at = (extent.offset - first.offset) as usize;
@@ -296,7 +302,9 @@ impl Store {
                 to[at..at + row].copy_from_slice(from);
             }
         }
-        self.put(Extent { stride: 0, ..first }, &all)
+        self.put(Extent { stride: 0, ..first }, &all)?;
+        self.scratch = all;
+        Ok(())
     }
 
     /// A file to be written to, which begins with its header and has its length.

@@ -162,28 +162,27 @@ impl Values {
         self.len() == 0
     }
 
-    /// Little-endian bytes.
-    pub fn bytes(&self, precision: Precision) -> Vec<u8> {
+    /// Little-endian bytes, in place of what `out` holds.
+    pub fn encode(&self, precision: Precision, out: &mut Vec<u8>) {
         match (self, precision) {
-            (Self::Token(ids), _) => le_bytes(ids, i32::to_le_bytes),
-            (Self::Float(values), Precision::F32) => le_bytes(values, f32::to_le_bytes),
+            (Self::Token(ids), _) => le_bytes(ids, i32::to_le_bytes, out),
+            (Self::Float(values), Precision::F32) => le_bytes(values, f32::to_le_bytes, out),
             (Self::Float(values), Precision::F16) => {
-                le_bytes(values, |v| f16::from_f32(v).to_le_bytes())
+                le_bytes(values, |v| f16::from_f32(v).to_le_bytes(), out);
             }
             (Self::Float(values), Precision::Bf16) => {
-                le_bytes(values, |v| bf16::from_f32(v).to_le_bytes())
+                le_bytes(values, |v| bf16::from_f32(v).to_le_bytes(), out);
             }
         }
     }
 }
 
 /// In one pass that the compiler makes wide.
-fn le_bytes<T: Copy, const N: usize>(values: &[T], of: impl Fn(T) -> [u8; N]) -> Vec<u8> {
-    let mut bytes = vec![0; N * values.len()];
-    for (to, &value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+fn le_bytes<T: Copy, const N: usize>(values: &[T], of: impl Fn(T) -> [u8; N], out: &mut Vec<u8>) {
+    out.resize(N * values.len(), 0);
+    for (to, &value) in out.as_chunks_mut::<N>().0.iter_mut().zip(values) {
         *to = of(value);
     }
-    bytes
 }
 
 impl Kind {
@@ -230,18 +229,22 @@ mod tests {
 
     #[test]
     fn numbers_are_rounded_to_nearest_even() {
+        let bytes = |values: &Values, precision| {
+            let mut out = vec![9; 100];
+            values.encode(precision, &mut out);
+            out
+        };
         let values = Values::Float(vec![1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
-        let halves: Vec<u16> = values
-            .bytes(Precision::Bf16)
+        let halves: Vec<u16> = bytes(&values, Precision::Bf16)
             .as_chunks()
             .0
             .iter()
             .map(|b| u16::from_le_bytes(*b))
             .collect();
         assert_eq!(halves, [0x3f80, 0x3f80, 0x3f82]);
-        assert_eq!(values.bytes(Precision::F16).len(), 6);
+        assert_eq!(bytes(&values, Precision::F16).len(), 6);
         assert_eq!(
-            Values::Token(vec![-1, 7]).bytes(Precision::F16),
+            bytes(&Values::Token(vec![-1, 7]), Precision::F16),
             [255, 255, 255, 255, 7, 0, 0, 0]
         );
     }

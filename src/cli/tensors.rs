@@ -34,9 +34,11 @@ impl TensorFile {
 
     /// Writes the tensors of request number `request`, in the order of its specs.
     pub fn write(&mut self, request: usize, tensors: &[Values]) -> Result<()> {
+        let mut bytes = Vec::new();
         for (extent, values) in self.files.extents[request].iter().zip(tensors) {
+            values.encode(Precision::F32, &mut bytes);
             self.file.seek(SeekFrom::Start(extent.offset))?;
-            self.file.write_all(&values.bytes(Precision::F32))?;
+            self.file.write_all(&bytes)?;
         }
         self.missing -= 1;
         Ok(())

@@ -143,6 +143,8 @@ const CAPTURE_BYTES: usize = 64 << 20;
 /// Rows of the vector bank: enough to put every row of a long prompt in another's place, or to probe every
 /// layer along a hundred words.
 const LEAST_VECTORS: usize = 4096;
+/// Receipts of a row, where all rows of a step have so many operations.
+const RECEIPTS_PER_ROW: usize = 64;
 /// Products and norms of probed rows a step.
 const PROBED: usize = 1 << 21;
 
@@ -174,7 +176,7 @@ impl Limits {
             residual_pages: (((c.layers + 1) * 512).max(c.context)).div_ceil(PAGE),
             ops,
             vectors: (4 * options.max_batch).max(ops).max(LEAST_VECTORS),
-            receipts: 8 * rows + ops,
+            receipts: RECEIPTS_PER_ROW * rows + ops,
             probed: PROBED,
             head_rows,
             draws: 1 << 16,
