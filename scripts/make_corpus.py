@@ -391,6 +391,28 @@ def make_requests():
         "capture": [{"site": "resid_post", "layers": "all", "positions": [0, -1]}, {"site": "logits", "positions": "last"}],
         "sampling": {"temperature": 0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7, "max_tokens": 9, "ignore_eos": True},
     }
+    vector = "width_8.safetensors#v"
+    hooks = {
+        "id": "patched", "tokens": [1, 2, 3, 4, 5],
+        "inject": [
+            {"op": "clamp", "vector": vector, "layer": {"first": 0, "last": 0}, "min": -1, "max": 2, "keep_norm": True,
+             "window": [{"at": 0}, {"from": 2, "to": {"generated": 2}, "every": 2}]},
+            {"op": "project_out", "vector": vector, "layer": "all", "window": "generated",
+             "when": {"vector": vector, "layer": 0, "site": "resid_pre", "measure": "coordinate", "above": 0.1, "latch": True}},
+            {"op": "scale", "strength": 0, "site": "head_out", "layer": 0, "head": "all", "window": "prompt"},
+            {"op": "replace", "layer": 0, "source": {"request": "other", "window": {"at": 1}}, "window": "last"},
+            {"op": "add", "hook": "mlp_out_post.0", "source": {"request": "other", "site": "resid_pre"}, "window": "prompt"},
+        ],
+        "capture": [
+            {"site": "resid_post", "layers": [0], "reduce": {"cosine": [vector, {vector: -1}]}},
+            {"hook": "blocks.0.attn.hook_rot_k", "reduce": "mean"},
+            {"site": "final_norm", "positions": "last", "reduce": "norm"},
+            {"site": "resid_mid", "layers": [0], "reduce": {"lens": 3}},
+        ],
+        "sampling": {"max_tokens": 4},
+    }  # fmt: skip
+    other = {"id": "other", "tokens": [5, 4, 3, 2, 1], "inject": [{"vector": vector, "layer": 0, "strength": 1}]}
+    save("requests", "hooks.jsonl", json.dumps(hooks) + "\n" + json.dumps(other) + "\n")
     save("requests", "everything.jsonl", json.dumps(one) + "\n" + json.dumps({"id": "b", "text": "the"}) + "\n")
 
 

@@ -1,6 +1,8 @@
 //! Single operations at a model's shapes: bytes and products per second, and their share of the
 //! ceilings that were measured in the same call.
 
+mod heads;
+
 use half::bf16;
 use serde::Serialize;
 
@@ -126,6 +128,7 @@ pub fn ops(
     let matmul_flops_per_s = flops.fold(0.0, f64::max);
     run.experts()?;
     run.residual_norm()?;
+    run.heads()?;
     run.rope()?;
     run.attention(false)?;
     run.attention(true)?;
