@@ -37,7 +37,7 @@ fn refused(from: &Path, more: &[&str], want: &str) {
     assert!(said.contains(want), "{want:?} not in {said}");
 }
 
-/// A sparse autoencoder of seven features over a width of 48, as SAELens keeps it.
+/// A sparse autoencoder of seven features over a width of 48, as `SAELens` keeps it.
 fn autoencoder(folder: &Path, config: &str, dtype: Dtype) {
     fs_err::create_dir_all(folder).unwrap();
     fs_err::write(folder.join("cfg.json"), config).unwrap();
