@@ -49,7 +49,7 @@
 //! # Inside
 //!
 //! The crate in layers, each of which may name only those below it:
-//! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`bench`], [`captures`] and [`check`] beside
+//! `cli -> report, experiment -> engine -> model -> ops -> device`, with [`mod@bench`], [`captures`] and [`check`] beside
 //! `experiment`, [`hub`] beside `engine`, and [`error`], [`files`] and [`request`] as leaves that every
 //! layer may name.
 #![deny(missing_docs)]

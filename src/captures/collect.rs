@@ -51,7 +51,7 @@ struct Lens {
 
 /// Runs items and hands out each when it is finished, in any order. New ones are begun only while the captures
 /// of those that are not handed out take at most [`Options::capture_bytes`](crate::engine::Options), and as much
-/// again for rows that a lens still looks at: `done` may be as slow as it likes.
+/// again, and one more request, for rows that a lens still looks at: `done` may be as slow as it likes.
 ///
 /// # Errors
 /// What `done` returns, at once; an item that fails, with its id.
@@ -69,7 +69,7 @@ pub fn collect(
     let jobs = std::iter::from_fn(|| {
         let lens = more.borrow_mut().pop_front();
         let (task, job) = lens.or_else(|| {
-            if looked_at.get() > engine.capture_bytes() {
+            if looked_at.get() > 0 && looked_at.get() >= engine.capture_bytes() {
                 return None; // asked again when a row is done
             }
             let (at, item) = next.next()?;

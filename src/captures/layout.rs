@@ -119,6 +119,13 @@ const HEADER_BYTES: usize = 50_000_000;
 /// Of a tensor in a header, beside its name.
 const ENTRY_BYTES: usize = 128;
 
+/// About how long a tensor's part of a header is: its name, twice where its columns are named.
+fn header_bytes(id: &str, spec: &Spec) -> usize {
+    let name = id.len() + spec.point.len();
+    let columns: usize = spec.columns.iter().map(|column| column.len() + 1).sum();
+    ENTRY_BYTES + name + if columns > 0 { name + columns + 16 } else { 0 }
+}
+
 /// The name of the index of shards.
 pub const INDEX: &str = "captures.safetensors.index.json";
 
@@ -134,9 +141,7 @@ fn shards(
     let (mut left, mut header_left) = (0, 0);
     for (request, specs) in specs.iter().enumerate() {
         let bytes = size(specs);
-        let names: usize =
-            specs.iter().map(|spec| spec.point.len() + items[request].id.len()).sum();
-        let header = names + ENTRY_BYTES * specs.len();
+        let header: usize = specs.iter().map(|spec| header_bytes(&items[request].id, spec)).sum();
         if groups.is_empty() || bytes > left || header > header_left {
             groups.push(Vec::new());
             (left, header_left) = (shard_bytes, HEADER_BYTES);

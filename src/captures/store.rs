@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    io::{Seek, SeekFrom, Write},
+    io::{ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -393,7 +393,13 @@ fn open(path: &Path) -> Result<fs::File> {
 /// Waits until the names of new files are on the disk.
 #[cfg(unix)]
 fn sync_folder(dir: &Path) -> Result<()> {
-    Ok(fs::File::open(dir)?.sync_all()?)
+    match fs::File::open(dir)?.sync_all() {
+        // Not every file system can.
+        Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+            Ok(())
+        }
+        other => Ok(other?),
+    }
 }
 
 /// Likewise: other systems do it by themselves.

@@ -100,8 +100,10 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let requests = args.requests(&model.config)?;
     let checked = requests.resolve(&model)?;
     let mut options = args.engine.options()?;
-    // Half of it in flight, half for what clean runs keep.
-    options.capture_bytes = args.memory_mib.max(2) << 19;
+    // In flight, and kept by clean runs; once more where a lens looks at rows.
+    let mut readings = checked.list.iter().flat_map(|one| &one.readings);
+    let parts = if readings.any(|reading| matches!(reading, Reading::Lens(_))) { 3 } else { 2 };
+    options.capture_bytes = (args.memory_mib << 20) / parts;
     // What the layout cannot hold is said before anything is loaded.
     args.layout.plan(&checked.items(), &model.config, args.precision, args.shard_mib << 20)?;
     if args.precision == Precision::Bf16 && args.out == Path::new("-") {
@@ -113,7 +115,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     if args.out == Path::new("-") {
         print(&engine, &items)?;
     } else {
-        store(args, &engine, &model, &items)?;
+        store(args, (&engine, parts), &model, &items)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -144,7 +146,11 @@ impl Args {
                         .expected("either --at, or \"capture\" in the request"));
                 }
                 (true, false) => request.capture.clone_from(&captures),
-                (true, true) => return Err(nothing_captured().at("capture").at(place)),
+                (true, true) => {
+                    return Err(nothing_captured()
+                        .expected("--at POINT, or requests with a \"capture\"")
+                        .at(place));
+                }
                 (false, true) => {}
             }
         }
@@ -200,7 +206,13 @@ fn texts(file: &Path) -> Result<Requests> {
 }
 
 /// Writes a folder, or goes on with it.
-fn store(args: &Args, engine: &Engine, model: &Model, items: &[Item]) -> Result<()> {
+/// `parts`: how many times the engine's bytes for captures may be in use.
+fn store(
+    args: &Args,
+    (engine, parts): (&Engine, u64),
+    model: &Model,
+    items: &[Item],
+) -> Result<()> {
     let config = &model.config;
     let shard_bytes = args.shard_mib << 20;
     let files = args.layout.plan(items, config, args.precision, shard_bytes)?;
@@ -223,10 +235,6 @@ fn store(args: &Args, engine: &Engine, model: &Model, items: &[Item]) -> Result<
     let free = files::free_bytes(&args.out);
     check_room(&args.out, bytes, free)?;
     let largest = left.iter().map(|(_, item)| capture_bytes(&item.job, config)).max();
-    // In flight, and kept by clean runs; as much as in flight once more where a lens looks at rows.
-    let lenses = left.iter().flat_map(|(_, item)| &item.readings);
-    let has_lens = lenses.into_iter().any(|reading| matches!(reading, Reading::Lens(_)));
-    let parts = if has_lens { 3 } else { 2 };
     let memory = parts * engine.capture_bytes().max(largest.unwrap_or(0));
     note(format!(
         "{} requests ({before} written before), {} in {count} files{}; at most {} of captures in memory",

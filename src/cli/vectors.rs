@@ -205,13 +205,13 @@ fn recipe(text: &str) -> std::result::Result<Recipe, String> {
 /// Vectors of other files as one set of this model, each row at the block that `--layers` says.
 fn import(args: &Args, model: &Model) -> Result<()> {
     let mut set: Option<VectorSet> = None;
+    if !args.features.is_empty() && args.import.iter().all(|path| path.is_file()) {
+        return Err(Error::new("features are of a folder with a sparse autoencoder")
+            .at("--features")
+            .expected("such a folder among what is imported"));
+    }
     for path in &args.import {
         let place = || path.display().to_string();
-        if !args.features.is_empty() && !path.is_dir() {
-            return Err(Error::new("features are of a folder with a sparse autoencoder")
-                .at("--features")
-                .got(place()));
-        }
         let from = match path.is_dir() {
             true => sparse_autoencoder(path, &args.features, model).at(place)?,
             false => VectorSet::load(path)?,

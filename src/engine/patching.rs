@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Result},
-    model::{ModelConfig, Prompt},
+    model::{ModelConfig, Prompt, TokenWindow},
     request::{CaptureSite, Sampling, Site, Source, Window},
 };
 
@@ -62,16 +62,16 @@ impl Patch {
                     Error::new("the injection's window has no end")
                         .expected("a `window` with one, such as \"prompt\", or one of the source")
                 })?;
-                check_end(to, len)?;
+                check_end((injection.from, to, injection.every), len)?;
                 (injection.from..to).step_by(injection.every).collect()
             }
             Some(window) => {
                 let windows = other.window(window).at(|| "window".into())?;
-                let ends = windows.iter().filter_map(|window| window.to);
-                ends.max().map_or(Ok(()), |to| check_end(to, len))?;
-                let each = |w: crate::model::TokenWindow| {
-                    (w.from..w.to.unwrap_or(len).max(w.from)).step_by(w.every)
-                };
+                for TokenWindow { from, to, every } in &windows {
+                    to.map_or(Ok(()), |to| check_end((*from, to, *every), len))?;
+                }
+                let each =
+                    |w: TokenWindow| (w.from..w.to.unwrap_or(len).max(w.from)).step_by(w.every);
                 windows.into_iter().flat_map(each).collect()
             }
         };
@@ -229,14 +229,16 @@ fn of_prompt(job: &Job) -> Vec<Injection> {
     job.inject.iter().filter(|injection| injection.from < prompt).cloned().collect()
 }
 
-fn check_end(to: usize, len: usize) -> Result<()> {
-    if to <= len {
+/// Refuses a window whose last position, of those it steps on, is behind a prompt.
+fn check_end((from, to, every): (usize, usize, usize), len: usize) -> Result<()> {
+    let last = from + to.saturating_sub(from + 1) / every * every;
+    if last < len {
         return Ok(());
     }
     Err(Error::new("a position behind the other prompt")
         .at("window")
         .expected(format!("prompt positions: below {len}"))
-        .got(to - 1))
+        .got(last))
 }
 
 /// One head of rows of (heads, `head_dim`).

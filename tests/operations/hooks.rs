@@ -92,7 +92,7 @@ impl Case {
                     flags,
                     gate,
                     to: [4, 5, u32::MAX][pick(3)],
-                    every: [1, 1, 2][pick(3)],
+                    every: [1, 1, 2, 3][pick(4)],
                     low,
                     high: [low.max(0.0), 0.25, f32::INFINITY][pick(3)],
                     ..HookOp::add(pick(VECTORS) as u32, pick(4) as u32, [0.5, -1.5, 0.1][pick(3)])
