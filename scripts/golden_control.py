@@ -1,6 +1,7 @@
 """Makes tests/golden/control: a control vector as repeng writes it, and llama.cpp's continuations under it.
 
     python golden_control.py
+    python golden_control.py FILE.gguf      the same continuations under another program's file of that vector
 
 llama.cpp runs a tiny model of tests/golden/gguf with the vector added to the outputs of its blocks. In llama.cpp
 `direction.N` is row N - 1 of the buffer that llama_set_adapter_cvec takes, which begins at block 1.
@@ -10,6 +11,7 @@ Needs: llama-cpp-python, gguf, numpy.
 
 import ctypes
 import json
+import sys
 from pathlib import Path
 
 import gguf
@@ -75,6 +77,15 @@ def greedy(rows, first, last):
     return tokens, margins
 
 
+def check(rows):
+    for line in (FOLDER / "llama.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        strength, first, last = case["strength"], case["first"], case["last"]
+        tokens, _ = greedy(rows * strength if strength else None, first, last)
+        same = sum(a == b for a, b in zip(tokens, case["tokens"], strict=True))
+        print(f"strength {strength}, blocks {first} to {last}: {same} of {COUNT} tokens are the same")
+
+
 def main():
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
@@ -83,6 +94,8 @@ def main():
     llama_cpp.llama_model_free(model)
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / "control.gguf"
+    if len(sys.argv) > 1:
+        return check(read_vector(sys.argv[1], dim, layers))
     write_vector(path, dim, layers)
     rows = read_vector(path, dim, layers)
     with open(FOLDER / "llama.jsonl", "w") as out:
