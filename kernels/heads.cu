@@ -14,23 +14,10 @@
 // Needs   dim % 8 == 0, at most 256 and at most model_dim; arrays as in residual_norm.
 #include "operations.cuh"
 
-struct HeadsParams {
-    const float*    qkv;
-    bf16*           attn;
-    const uint32_t* slot;
-    const uint32_t* position;
-    const int32_t*  receipt;
-    const uint32_t* first;
-    const HookOp*   ops;
-    const float*    vectors;
-    const uint32_t* tap_first;
-    const uint32_t* entries;
-    float*          captured;
-    float*          receipts;
-    uint32_t*       met;
-    uint32_t*       latched;
-    int             heads, kv_heads, dim, model_dim, tap, taps, ops_per_slot, attn_row_groups, has_captures;
-    int             unused;   // fills the struct up to its alignment
+struct HeadsParams : HookTables {
+    const float* qkv;
+    bf16*        attn;
+    int          heads, kv_heads, dim, model_dim, tap, attn_row_groups;
 
     __device__ int vector_stride() const { return model_dim; }
 };

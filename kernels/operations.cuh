@@ -28,6 +28,25 @@ constexpr int GATES = 8;                                                        
 // if the row has met that condition, or with LATCHED if a row of its slot up to its position
 // has: such a gate is at an earlier site. receipt = (|h|^2 before, |change|^2), of a GATE (c / r, met).
 
+// What kernels that change or capture rows read beside them: params begin with it.
+struct HookTables {
+    const uint32_t* slot;         // (rows)
+    const uint32_t* position;     // (rows)
+    const int32_t*  receipt;      // (rows), where a row's start
+    const uint32_t* first;        // (slots, taps + 1)
+    const HookOp*   ops;          // (slots, ops_per_slot), by tap
+    const float*    vectors;      // the bank
+    const uint32_t* tap_first;    // (taps + 1)
+    const uint32_t* entries;      // (row, row of captured), by tap, then row
+    float*          captured;
+    float*          receipts;     // pairs, one for each of a slot's operations
+    uint32_t*       met;          // (rows), a bit for each condition
+    uint32_t*       latched;      // (slots, GATES)
+    int             taps, ops_per_slot, has_captures;
+    int             unused;       // fills the struct up to its alignment
+};
+static_assert(sizeof(HookTables) == 112, "mirror of src/ops/hooks.rs");
+
 namespace {
 
 // The sums over a row. Those of one operation have different places, and a barrier parts operations: so nobody
@@ -46,16 +65,8 @@ struct Squares {
     bool  known;
 };
 
-// Which rows, and their operations; the kernels' params have these names too.
-//   const uint32_t *slot, *position; const int32_t* receipt;      (rows)
-//   const HookOp* ops; int ops_per_slot;                          (slots, ops_per_slot)
-//   const float* vectors;                                         the bank
-//   float* receipts; uint32_t *met, *latched;
-//   const uint32_t *tap_first, *entries;                          captures
-//   int dim;                                                      elements of h, a multiple of 4
-//   __device__ int vector_stride() const;                         elements of a row of the bank
-
-// A thread's share of h: float4 v is number thread + v * THREADS.
+// A thread's share of h: float4 v is number thread + v * THREADS. Params are HookTables with `dim`, the elements
+// of h, a multiple of 4, and vector_stride(), those of a row of the bank.
 template <int THREADS, int VECS, class Params>
 struct Lanes {
     const Params& p;

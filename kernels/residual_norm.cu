@@ -29,30 +29,16 @@
 #include "operations.cuh"
 #include "ptx.cuh"
 
-struct ResidualNormParams {
-    float*          resid;
-    const float*    branch;
-    const float*    branch_gain;
-    const float*    gain;
-    bf16*           x;
-    const uint32_t* slot;
-    const uint32_t* position;
-    const int32_t*  receipt;
-    const uint32_t* first;
-    const HookOp*   ops;
-    const float*    vectors;
-    const uint32_t* tap_first;
-    const uint32_t* entries;
-    float*          captured;
-    float*          norms;
-    float*          receipts;
-    uint32_t*       met;
-    uint32_t*       latched;
-    int             rows, branch_rows, dim, site, taps, ops_per_slot, x_row_groups;
-    int             is_final, has_captures;
-    float           eps;
-    float           branch_scale;   // c
-    int             unused;         // fills the struct up to its alignment
+struct ResidualNormParams : HookTables {
+    float*       resid;
+    const float* branch;
+    const float* branch_gain;
+    const float* gain;
+    bf16*        x;
+    float*       norms;
+    int          rows, branch_rows, dim, site, x_row_groups, is_final;
+    float        eps;
+    float        branch_scale;   // c
 
     __device__ int vector_stride() const { return dim; }
 };

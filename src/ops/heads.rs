@@ -10,7 +10,7 @@
 use super::{
     Float,
     activations::Activations,
-    hooks::{CapturePlan, GATES, HeadTap, Hooks, destinations, head_tap},
+    hooks::{CapturePlan, GATES, HeadTap, HookTables, Hooks, destinations, head_tap},
     matmul::Dtype,
     residual_norm::{Conditions, Operate, Receipt, atomics},
     rows::{NONE, Rows},
@@ -135,30 +135,15 @@ fn on_cpu<T: Float>(cpu: &Cpu, p: Heads<'_, T>) {
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct HeadsParams {
+    tables: HookTables,
     qkv: u64,
     attn: u64,
-    slot: u64,
-    position: u64,
-    receipt: u64,
-    first: u64,
-    ops: u64,
-    vectors: u64,
-    tap_first: u64,
-    entries: u64,
-    captured: u64,
-    receipts: u64,
-    met: u64,
-    latched: u64,
     heads: i32,
     kv_heads: i32,
     dim: i32,
     model_dim: i32,
     tap: i32,
-    taps: i32,
-    ops_per_slot: i32,
     attn_row_groups: i32,
-    has_captures: i32,
-    unused: i32,
 }
 const _: () = assert!(size_of::<HeadsParams>() == 152, "the kernel asserts the same");
 // SAFETY: field for field the struct in kernels/heads.cu.
@@ -168,30 +153,15 @@ fn launch<T: Float>(cuda: &Cuda, p: Heads<'_, T>) -> Result<()> {
     assert_eq!(T::DTYPE, Dtype::Bf16, "the kernels write bf16");
     let [heads, kv_heads, head_dim] = p.shape;
     let params = HeadsParams {
+        tables: HookTables::new(p.at, p.hooks, (p.captures, p.captured), (p.receipts, p.met)),
         qkv: p.qkv.address(),
         attn: p.attn.address_mut(),
-        slot: p.at.slot.address(),
-        position: p.at.position.address(),
-        receipt: p.at.receipt.address(),
-        first: p.hooks.table.first.address(),
-        ops: p.hooks.table.ops.address(),
-        vectors: p.hooks.vectors.address(),
-        tap_first: p.captures.first.address(),
-        entries: p.captures.entries.address(),
-        captured: p.captured.address_mut(),
-        receipts: p.receipts.address_mut(),
-        met: p.met.address_mut(),
-        latched: p.hooks.latched.address_mut(),
         heads: heads as i32,
         kv_heads: kv_heads as i32,
         dim: head_dim as i32,
         model_dim: p.dim as i32,
         tap: head_tap(p.layers, p.layer, HeadTap::Query) as i32,
-        taps: p.hooks.table.taps as i32,
-        ops_per_slot: p.hooks.table.ops_per_slot as i32,
         attn_row_groups: p.attn.row_groups() as i32,
-        has_captures: i32::from(p.captures.any),
-        unused: 0,
     };
     let inputs = if p.captures.any { heads + 2 * kv_heads } else { 0 };
     let grid = [p.rows as u32, (inputs + heads).div_ceil(4) as u32, 1];

@@ -1,7 +1,10 @@
 //! The tables that `residual_norm` reads: which operations act on a sequence at a site, and which
 //! rows of this step are copied out where. Filled by `engine`, read by kernels.
 
-use super::rows::NONE;
+use super::{
+    residual_norm::Receipt,
+    rows::{NONE, Rows},
+};
 use crate::{
     device::{Buffer, Device, Element},
     error::Result,
@@ -149,6 +152,58 @@ impl HookOp {
     #[inline(always)]
     pub(super) fn has(&self, flag: u32) -> bool {
         self.flags & flag != 0
+    }
+}
+
+/// Mirror of `HookTables`: what kernels that change or capture rows read beside them.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct HookTables {
+    slot: u64,
+    position: u64,
+    receipt: u64,
+    first: u64,
+    ops: u64,
+    vectors: u64,
+    tap_first: u64,
+    entries: u64,
+    captured: u64,
+    receipts: u64,
+    met: u64,
+    latched: u64,
+    taps: i32,
+    ops_per_slot: i32,
+    has_captures: i32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<HookTables>() == 112, "the kernels assert the same");
+
+impl HookTables {
+    /// Of a step's rows, where they are captured to, and what is said of their operations and conditions.
+    pub fn new(
+        at: &Rows,
+        hooks: &mut Hooks,
+        (captures, captured): (&CapturePlan, &mut Buffer<f32>),
+        (receipts, met): (&mut Buffer<Receipt>, &mut Buffer<u32>),
+    ) -> Self {
+        Self {
+            slot: at.slot.address(),
+            position: at.position.address(),
+            receipt: at.receipt.address(),
+            first: hooks.table.first.address(),
+            ops: hooks.table.ops.address(),
+            vectors: hooks.vectors.address(),
+            tap_first: captures.first.address(),
+            entries: captures.entries.address(),
+            captured: captured.address_mut(),
+            receipts: receipts.address_mut(),
+            met: met.address_mut(),
+            latched: hooks.latched.address_mut(),
+            taps: hooks.table.taps as i32,
+            ops_per_slot: hooks.table.ops_per_slot as i32,
+            has_captures: i32::from(captures.any),
+            unused: 0,
+        }
     }
 }
 
