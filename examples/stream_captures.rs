@@ -33,7 +33,7 @@ fn main() -> Result<()> {
     }
 
     // At most 64 MiB of captures are on their way, however many texts there are.
-    let options = Options { capture_bytes: 64 << 20, ..Options::default() };
+    let options = Options { capture_bytes: Some(64 << 20), ..Options::default() };
     let engine = Engine::start(&model, &options)?;
     let (layers, dim) = (model.config.layers, model.config.dim);
     let mut sums = vec![vec![0.0; dim]; layers];

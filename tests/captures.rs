@@ -343,7 +343,7 @@ fn a_slow_disk_is_waited_for() {
     let bytes: Vec<u64> = jobs.iter().map(|job| capture_bytes(job, &model.config)).collect();
     let largest = *bytes.iter().max().unwrap();
     let most = 3 * largest;
-    let options = Options { threads: Some(1), capture_bytes: most, ..Options::default() };
+    let options = Options { threads: Some(1), capture_bytes: Some(most), ..Options::default() };
     let engine = Engine::start(&model, &options).unwrap();
     let (asked, taken) = (Cell::new(0), Cell::new(0));
     let asking = jobs.into_iter().zip(&bytes).map(|(job, bytes)| {
@@ -369,7 +369,7 @@ fn a_slow_disk_is_waited_for() {
 #[test]
 fn one_larger_than_the_memory_runs_alone() {
     let model = Model::open(&golden("plain")).unwrap();
-    let options = Options { threads: Some(1), capture_bytes: 1, ..Options::default() };
+    let options = Options { threads: Some(1), capture_bytes: Some(1), ..Options::default() };
     let engine = Engine::start(&model, &options).unwrap();
     let job = |tokens: Vec<u32>| Job {
         capture: vec![Capture {

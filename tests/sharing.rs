@@ -383,7 +383,7 @@ fn probes_that_do_not_fit_together_come_one_after_the_other() {
         }
     };
     let jobs: Vec<Job> = (0..20).map(job).collect();
-    let options = Options { threads: Some(1), capture_bytes: 100_000, ..Options::default() };
+    let options = Options { threads: Some(1), capture_bytes: Some(100_000), ..Options::default() };
     let alone = Engine::start(&model, &Options { share: false, ..options.clone() }).unwrap();
     let (got, _) = run(&model, &options, &jobs);
     for (at, got) in got.into_iter().enumerate() {

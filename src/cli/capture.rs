@@ -103,7 +103,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     // In flight, and kept by clean runs; once more where a lens looks at rows.
     let mut readings = checked.list.iter().flat_map(|one| &one.readings);
     let parts = if readings.any(|reading| matches!(reading, Reading::Lens(_))) { 3 } else { 2 };
-    options.capture_bytes = (args.memory_mib << 20) / parts;
+    options.capture_bytes = Some((args.memory_mib << 20) / parts);
     // What the layout cannot hold is said before anything is loaded.
     args.layout.plan(&checked.items(), &model.config, args.precision, args.shard_mib << 20)?;
     if args.precision == Precision::Bf16 && args.out == Path::new("-") {

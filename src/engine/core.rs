@@ -14,6 +14,7 @@ use super::{
     outputs::Outputs,
     prompts::Prompts,
     sequence::{Active, Child, Events, Pending, Role, Sequence, Trunk},
+    setup::KEPT_CAPTURE_BYTES,
     step::InFlight,
     types::{Event, Job, Outcome},
 };
@@ -131,7 +132,10 @@ impl<T: Float> Core<T> {
             copies: Vec::new(),
             pool: PagePool::new(limits.pages),
             bank: Bank::new(limits.vectors),
-            prompts: Prompts::new(limits.residual_pages, limits.capture_bytes as usize),
+            prompts: Prompts::new(
+                limits.residual_pages,
+                limits.capture_bytes.min(KEPT_CAPTURE_BYTES) as usize,
+            ),
             slots: (0..limits.slots).map(|_| None).collect(),
             jobs: HashMap::new(),
             next_job: 0,

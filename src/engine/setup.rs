@@ -7,7 +7,11 @@ use super::{
     types::{Job, Reduce},
 };
 use crate::{
-    device::{Cpu, Cuda, Device, DeviceKind, cpu::Isa, cuda::MatrixPath},
+    device::{
+        Cpu, Cuda, Device, DeviceKind,
+        cpu::{Isa, MachineMemory},
+        cuda::MatrixPath,
+    },
     error::{Error, Result},
     model::{
         ModelConfig,
@@ -43,9 +47,9 @@ pub struct Options {
     /// Whether jobs share what is clean. Tokens, logits and captures are the same, bit for bit;
     /// only a receipt's reference norm is unknown where no clean run was needed.
     pub share: bool,
-    /// Bytes of captures that [`run_all`](super::Engine::run_all) has in flight, and of clean runs' captured
-    /// rows that are kept while nobody uses them.
-    pub capture_bytes: u64,
+    /// Bytes of captures that [`run_all`](super::Engine::run_all) has in flight, and at most of clean runs'
+    /// captured rows that are kept while nobody uses them; `None`: a quarter of what is free, at least 1 GiB.
+    pub capture_bytes: Option<u64>,
     /// `None`: the best this machine has. Results are the same, bit for bit.
     pub isa: Option<Isa>,
     /// Which matrix kernels the CUDA devices use; `None`: the GPU's best.
@@ -71,7 +75,7 @@ impl Default for Options {
             context: None,
             kv_bytes: None,
             share: true,
-            capture_bytes: 1 << 30,
+            capture_bytes: None,
             isa: None,
             matrix_path: None,
             behind: false,
@@ -140,6 +144,8 @@ const GPU_ROWS: (usize, usize) = (4096, 1024);
 /// Likewise, for tests.
 const HOST_KERNEL_ROWS: (usize, usize) = (128, 32);
 const CAPTURE_BYTES: usize = 64 << 20;
+/// Bytes of captured rows that clean runs keep, at most, while nobody uses them.
+pub(super) const KEPT_CAPTURE_BYTES: u64 = 1 << 30;
 /// Rows of the vector bank: enough to put every row of a long prompt in another's place, or to probe every
 /// layer along a hundred words.
 const LEAST_VECTORS: usize = 4096;
@@ -183,7 +189,7 @@ impl Limits {
             ids: 1 << 17,
             top: 1 << 16,
             share: options.share,
-            capture_bytes: options.capture_bytes,
+            capture_bytes: options.capture_bytes.unwrap_or_else(default_capture_bytes),
             behind: options.behind,
             hooks: options.hooks,
         }
@@ -265,6 +271,11 @@ impl Limits {
         }
         Ok(())
     }
+}
+
+fn default_capture_bytes() -> u64 {
+    let quarter = MachineMemory::read().map_or(0, |memory| memory.available / 4);
+    quarter.max(KEPT_CAPTURE_BYTES)
 }
 
 /// The device that the options ask for.
