@@ -242,7 +242,7 @@ fn check_reported(folder: &Path, want: &BTreeMap<String, Tensor>) -> usize {
     lines.len()
 }
 
-const MANY: usize = 1500;
+const MANY: usize = 2500;
 const SMALL_SHARDS: [&str; 2] = ["--shard-mib", "1"];
 
 /// Killed at some moment, the same command goes on, and ends as if nothing had happened.
