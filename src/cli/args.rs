@@ -11,6 +11,7 @@ use crate::{
     error::{Error, Result},
     model::Model,
     ops::matmul::Dtype,
+    request::Site,
 };
 
 /// Sequences that fill a GPU.
@@ -138,6 +139,14 @@ impl EngineArgs {
         note(format!("loading {} ({}, {})", model.name, self.on.device, self.dtype));
         Engine::start(model, &self.options()?)
     }
+}
+
+/// A site by its name in requests.
+pub fn site(text: &str) -> std::result::Result<Site, String> {
+    let value = serde_json::Value::String(text.to_owned());
+    serde_json::from_value(value).map_err(|_| {
+        "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, head_out".to_owned()
+    })
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {

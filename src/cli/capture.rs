@@ -17,20 +17,20 @@ use super::{
     generate::nothing_captured,
     output::{Output, note},
     progress::Bar,
-    requests::{RequestArgs, Requests},
+    requests::{RequestArgs, Requests, without_generation},
 };
 use crate::{
     captures::{
         Item, Precision, Values,
         collect::{Collected, collect},
-        layout::Layout,
+        layout::{Files, Layout},
         store::{Manifest, Store},
     },
     engine::{Engine, Reading, capture_bytes},
     error::{Error, Result},
     files::{self, hex},
     model::{Model, ModelConfig},
-    request::{Capture, NamedPositions, Positions, Probes, Reduction, Request, Sampling},
+    request::{Capture, NamedPositions, Positions, Probes, Reduction, Request},
 };
 
 /// Write what prompts show inside the model to a folder of few large files
@@ -105,8 +105,9 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     let parts = if readings.any(|reading| matches!(reading, Reading::Lens(_))) { 3 } else { 2 };
     options.capture_bytes = Some((args.memory_mib << 20) / parts);
     // What the layout cannot hold is said before anything is loaded.
-    args.layout.plan(&checked.items(), &model.config, args.precision, args.shard_mib << 20)?;
-    if args.precision == Precision::Bf16 && args.out == Path::new("-") {
+    let shard_bytes = args.shard_mib << 20;
+    let files = args.layout.plan(&checked.items(), &model.config, args.precision, shard_bytes)?;
+    if args.precision != Precision::F32 && args.out == Path::new("-") {
         note("--as is of files: a line's numbers are f32");
     }
     note(format!("loading {} ({}, {})", model.name, options.device, options.dtype));
@@ -115,7 +116,7 @@ pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
     if args.out == Path::new("-") {
         print(&engine, &items)?;
     } else {
-        store(args, (&engine, parts), &model, &items)?;
+        store(args, (&engine, parts), &model, (&items, files))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -124,15 +125,7 @@ impl Args {
     fn requests(&self, config: &ModelConfig) -> Result<Requests> {
         let mut requests = match (&self.texts, &self.input) {
             (Some(file), _) => texts(file)?,
-            (None, input) => {
-                let source = RequestArgs {
-                    input: input.clone(),
-                    prompt: None,
-                    system: None,
-                    inject: Vec::new(),
-                };
-                source.load()?
-            }
+            (None, input) => RequestArgs::of_file(input.clone()).load()?,
         };
         let captures = self.captures(config);
         for index in 0..requests.list.len() {
@@ -180,15 +173,6 @@ impl Args {
     }
 }
 
-/// What says how the prompt is continued has no part in a forward pass.
-pub fn without_generation(request: &mut Request) {
-    request.sampling = Sampling { max_tokens: 0, ..Sampling::default() };
-    request.n = 1;
-    request.stop.clear();
-    request.logprobs = None;
-    request.score.clear();
-}
-
 /// A request for each line that is not blank, named by its number.
 fn texts(file: &Path) -> Result<Requests> {
     let text = fs::read_to_string(file)?;
@@ -211,11 +195,9 @@ fn store(
     args: &Args,
     (engine, parts): (&Engine, u64),
     model: &Model,
-    items: &[Item],
+    (items, files): (&[Item], Files),
 ) -> Result<()> {
     let config = &model.config;
-    let shard_bytes = args.shard_mib << 20;
-    let files = args.layout.plan(items, config, args.precision, shard_bytes)?;
     let manifest = Manifest {
         format: 1,
         inkling: env!("CARGO_PKG_VERSION").into(),
@@ -223,7 +205,7 @@ fn store(
         fingerprint: engine.fingerprint().clone(),
         layout: args.layout,
         precision: args.precision,
-        shard_bytes,
+        shard_bytes: args.shard_mib << 20,
         requests: hash(items),
     };
     let count = files.files.len();

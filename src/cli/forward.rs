@@ -4,10 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     args::{EngineArgs, ModelArgs},
-    capture::without_generation,
     generate::nothing_captured,
     progress::Bar,
-    requests::RequestArgs,
+    requests::{RequestArgs, without_generation},
     tensors::TensorFile,
 };
 use crate::captures::collect::collect;
@@ -28,13 +27,7 @@ pub struct Args {
 }
 
 pub fn execute(args: &Args) -> anyhow::Result<ExitCode> {
-    let source = RequestArgs {
-        input: Some(args.input.clone()),
-        prompt: None,
-        system: None,
-        inject: Vec::new(),
-    };
-    let mut requests = source.load()?;
+    let mut requests = RequestArgs::of_file(Some(args.input.clone())).load()?;
     requests.list.iter_mut().for_each(without_generation);
     if let Some(index) = requests.list.iter().position(|request| request.capture.is_empty()) {
         return Err(nothing_captured().at("capture").at(requests.place(index)).into());

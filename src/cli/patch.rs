@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use serde::Serialize;
 
 use super::{
-    args::{EngineArgs, ModelArgs},
+    args::{EngineArgs, ModelArgs, site},
     output::{Output, columns, note},
     progress::Bar,
 };
@@ -56,14 +56,6 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// By its name in requests.
-fn site(text: &str) -> std::result::Result<Site, String> {
-    let value = serde_json::Value::String(text.to_owned());
-    serde_json::from_value(value).map_err(|_| {
-        "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, head_out".to_owned()
-    })
 }
 
 #[derive(Serialize)]

@@ -21,7 +21,7 @@ use crate::{
     },
     error::{Context, Error, Result},
     model::Model,
-    request::{Injection, Message, Request, VectorRef},
+    request::{Injection, Message, Request, Sampling, VectorRef},
 };
 
 /// Where requests come from.
@@ -56,6 +56,11 @@ pub struct Requests {
 }
 
 impl RequestArgs {
+    /// Those of a command that takes a file only.
+    pub fn of_file(input: Option<PathBuf>) -> Self {
+        Self { input, prompt: None, system: None, inject: Vec::new() }
+    }
+
     /// Reads all requests.
     pub fn load(&self) -> Result<Requests> {
         match (&self.prompt, &self.input) {
@@ -157,6 +162,15 @@ impl Requests {
         let plan = patching::Plan::new(&mut list, &model.config)?;
         Ok(Checked { list, plan })
     }
+}
+
+/// What says how the prompt is continued has no part in a forward pass.
+pub fn without_generation(request: &mut Request) {
+    request.sampling = Sampling { max_tokens: 0, ..Sampling::default() };
+    request.n = 1;
+    request.stop.clear();
+    request.logprobs = None;
+    request.score.clear();
 }
 
 /// Requests that were checked against the model.

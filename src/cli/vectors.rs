@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    args::{EngineArgs, ModelArgs},
+    args::{self, EngineArgs, ModelArgs},
     lens::{Token, tokens},
     output::{Output, columns, note},
     progress::Bar,
@@ -186,10 +186,9 @@ impl Args {
     }
 }
 
-/// By its name in requests.
+/// By its name in requests; a head's vectors are not made here.
 fn site(text: &str) -> std::result::Result<Site, String> {
-    let value = serde_json::Value::String(text.to_owned());
-    let site = serde_json::from_value(value).ok().filter(|site| *site != Site::HeadOut);
+    let site = args::site(text).ok().filter(|site| *site != Site::HeadOut);
     site.ok_or_else(|| "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out".to_owned())
 }
 
